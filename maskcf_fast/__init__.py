@@ -1,0 +1,38 @@
+"""maskcf_fast: counterfactual masking for robust fine-tuning of vision transformers, as fused ops and a trainer.
+
+Importing it compiles nothing, touches no GPU and loads no data library.
+"""
+
+from .distill import CounterfactualDistiller, MaskStrategy
+from .models import CosineClassifier, ImageClassifier, VisionTransformer, load_backbone
+from .ops import (
+    attention_relevance,
+    counterfactual_refill,
+    drop_tokens,
+    gather_tokens,
+    patchify,
+    refill_patches,
+    relevance_cam,
+    sample_donors,
+    select_patches,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CosineClassifier",
+    "CounterfactualDistiller",
+    "ImageClassifier",
+    "MaskStrategy",
+    "VisionTransformer",
+    "attention_relevance",
+    "counterfactual_refill",
+    "drop_tokens",
+    "gather_tokens",
+    "load_backbone",
+    "patchify",
+    "refill_patches",
+    "relevance_cam",
+    "sample_donors",
+    "select_patches",
+]

@@ -1,0 +1,89 @@
+"""Argument checks shared by the public functions.
+
+Shape, dtype and device checks always run: they read no tensor values. Checks that read values would stall
+a GPU, so they run where the data lives on the CPU anyway, or everywhere when ``MASKCF_DEBUG=1``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def value_checks(tensor: Tensor) -> bool:
+    """Whether this call may read the values of ``tensor`` (never while it is traced or fake)."""
+    if torch.compiler.is_compiling() or (type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter)):
+        return False
+    return tensor.device.type == "cpu" or debug_enabled()
+
+
+def debug_enabled() -> bool:
+    """Whether ``MASKCF_DEBUG`` asks for the checks that cost a pass over the data."""
+    return os.environ.get("MASKCF_DEBUG", "0") not in ("", "0")
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int | str],
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless ``tensor`` has the given shape (names stand for any size), dtype and device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    fits = tensor.ndim == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = "[" + ", ".join(map(str, shape)) + "]"
+        raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must have dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the other arguments, got {tensor.device}")
+
+
+def check_batch(name: str, tensor: Tensor) -> None:
+    """Raise if any dimension of ``tensor`` is empty."""
+    if 0 in tensor.shape:
+        raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
+
+
+def check_donors(donors: Tensor, n: int, num_patches: int, device: torch.device) -> None:
+    """Raise unless ``donors`` is int64 ``[N]`` or ``[N, L]`` with every index in ``[0, N)``."""
+    if isinstance(donors, Tensor) and donors.ndim == 2:
+        check_tensor("donors", donors, [n, num_patches], dtypes=[torch.int64], device=device)
+    else:
+        check_tensor("donors", donors, [n], dtypes=[torch.int64], device=device)
+    if value_checks(donors):
+        low, high = torch.aminmax(donors)
+        if low < 0 or high >= n:
+            bad = int(low) if low < 0 else int(high)
+            raise ValueError(f"donors must index the batch, 0 to {n - 1}, got {bad}")
+
+
+def resolve_grid(num_patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """The patch grid ``(rows, columns)``; square unless given."""
+    if grid is None:
+        side = math.isqrt(num_patches)
+        if side * side != num_patches:
+            raise ValueError(f"L={num_patches} patches are no square grid: pass grid=(rows, columns)")
+        return side, side
+    if len(grid) != 2 or grid[0] < 1 or grid[1] < 1 or grid[0] * grid[1] != num_patches:
+        raise ValueError(f"grid={tuple(grid)} does not hold L={num_patches} patches (rows × columns = L)")
+    return int(grid[0]), int(grid[1])
+
+
+def check_divisible(height: int, width: int, grid: tuple[int, int]) -> None:
+    """Raise unless an image of this size splits into the grid's patches."""
+    if height % grid[0] or width % grid[1]:
+        raise ValueError(f"images of {height}×{width} pixels do not divide into a grid of {grid[0]}×{grid[1]} patches")

@@ -1,0 +1,130 @@
+"""Fine-tuning methods: each maps a batch to its losses. The counterfactual one is in `counterfactual`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models import ImageClassifier, VisionTransformer
+
+
+class StepOutput(NamedTuple):
+    """Losses of a batch, and what they were computed from."""
+
+    loss: Tensor  # scalar, to call backward on
+    task: Tensor  # scalar, cross-entropy on the clean images, detached
+    distill: Tensor  # scalar, distillation loss before its weight, detached
+    logits: Tensor  # [N, classes] of the clean images, detached
+    cam: Tensor | None = None  # [N, L] relevance
+    mask: Tensor | None = None  # [N, L] bool
+
+
+class Method(nn.Module):
+    """A student, perhaps a frozen teacher, and the losses of one batch.
+
+    Subclasses give ``forward(images, labels, *, generator=None) -> StepOutput``, with images as
+    `VisionTransformer.embed` takes them, labels int64 ``[N]``, and ``generator`` on the images' device.
+    """
+
+    def __init__(self, student: ImageClassifier, teacher: nn.Module | None = None, weight: float = 0.0) -> None:
+        super().__init__()
+        if not weight >= 0:
+            raise ValueError(f"weight must not be negative, got {weight}")
+        self.student = student
+        self.teacher = teacher
+        self.weight = weight
+        if teacher is not None:
+            if any(p is q for p in student.parameters() for q in teacher.parameters()):
+                raise ValueError("student and teacher share parameters: give the teacher a copy (copy.deepcopy)")
+            teacher.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Method:
+        """Set the student's mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+
+def step_output(
+    task: Tensor, logits: Tensor, distill: Tensor | None = None, weight: float = 0.0, **extra: Tensor | None
+) -> StepOutput:
+    """Add the losses up: ``task + weight * distill``."""
+    if distill is None:
+        return StepOutput(task, task.detach(), torch.zeros_like(task.detach()), logits.detach(), **extra)
+    return StepOutput(task + weight * distill, task.detach(), distill.detach(), logits.detach(), **extra)
+
+
+def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in float32."""
+    return F.cross_entropy(logits.float(), labels)
+
+
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference over N×D, in float32."""
+    return F.mse_loss(student.float(), teacher.float())
+
+
+class FineTuning(Method):
+    """Cross-entropy alone (FT). With ``probe=True`` only the head learns (LP)."""
+
+    def __init__(self, student: ImageClassifier, *, probe: bool = False) -> None:
+        super().__init__(student)
+        self.probe = probe
+        if probe:
+            student.backbone.requires_grad_(False)
+
+    def forward(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
+        """Losses of a batch."""
+        logits = self.student(images)
+        return step_output(task_loss(logits, labels), logits)
+
+
+class FeatureDistillation(Method):
+    """Cross-entropy, and the student's features pulled to the teacher's on the clean images (FD)."""
+
+    def __init__(self, student: ImageClassifier, teacher: VisionTransformer, weight: float = 30.0) -> None:
+        super().__init__(student, teacher, weight)
+
+    def forward(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
+        """Losses of a batch; the clean forward is shared by both."""
+        assert self.teacher is not None
+        feature = self.student.features(images)
+        logits = self.student.head(feature)
+        with torch.no_grad():
+            target = self.teacher(images)
+        return step_output(task_loss(logits, labels), logits, feature_loss(feature, target), self.weight)
+
+
+class KnowledgeDistillation(Method):
+    """Cross-entropy, and ``T² KL(teacher ‖ student)`` on the softened logits of the clean images (KD).
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+    """
+
+    def __init__(
+        self,
+        student: ImageClassifier,
+        teacher: ImageClassifier,
+        weight: float = 30.0,
+        temperature: float = 10.0,
+    ) -> None:
+        super().__init__(student, teacher, weight)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.temperature = temperature
+
+    def forward(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
+        """Losses of a batch; the mean of the divergence is over the N images."""
+        assert self.teacher is not None
+        t = self.temperature
+        logits = self.student(images)
+        with torch.no_grad():
+            target = F.log_softmax(self.teacher(images).float() / t, dim=-1)
+        divergence = t**2 * F.kl_div(
+            F.log_softmax(logits.float() / t, dim=-1), target, reduction="batchmean", log_target=True
+        )
+        return step_output(task_loss(logits, labels), logits, divergence, self.weight)

@@ -1,0 +1,69 @@
+"""Classification on top of a feature."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._checks import FLOATS, check_tensor
+from .vit import VisionTransformer
+
+
+class CosineClassifier(nn.Module):
+    """``logits = W · f / ‖f‖ + b``: CLIP's zero-shot classifier, trained on.
+
+    Args:
+        feature_dim: Dimension of the feature, ``D``.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, feature_dim: int, num_classes: int) -> None:
+        super().__init__()
+        if feature_dim < 1 or num_classes < 1:
+            raise ValueError(f"a head needs positive sizes, got {feature_dim} features, {num_classes} classes")
+        self.weight = nn.Parameter(torch.randn(num_classes, feature_dim) * feature_dim**-0.5)
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    @classmethod
+    def from_text(cls, embeddings: Tensor, scale: float = 100.0) -> CosineClassifier:
+        """The zero-shot head: one text embedding per class (``[classes, D]``), normalised, times ``scale``."""
+        check_tensor("embeddings", embeddings, ["classes", "D"], dtypes=FLOATS)
+        head = cls(embeddings.shape[1], embeddings.shape[0])
+        with torch.no_grad():
+            head.weight.copy_(F.normalize(embeddings.float(), dim=1) * scale)
+        return head
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features ``[N, D]`` to logits ``[N, classes]``."""
+        return F.linear(F.normalize(features, dim=-1), self.weight, self.bias)
+
+
+class ImageClassifier(nn.Module):
+    """A vision transformer with a head: what is fine-tuned.
+
+    Args:
+        backbone: Gives features.
+        head: Maps features to logits.
+
+    Raises:
+        ValueError: The head expects features of another size.
+    """
+
+    def __init__(self, backbone: VisionTransformer, head: CosineClassifier) -> None:
+        super().__init__()
+        if head.weight.shape[1] != backbone.config.feature_dim:
+            raise ValueError(
+                f"the head expects features of size {head.weight.shape[1]}, "
+                f"the backbone gives {backbone.config.feature_dim}"
+            )
+        self.backbone = backbone
+        self.head = head
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images to features ``[N, D]``."""
+        return self.backbone(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images to logits ``[N, classes]``."""
+        return self.head(self.backbone(images))

@@ -1,0 +1,229 @@
+"""A compact CLIP vision transformer, split where counterfactual masking needs it.
+
+``embed`` turns pixels into tokens, each patch alone; ``encode`` turns tokens into a feature. Between the two,
+patches can be refilled or dropped without embedding them again.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._checks import check_tensor
+from ..ops import patchify
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VisionTransformerConfig:
+    """Architecture of a `VisionTransformer`.
+
+    Attributes:
+        image_size: Side of the square input in pixels.
+        patch_size: Side of a patch in pixels; divides ``image_size``.
+        width: Embedding dimension; a multiple of ``heads``.
+        depth: Number of blocks.
+        heads: Attention heads per block.
+        output_dim: Dimension of the feature after the projection; None leaves the projection out.
+        activation: ``"quick_gelu"`` (OpenAI's weights) or ``"gelu"``.
+        mean: Per-channel mean that the input is normalised with.
+        std: Per-channel standard deviation.
+    """
+
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    output_dim: int | None = 512
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} does not divide by patch_size={self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} does not divide into heads={self.heads}")
+        if self.activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"activation must be 'quick_gelu' or 'gelu', got {self.activation!r}")
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image, ``L``."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def feature_dim(self) -> int:
+        """Dimension of the feature, ``D``."""
+        return self.width if self.output_dim is None else self.output_dim
+
+
+PRESETS = {
+    "ViT-B/32": VisionTransformerConfig(),
+    "ViT-B/16": VisionTransformerConfig(patch_size=16),
+    "ViT-L/14": VisionTransformerConfig(patch_size=14, width=1024, depth=24, heads=16, output_dim=768),
+    "ViT-L/14@336": VisionTransformerConfig(
+        image_size=336, patch_size=14, width=1024, depth=24, heads=16, output_dim=768
+    ),
+    "tiny": VisionTransformerConfig(image_size=32, patch_size=4, width=64, depth=4, heads=4, output_dim=64),
+}
+
+
+class Tap(NamedTuple):
+    """What one layer's attention consumed and produced; ``Tq`` is T, or 1 in the last layer."""
+
+    q: Tensor  # [N, H, Tq, d]
+    k: Tensor  # [N, H, T, d]
+    v: Tensor  # [N, H, T, d]
+    o: Tensor  # [N, H, Tq, d], before the output projection
+
+
+class Attention(nn.Module):
+    """Self-attention with packed query, key and value projections."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cls_only: bool, key_mask: Tensor | None) -> tuple[Tensor, Tap]:
+        """``x [N, T, D]``, ``key_mask [N, T]`` bool → ``[N, Tq, D]`` and the tap."""
+        if cls_only:  # only the class token asks; all tokens answer
+            width = x.shape[-1]
+            q = F.linear(x[:, :1], self.qkv.weight[:width], self.qkv.bias[:width])
+            k, v = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
+        else:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(o.transpose(1, 2).flatten(2)), Tap(q, k, v, o)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: VisionTransformerConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config.width, config.heads)
+        self.ln_2 = nn.LayerNorm(config.width)
+        self.fc = nn.Linear(config.width, 4 * config.width)
+        self.proj = nn.Linear(4 * config.width, config.width)
+        self.quick = config.activation == "quick_gelu"
+
+    def forward(self, x: Tensor, cls_only: bool = False, key_mask: Tensor | None = None) -> tuple[Tensor, Tap]:
+        """``x [N, T, D]`` → ``[N, Tq, D]`` (the class token alone if ``cls_only``) and the tap."""
+        attended, tap = self.attn(self.ln_1(x), cls_only, key_mask)
+        x = (x[:, :1] if cls_only else x) + attended
+        hidden = self.fc(self.ln_2(x))
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick else F.gelu(hidden)
+        return x + self.proj(hidden), tap
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's vision transformer: image → feature of the class token, not L2-normalised.
+
+    Args:
+        config: A `VisionTransformerConfig` or the name of a preset ("ViT-B/32", "ViT-B/16", "ViT-L/14",
+            "ViT-L/14@336", "tiny").
+
+    Raises:
+        ValueError: Unknown preset (the nearest is suggested).
+    """
+
+    def __init__(self, config: VisionTransformerConfig | str) -> None:
+        super().__init__()
+        self.config = config = preset(config) if isinstance(config, str) else config
+        width, scale = config.width, config.width**-0.5
+        patch_shape = (width, 3, config.patch_size, config.patch_size)
+        self.patch_weight = nn.Parameter(torch.randn(patch_shape) * (3 * config.patch_size**2) ** -0.5)
+        self.class_embedding = nn.Parameter(torch.randn(width) * scale)
+        self.position_embedding = nn.Parameter(torch.randn(1 + config.num_patches, width) * scale)
+        self.ln_pre = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.ln_post = nn.LayerNorm(width)
+        self.projection = (
+            None if config.output_dim is None else nn.Parameter(torch.randn(width, config.output_dim) * scale)
+        )
+        self._init_blocks()
+
+    def _init_blocks(self) -> None:
+        """CLIP's initialisation: residual branches shrink with the depth."""
+        width, depth = self.config.width, self.config.depth
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out.weight, std=(2 * depth * width) ** -0.5)
+            nn.init.normal_(block.fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.proj.weight, std=(2 * depth * width) ** -0.5)
+            for linear in (block.attn.qkv, block.attn.out, block.fc, block.proj):
+                nn.init.zeros_(linear.bias)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Pixels to tokens, every patch alone: normalise, embed, add the position, first LayerNorm.
+
+        Args:
+            images: uint8 ``[N, S, S, 3]`` or float ``[N, 3, S, S]`` in [0, 1], not normalised.
+
+        Returns:
+            Tokens ``[N, 1 + L, width]``, class token first.
+
+        Raises:
+            ValueError: ``S`` is not the model's ``image_size``.
+        """
+        config = self.config
+        side = config.image_size
+        shape = ["N", side, side, 3] if images.dtype == torch.uint8 else ["N", 3, side, side]
+        check_tensor("images", images, shape)
+        rows = patchify(images, config.patch_size, mean=config.mean, std=config.std, dtype=self.patch_weight.dtype)
+        patches = F.linear(rows, self.patch_weight.flatten(1))
+        cls_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        return self.ln_pre(torch.cat([cls_token, patches], dim=1) + self.position_embedding)
+
+    def encode(self, tokens: Tensor, *, key_mask: Tensor | None = None) -> tuple[Tensor, list[Tap]]:
+        """Tokens to the class token's feature. In the last block only the class token is computed.
+
+        Args:
+            tokens: ``[N, T, width]``, class token first; any number of patches may have been left out.
+            key_mask: ``[N, T]`` bool, False where a token is hidden from all others.
+
+        Returns:
+            The feature ``[N, D]``, and each layer's `Tap` (references to what attention computed anyway).
+        """
+        taps = []
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            tokens, tap = block(tokens, layer == last, key_mask)
+            taps.append(tap)
+        feature = self.ln_post(tokens[:, 0])
+        return feature if self.projection is None else feature @ self.projection, taps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (as `embed` takes them) to features ``[N, D]``."""
+        return self.encode(self.embed(images))[0]
+
+
+def preset(name: str, **changes: object) -> VisionTransformerConfig:
+    """The architecture of a preset, with ``changes`` to its fields.
+
+    Raises:
+        ValueError: Unknown preset (the nearest is suggested).
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown model preset {name!r} (there are {', '.join(PRESETS)}){hint}")
+    return replace(PRESETS[name], **changes)  # type: ignore[arg-type]

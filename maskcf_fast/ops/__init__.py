@@ -1,0 +1,24 @@
+"""The ops. Each folder holds one: the public function, and its implementations beside it.
+
+``reference.py`` is always there: plain PyTorch, the contract that every other implementation is tested against.
+"""
+
+from .donors import sample_donors
+from .drop import drop_tokens
+from .gather import gather_tokens
+from .patchify import patchify
+from .refill import counterfactual_refill, refill_patches
+from .relevance import attention_relevance, relevance_cam
+from .select import select_patches
+
+__all__ = [
+    "attention_relevance",
+    "counterfactual_refill",
+    "drop_tokens",
+    "gather_tokens",
+    "patchify",
+    "refill_patches",
+    "relevance_cam",
+    "sample_donors",
+    "select_patches",
+]

@@ -1,0 +1,44 @@
+"""Drawing donor images for refilling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sample_donors(
+    n: int,
+    num_patches: int | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw the donors of a batch.
+
+    Single-fill (``num_patches=None``): one donor per image, a random permutation of the batch; an image may
+    draw itself. Multi-fill: one donor per patch, uniform over the *other* images.
+
+    Args:
+        n: Batch size.
+        num_patches: Patches per image ``L`` for multi-fill, None for single-fill.
+        generator: Source of randomness; must live on ``device``.
+        device: Where the result lives; the generator's device, or the CPU, when None.
+
+    Returns:
+        int64, ``[N]`` (single-fill) or ``[N, L]`` (multi-fill), indices into the batch.
+
+    Raises:
+        ValueError: An empty batch, or multi-fill with a batch of one (no other image to draw from).
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if device is None and generator is not None:
+        device = generator.device
+    if num_patches is None:
+        return torch.randperm(n, generator=generator, device=device)
+    if num_patches < 1:
+        raise ValueError(f"num_patches must be at least 1, got {num_patches}")
+    if n == 1:
+        raise ValueError("multi-fill needs at least 2 images in the batch, got 1: there is no other to draw from")
+    shift = torch.randint(1, n, (n, num_patches), generator=generator, device=device)
+    return (torch.arange(n, device=device)[:, None] + shift) % n

@@ -1,0 +1,70 @@
+"""From pixels as the loader delivers them to the rows that a patch embedding multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._checks import FLOATS, check_batch, check_tensor
+from .._dispatch import choose
+from ..refill import refill_patches
+from . import reference
+
+
+def patchify(
+    images: Tensor,
+    patch_size: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    mask: Tensor | None = None,
+    donors: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Normalise images and cut them into rows of patches; masked patches may be refilled on the way in.
+
+    With the rows at hand, patch embedding is one matrix product: ``rows @ weight.flatten(1).T`` with the
+    convolution's ``weight [D, C, P, P]``.
+
+    Args:
+        images: uint8 ``[N, H, W, C]`` (0 to 255, as a loader delivers them), or float ``[N, C, H, W]`` in [0, 1].
+        patch_size: Side ``P`` of a patch in pixels.
+        mean: Per-channel mean of pixel values in [0, 1].
+        std: Per-channel standard deviation, same scale.
+        dtype: Float dtype of the result; the arithmetic is float32 (float64 for float64 images).
+        mask: ``[N, L]`` bool; masked patches are taken from ``donors``, as in `refill_patches`.
+        donors: int64 ``[N]`` or ``[N, L]``; given exactly when ``mask`` is.
+        impl: ``"auto"`` or ``"reference"``.
+
+    Returns:
+        ``[N, L, C * P * P]`` of ``dtype``, patches row by row, each laid out (C, P, P).
+
+    Raises:
+        TypeError: ``images`` is neither uint8 nor float.
+        ValueError: Wrong shapes, sizes that do not divide by the patch, a non-positive ``std``, or ``mask``
+            without ``donors``.
+    """
+    if (mask is None) != (donors is None):
+        raise ValueError("mask and donors must be given together")
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+        check_tensor("images", images, ["N", "H", "W", len(mean)])
+        images = images.permute(0, 3, 1, 2)
+        scaled = images.float() / 255
+    else:
+        check_tensor("images", images, ["N", len(mean), "H", "W"], dtypes=(*FLOATS, torch.uint8))
+        scaled = images if images.dtype == torch.float64 else images.float()
+    check_batch("images", images)
+    height, width = images.shape[2:]
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"images of {height}×{width} pixels do not divide by patch_size={patch_size}")
+    if len(std) != len(mean) or min(std) <= 0:
+        raise ValueError(f"std must hold {len(mean)} positive values, got {tuple(std)}")
+    if mask is not None and donors is not None:
+        scaled = refill_patches(scaled, mask, donors, grid=(height // patch_size, width // patch_size), impl=impl)
+    as_tensor = {"dtype": scaled.dtype, "device": scaled.device}
+    return choose("patchify", impl, {"reference": reference.patchify})(
+        scaled, patch_size, torch.tensor(mean, **as_tensor), torch.tensor(std, **as_tensor), dtype
+    )

@@ -1,0 +1,108 @@
+"""Attention relevance (Chefer et al.) as one row carried from the last layer to the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._checks import FLOATS, check_batch, check_tensor
+from .._dispatch import choose
+from . import reference
+
+
+def attention_relevance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    relevance: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """One layer of the relevance recurrence, for attention of which no map was kept.
+
+    ``r'[j] = r[j] + sum_i r[i] * mean_h max(0, P_h[i, j] * (dO_h V_h^T)[i, j])`` with
+    ``P = softmax(q k^T * scale)``. Since ``dO V^T`` is the gradient with respect to the attention map, this is
+    the class token's row of Chefer et al.'s ``R <- R + A R``, taken from the last layer to the first, and it
+    needs only what any fused attention has: its inputs and the gradient at its output.
+
+    Source: Chefer, Gur, Wolf, "Generic Attention-model Explainability", ICCV 2021.
+
+    Args:
+        q: Queries ``[N, H, Tq, d]``, any float dtype; ``Tq = T``, or 1 when only the class token's row counts
+            (the last layer of a model that reads out the class token).
+        k: Keys ``[N, H, T, d]``.
+        v: Values ``[N, H, T, d]``.
+        grad_out: Gradient of the explained score at the attention output (before the output projection),
+            like ``q``.
+        relevance: Row carried from the layer above, ``[N, T]`` float; None starts at the class token (one-hot
+            at token 0).
+        scale: Softmax scale; ``d ** -0.5`` when None.
+        impl: ``"auto"`` or ``"reference"``.
+
+    Returns:
+        The row for the layer below, ``[N, T]``, float32 (float64 when ``q`` is float64).
+
+    Raises:
+        TypeError: An argument is no tensor, is no float tensor, or dtypes differ.
+        ValueError: Wrong shapes or devices, or an empty dimension.
+    """
+    check_tensor("q", q, ["N", "H", "Tq", "d"], dtypes=FLOATS)
+    n, h, tq, d = q.shape
+    check_tensor("k", k, [n, h, "T", d], dtypes=[q.dtype], device=q.device)
+    t = k.shape[2]
+    check_tensor("v", v, [n, h, t, d], dtypes=[q.dtype], device=q.device)
+    check_tensor("grad_out", grad_out, [n, h, tq, d], dtypes=[q.dtype], device=q.device)
+    check_batch("q", q)
+    check_batch("k", k)
+    if tq not in (1, t):
+        raise ValueError(f"q must have Tq = T = {t} queries or 1 (the class token), got Tq={tq}")
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if relevance is None:
+        relevance = torch.zeros(n, t, dtype=wide, device=q.device)
+        relevance[:, 0] = 1
+    check_tensor("relevance", relevance, [n, t], dtypes=FLOATS, device=q.device)
+    run = choose("attention_relevance", impl, {"reference": reference.attention_relevance})
+    q, k, v, grad_out, relevance = (x.detach().to(wide) for x in (q, k, v, grad_out, relevance))
+    return run(q, k, v, grad_out, relevance, d**-0.5 if scale is None else float(scale))
+
+
+def relevance_cam(
+    taps: Sequence[Sequence[Tensor]],
+    grads: Sequence[Tensor],
+    *,
+    start_layer: int = 0,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The class token's relevance for every patch, from all layers of a transformer.
+
+    Args:
+        taps: One entry per layer, first layer first, each beginning with ``q, k, v`` as
+            `attention_relevance` takes them (such as the taps of `VisionTransformer.encode`).
+        grads: Gradient of the explained score at each layer's attention output, same order.
+        start_layer: First layer that counts, 0 for all; negative counts from the end, as in indexing.
+        scale: Softmax scale; ``d ** -0.5`` when None.
+        impl: ``"auto"`` or ``"reference"``.
+
+    Returns:
+        ``[N, L]`` float32, ``L = T - 1`` (the class token's own relevance is left out). Not normalised.
+
+    Raises:
+        ValueError: No layers, unequal counts, or a ``start_layer`` outside the model; and as
+            `attention_relevance`.
+    """
+    depth = len(taps)
+    if depth == 0 or depth != len(grads):
+        raise ValueError(f"taps and grads must have one entry per layer, got {depth} and {len(grads)}")
+    if not -depth <= start_layer < depth:
+        raise ValueError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
+    row: Tensor | None = None
+    for layer in reversed(range(start_layer % depth, depth)):
+        q, k, v = taps[layer][:3]
+        row = attention_relevance(q, k, v, grads[layer], row, scale=scale, impl=impl)
+    assert row is not None  # depth > 0
+    return row[:, 1:]

@@ -1,0 +1,22 @@
+"""Attention relevance in plain PyTorch, with the attention map written out: the contract."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_relevance(
+    q: Tensor,  # [N, H, Tq, d], Tq = T or 1
+    k: Tensor,  # [N, H, T, d]
+    v: Tensor,  # [N, H, T, d]
+    grad_out: Tensor,  # [N, H, Tq, d]
+    relevance: Tensor,  # [N, T]
+    scale: float,
+) -> Tensor:  # [N, T]
+    """``r + r A`` with ``A = mean over heads of max(0, P * dP)``, ``P = softmax(q kT)``, ``dP = dO vT``."""
+    attention = torch.softmax(q @ k.mT * scale, dim=-1)  # [N, H, Tq, T]
+    grad_attention = grad_out @ v.mT  # [N, H, Tq, T]
+    weights = (attention * grad_attention).clamp(min=0).mean(dim=1)  # [N, Tq, T]
+    queries = relevance[:, None, : q.shape[2]]  # [N, 1, Tq]
+    return relevance + (queries @ weights).squeeze(1)

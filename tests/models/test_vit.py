@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from maskcf_fast.distill.paper_order import plain_forward
+from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, preset
+
+
+def test_class_token_only_last_block_and_taps():
+    model = VisionTransformer("tiny")
+    images = torch.rand(3, 3, 32, 32)
+    tokens = model.embed(images)
+    feature, taps = model.encode(tokens)
+    expected, maps = plain_forward(model, images)
+    torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-6)
+    assert [t.q.shape[2] for t in taps] == [65, 65, 65, 1]
+    for tap, attention in zip(taps, maps, strict=True):
+        own = torch.softmax(tap.q @ tap.k.mT * tap.q.shape[-1] ** -0.5, dim=-1)
+        torch.testing.assert_close(own, attention[:, :, : own.shape[2]], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(own @ tap.v, tap.o, rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_keys_change_nothing_but_by_their_absence():
+    model = VisionTransformer("tiny")
+    tokens = model.embed(torch.rand(2, 3, 32, 32))
+    key_mask = torch.ones(2, 65, dtype=torch.bool)
+    key_mask[:, 40:] = False
+    noise = torch.cat([tokens[:, :40], torch.randn_like(tokens[:, 40:])], dim=1)
+    masked = model.encode(noise, key_mask=key_mask)[0]
+    torch.testing.assert_close(masked, model.encode(tokens[:, :40])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_uint8_and_float_pixels_agree():
+    model = VisionTransformer("tiny")
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    assert torch.equal(model(pixels), model(pixels.permute(0, 3, 1, 2).float() / 255))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("ViT-B/32", 87_849_216),
+        ("ViT-B/16", 86_192_640),
+        ("ViT-L/14", 303_966_208),
+        ("ViT-L/14@336", 304_293_888),
+    ],
+)
+def test_presets_are_clips_vision_towers(name, parameters):
+    with torch.device("meta"):
+        model = VisionTransformer(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"unknown model preset 'ViT-B/23'.*did you mean 'ViT-B/32'"):
+        VisionTransformer("ViT-B/23")
+    with pytest.raises(ValueError, match="image_size=30 does not divide by patch_size=4"):
+        preset("tiny", image_size=30)
+    with pytest.raises(ValueError, match="width=65 does not divide into heads=4"):
+        preset("tiny", width=65)
+    with pytest.raises(ValueError, match=r"images must have shape \[N, 3, 32, 32\], got \[1, 3, 40, 40\]"):
+        VisionTransformer("tiny")(torch.rand(1, 3, 40, 40))
+
+
+def test_cosine_head_ignores_the_features_length():
+    embeddings = torch.randn(5, 64)
+    head = CosineClassifier.from_text(embeddings, scale=100.0)
+    features = torch.randn(3, 64)
+    logits = head(features)
+    torch.testing.assert_close(logits, 100 * torch.cosine_similarity(features[:, None], embeddings, dim=-1))
+    torch.testing.assert_close(head(features * 7), logits)
+    with pytest.raises(ValueError, match="expects features of size 32, the backbone gives 64"):
+        ImageClassifier(VisionTransformer("tiny"), CosineClassifier(32, 5))

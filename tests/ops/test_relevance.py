@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+import maskcf_fast as mf
+
+
+def make(n=3, h=2, t=10, d=8, tq=None, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(n, h, tq or t, d, generator=g, dtype=dtype)
+    k, v = (torch.randn(n, h, t, d, generator=g, dtype=dtype) for _ in range(2))
+    grad = torch.randn(n, h, tq or t, d, generator=g, dtype=dtype)
+    return q, k, v, grad
+
+
+def test_a_layer_equals_autograd_through_the_map():
+    q, k, v, _ = make()
+    attention = torch.softmax(q @ k.mT * 8**-0.5, dim=-1).requires_grad_()
+    score = (attention @ v).sin().sum()
+    (grad_map,) = torch.autograd.grad(score, attention)
+    grad_out = (attention @ v).detach().cos()
+    relevance = torch.rand(3, 10, dtype=torch.float64)
+    weights = (attention * grad_map).clamp(min=0).mean(dim=1)
+    expected = relevance + torch.einsum("ni,nij->nj", relevance, weights)
+    torch.testing.assert_close(mf.attention_relevance(q, k, v, grad_out, relevance), expected)
+
+
+@pytest.mark.parametrize("start_layer", [0, 2, -1])
+def test_row_recurrence_equals_full_products(start_layer):
+    layers = [make() for _ in range(4)]
+    layers = [tuple(x + i for x in layer) for i, layer in enumerate(layers)]  # no two layers alike
+    full = torch.eye(10, dtype=torch.float64).expand(3, 10, 10)
+    for q, k, v, grad in layers[start_layer:]:
+        attention = torch.softmax(q @ k.mT * 8**-0.5, dim=-1)
+        full = full + (attention * (grad @ v.mT)).clamp(min=0).mean(dim=1) @ full
+    cam = mf.relevance_cam([x[:3] for x in layers], [x[3] for x in layers], start_layer=start_layer)
+    torch.testing.assert_close(cam, full[:, 0, 1:])
+
+
+def test_one_query_equals_the_first_row_of_all():
+    q, k, v, grad = make()
+    all_rows = mf.attention_relevance(q, k, v, grad)
+    torch.testing.assert_close(mf.attention_relevance(q[:, :, :1], k, v, grad[:, :, :1]), all_rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_half_precision_inputs_are_computed_in_float32(dtype):
+    arguments = [x.to(dtype) for x in make()]
+    out = mf.attention_relevance(*arguments)
+    exact = mf.attention_relevance(*(x.double() for x in arguments))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_scale_is_used():
+    q, k, v, grad = make()
+    torch.testing.assert_close(
+        mf.attention_relevance(q, k, v, grad, scale=0.1), mf.attention_relevance(q * 0.1 * 8**0.5, k, v, grad)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda a: a | {"k": a["k"][:, :1]}, ValueError, r"k must have shape \[3, 2, T, 8\]"),
+        (lambda a: a | {"v": a["v"][:, :, :4]}, ValueError, r"v must have shape \[3, 2, 10, 8\]"),
+        (lambda a: a | {"v": a["v"].float()}, TypeError, "v must have dtype float64, got float32"),
+        (lambda a: a | {"q": a["q"][:, :, :3], "grad_out": a["grad_out"][:, :, :3]}, ValueError, "got Tq=3"),
+        (lambda a: a | {"grad_out": a["grad_out"][:, :, :3]}, ValueError, "grad_out must have shape"),
+        (lambda a: a | {"relevance": torch.ones(3, 9)}, ValueError, r"relevance must have shape \[3, 10\]"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    arguments = change(dict(zip(("q", "k", "v", "grad_out"), make(), strict=True)))
+    with pytest.raises(error, match=message):
+        mf.attention_relevance(**arguments)
+
+
+def test_bad_layers():
+    q, k, v, grad = make()
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        mf.relevance_cam([], [])
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        mf.relevance_cam([(q, k, v)] * 2, [grad])
+    with pytest.raises(ValueError, match=r"start_layer must lie in \[-1, 0\], got 1"):
+        mf.relevance_cam([(q, k, v)], [grad], start_layer=1)

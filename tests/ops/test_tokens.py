@@ -1,0 +1,123 @@
+"""gather_tokens, drop_tokens, patchify and sample_donors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import maskcf_fast as mf
+
+
+def make(n=4, num_patches=9, dim=5, fill="single", dtype=torch.float64):
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randn(n, 1 + num_patches, dim, generator=g, dtype=dtype)
+    mask = torch.rand(n, num_patches, generator=g) < 0.5
+    return tokens, mask, mf.sample_donors(n, num_patches if fill == "multi" else None, generator=g)
+
+
+@pytest.mark.parametrize("fill", ["single", "multi"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_gather_is_a_loop(fill, dtype):
+    tokens, mask, donors = make(fill=fill, dtype=dtype)
+    out = mf.gather_tokens(tokens, mask, donors)
+    for n in range(4):
+        assert torch.equal(out[n, 0], tokens[n, 0])
+        for p in range(9):
+            donor = donors[n] if fill == "single" else donors[n, p]
+            assert torch.equal(out[n, 1 + p], tokens[donor if mask[n, p] else n, 1 + p])
+
+
+@pytest.mark.parametrize("fill", ["single", "multi"])
+def test_gather_gradient(fill):
+    tokens, mask, donors = make(fill=fill)
+    assert torch.autograd.gradcheck(lambda t: mf.gather_tokens(t, mask, donors), tokens.requires_grad_())
+
+
+def test_gather_bad_arguments():
+    tokens, mask, donors = make()
+    with pytest.raises(ValueError, match="0 to 3, got 4"):
+        mf.gather_tokens(tokens, mask, donors + 1)
+    with pytest.raises(ValueError, match=r"mask must have shape \[4, 9\], got \[4, 8\]"):
+        mf.gather_tokens(tokens, mask[:, :8], donors)
+    with pytest.raises(TypeError, match="tokens must have dtype"):
+        mf.gather_tokens(tokens.long(), mask, donors)
+
+
+def test_drop_keeps_the_order_and_pads():
+    tokens, mask, _ = make()
+    packed, visible = mf.drop_tokens(tokens, mask)
+    kept = [tokens[n, 1:][~mask[n]] for n in range(4)]
+    assert packed.shape[1] == 1 + max(map(len, kept))
+    for n in range(4):
+        count = 1 + len(kept[n])
+        assert torch.equal(packed[n, 1:count], kept[n])
+        assert visible[n].tolist() == [True] * count + [False] * (packed.shape[1] - count)
+
+
+def test_drop_of_equal_counts_needs_no_key_mask():
+    tokens, _, _ = make()
+    mask = mf.select_patches(torch.rand(4, 9), top_k=6)
+    packed, visible = mf.drop_tokens(tokens, mask, dropped=6)
+    assert visible is None
+    assert torch.equal(packed[:, 1:], tokens[:, 1:][~mask].view(4, 3, -1))
+    assert mf.drop_tokens(tokens, torch.ones_like(mask))[0].shape == (4, 1, 5)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 14])
+def test_patchify_and_a_matrix_product_are_the_convolution(patch):
+    images = torch.randint(0, 256, (3, 2 * patch, 3 * patch, 3), dtype=torch.uint8)
+    weight = torch.randn(7, 3, patch, patch)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    rows = mf.patchify(images, patch, mean=mean, std=std)
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    normal = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    expected = F.conv2d(normal.double(), weight.double(), stride=patch).flatten(2).mT
+    torch.testing.assert_close(rows.double() @ weight.double().flatten(1).T, expected, rtol=1e-6, atol=1e-5)
+    assert torch.equal(rows, mf.patchify(pixels, patch, mean=mean, std=std))
+
+
+@pytest.mark.parametrize("fill", ["single", "multi"])
+def test_patchify_refills_on_the_way_in(fill):
+    images = torch.randint(0, 256, (4, 12, 12, 3), dtype=torch.uint8)
+    _, mask, donors = make(fill=fill)
+    refilled = mf.refill_patches(images.permute(0, 3, 1, 2), mask, donors).permute(0, 2, 3, 1)
+    arguments = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    assert torch.equal(
+        mf.patchify(images, 4, mask=mask, donors=donors, **arguments), mf.patchify(refilled, 4, **arguments)
+    )
+
+
+def test_patchify_bad_arguments():
+    images = torch.zeros(2, 30, 30, 3, dtype=torch.uint8)
+    ones = (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="30×30 pixels do not divide by patch_size=4"):
+        mf.patchify(images, 4, mean=ones, std=ones)
+    with pytest.raises(ValueError, match="std must hold 3 positive values"):
+        mf.patchify(images, 5, mean=ones, std=(1.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="mask and donors must be given together"):
+        mf.patchify(images, 5, mean=ones, std=ones, mask=torch.ones(2, 36, dtype=torch.bool))
+
+
+def test_single_fill_draws_a_permutation():
+    g = torch.Generator().manual_seed(0)
+    draws = torch.stack([mf.sample_donors(6, generator=g) for _ in range(300)])
+    assert torch.equal(draws.sort(dim=1).values, torch.arange(6).expand(300, 6))
+    assert (draws == torch.arange(6)).any()  # an image may draw itself
+    assert {tuple(row) for row in draws.tolist()}.__len__() > 200
+
+
+def test_multi_fill_draws_uniformly_from_the_others():
+    g = torch.Generator().manual_seed(0)
+    donors = mf.sample_donors(4, 30_000, generator=g)
+    for n in range(4):
+        counts = donors[n].bincount(minlength=4)
+        assert counts[n] == 0
+        others = counts[torch.arange(4) != n]
+        assert ((others - 10_000).abs() < 400).all()  # 5 standard deviations
+
+
+def test_donor_errors():
+    with pytest.raises(ValueError, match="at least 2 images in the batch, got 1"):
+        mf.sample_donors(1, 16)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        mf.sample_donors(0)
+    assert mf.sample_donors(1).tolist() == [0]
