@@ -1,0 +1,210 @@
+"""What a loader promises, the part of it that does not depend on the backend, and the choice of one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .manifest import Manifest
+
+
+class Batch(NamedTuple):
+    """Images and their classes, on the loader's device.
+
+    Attributes:
+        images: uint8 ``[N, S, S, 3]``, RGB in [0, 255].
+        labels: int64 ``[N]``, indices into the manifest's classes.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Settings of a loader.
+
+    Attributes:
+        batch_size: Images per batch on this rank.
+        image_size: Side of the square images, in pixels.
+        train: Whether to shuffle every epoch and to yield full batches only. Otherwise every image comes
+            exactly once per epoch over all ranks, in the manifest's order.
+        augment: "none" resizes the short side and crops the centre; "crop-flip", for training only, takes a
+            random resized crop and mirrors half of the images.
+        seed: Of the order and the augmentation; from 0 to 2**31 - 1, the same on all ranks.
+        rank: Index of this process.
+        world_size: Number of processes that share the data.
+        threads: DALI's threads, or the torch loader's worker processes (0: decode in the calling process).
+        device: Where the batches end up, such as "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    batch_size: int
+    image_size: int
+    train: bool
+    augment: Literal["none", "crop-flip"] = "none"
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    threads: int = 2
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, low in (("batch_size", 1), ("image_size", 1), ("world_size", 1), ("threads", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be from 0 to world_size - 1 = {self.world_size - 1}, got {self.rank}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be from 0 to 2**31 - 1, got {self.seed}")
+        if self.augment not in ("none", "crop-flip"):
+            raise ValueError(f'augment must be "none" or "crop-flip", got {self.augment!r}')
+        if self.augment != "none" and not self.train:
+            raise ValueError(f'augment must be "none" unless train=True, got {self.augment!r}')
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            kind = ""
+        if kind not in ("cpu", "cuda"):
+            raise ValueError(f'device must be "cpu", "cuda" or "cuda:<index>", got {self.device!r}')
+
+
+class Loader(Protocol):
+    """An endless sequence of epochs, of which each ``iter()`` yields what is left of the current one."""
+
+    def __len__(self) -> int:
+        """Batches per epoch on this rank: in training the same on all ranks; in evaluation maybe 0."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the remaining batches of the current epoch, never none at all unless ``len()`` is 0."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last yielded batch; the end of an epoch is the start of the next.
+
+        It holds plain values only, so ``torch.load(weights_only=True)`` reads it back. It is this rank's own.
+        """
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state with the same batches, to the pixel, as the loader that it was taken from.
+
+        Raises:
+            ValueError: The state was taken under other settings, from other images or by another backend.
+        """
+
+
+class EpochLoader(ABC):
+    """Length, position and state: what both backends share."""
+
+    backend: str
+
+    def __init__(self, manifest: Manifest, config: LoaderConfig) -> None:
+        global_batch = config.batch_size * config.world_size
+        if config.train and len(manifest) < global_batch:
+            raise ValueError(
+                f"{manifest.root} has {len(manifest)} training images, fewer than one batch of "
+                f"{config.batch_size} on each of {config.world_size} rank(s), {global_batch} in all: "
+                "lower the batch size"
+            )
+        self.manifest = manifest
+        self.config = config
+        self.device = torch.device(config.device)
+        if self.device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise RuntimeError(f'device="{config.device}", but torch finds no usable GPU: use device="cpu"')
+            if self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
+        # Indices of the images that this rank reads: in evaluation a fixed part, in training another every epoch.
+        n, rank, world = len(manifest), config.rank, config.world_size
+        self._share = range(n) if config.train else range(n * rank // world, n * (rank + 1) // world)
+        self._length = n // global_batch if config.train else -(-len(self._share) // config.batch_size)
+        self._epoch = self._batch = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self._epoch
+        while self._epoch == epoch and self._length:
+            try:
+                batch = self._next()
+                self._batch += 1
+                if self._batch == self._length:
+                    self._epoch, self._batch = epoch + 1, 0
+                    self._end_epoch()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"loading a batch from {self.manifest.root} failed. If images were damaged or removed "
+                    f"since the folder was scanned, scan it again. {self.backend} says: {error}"
+                ) from error
+            # Only now, so that a state taken while the caller has the batch is the one after it.
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"settings": self._settings(), "epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        settings = self._settings()
+        saved = state["settings"]
+        if different := [name for name in settings if saved.get(name) != settings[name]]:
+            detail = ", ".join(f"{name} (was {saved.get(name)!r}, is {settings[name]!r})" for name in different)
+            raise ValueError(f"this loader cannot continue from the saved state, because of another {detail}")
+        self._epoch, self._batch = state["epoch"], state["batch"]
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything that the order or the pixels depend on."""
+        names = ("train", "batch_size", "image_size", "augment", "seed", "rank", "world_size")
+        settings = {name: getattr(self.config, name) for name in names}
+        return {"backend": self.backend, "images": self.manifest.fingerprint, **settings}
+
+    @abstractmethod
+    def _next(self) -> Batch:
+        """Return the batch at the current position."""
+
+    def _end_epoch(self) -> None:  # noqa: B027 (optional)
+        """Called when the position has moved to the start of an epoch."""
+
+
+def build_loader(
+    manifest: Manifest, config: LoaderConfig, backend: Literal["auto", "dali", "torch"] = "auto"
+) -> Loader:
+    """Build the loader for a list of images.
+
+    Args:
+        manifest: The images.
+        config: The settings.
+        backend: "dali" decodes on the GPU if that is the device; "torch" decodes with PIL in worker processes;
+            "auto" is DALI where it is installed.
+
+    Returns:
+        The loader, at the start of its first epoch.
+
+    Raises:
+        ImportError: "dali" was asked for and is not installed.
+        RuntimeError: The device is a GPU and there is none.
+        ValueError: An unknown backend, or fewer training images than one batch on each rank.
+    """
+    if backend not in ("auto", "dali", "torch"):
+        raise ValueError(f'backend must be "auto", "dali" or "torch", got {backend!r}')
+    if backend == "dali" or (backend == "auto" and _has_dali()):
+        from .dali import DaliLoader
+
+        return DaliLoader(manifest, config)
+    if backend == "auto" and config.rank == 0:
+        print("NVIDIA DALI is not installed: images are decoded with PIL, which is slower.", file=sys.stderr)
+    from .torch_loader import TorchLoader
+
+    return TorchLoader(manifest, config)
+
+
+def _has_dali() -> bool:
+    # The parent first: looking for a module inside an absent package raises.
+    return all(importlib.util.find_spec(name) for name in ("nvidia", "nvidia.dali"))
