@@ -7,11 +7,14 @@ the selection of patches and the pixel refill with the fast step.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import ImageClassifier, VisionTransformer
+from ..models.vit import Block
 from ..ops import refill_patches
 from .methods import StepOutput, step_output
 from .strategies import Draw, MaskStrategy
@@ -80,7 +83,7 @@ def plain_forward(
     if hidden is not None:
         bias = bias.masked_fill(torch.cat([cls_token, hidden], dim=1)[:, None, None, :], float("-inf"))
     maps = []
-    for block in model.blocks:
+    for block in cast(list[Block], model.blocks):
         qkv = block.attn.qkv(block.ln_1(x)).view(n, -1, 3, config.heads, width // config.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, H, T, d]
         attention = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + bias, dim=-1)

@@ -121,7 +121,7 @@ class MaskStrategy:
         donors = mask = None
         if self.fill != "none":
             donors = sample_donors(n, num_patches if self.fill == "multi" else None, generator=generator, device=device)
-        if self.region == "random":
+        if self.rate is not None:
             noise = torch.rand(n, num_patches, generator=generator, device=device)
             if self.fill == "none":
                 chosen = noise.argsort(dim=1)[:, : self.dropped(num_patches)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -163,8 +163,7 @@ class VisionTransformer(nn.Module):
     def _init_blocks(self) -> None:
         """CLIP's initialisation: residual branches shrink with the depth."""
         width, depth = self.config.width, self.config.depth
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        for block in cast(list[Block], self.blocks):
             nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
             nn.init.normal_(block.attn.out.weight, std=(2 * depth * width) ** -0.5)
             nn.init.normal_(block.fc.weight, std=(2 * width) ** -0.5)
@@ -186,8 +185,10 @@ class VisionTransformer(nn.Module):
         """
         config = self.config
         side = config.image_size
-        shape = ["N", side, side, 3] if images.dtype == torch.uint8 else ["N", 3, side, side]
-        check_tensor("images", images, shape)
+        if images.dtype == torch.uint8:
+            check_tensor("images", images, ["N", side, side, 3])
+        else:
+            check_tensor("images", images, ["N", 3, side, side])
         rows = patchify(images, config.patch_size, mean=config.mean, std=config.std, dtype=self.patch_weight.dtype)
         patches = F.linear(rows, self.patch_weight.flatten(1))
         cls_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)

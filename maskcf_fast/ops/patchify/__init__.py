@@ -64,7 +64,5 @@ def patchify(
         raise ValueError(f"std must hold {len(mean)} positive values, got {tuple(std)}")
     if mask is not None and donors is not None:
         scaled = refill_patches(scaled, mask, donors, grid=(height // patch_size, width // patch_size), impl=impl)
-    as_tensor = {"dtype": scaled.dtype, "device": scaled.device}
-    return choose("patchify", impl, {"reference": reference.patchify})(
-        scaled, patch_size, torch.tensor(mean, **as_tensor), torch.tensor(std, **as_tensor), dtype
-    )
+    channels = [torch.tensor(x, dtype=scaled.dtype, device=scaled.device) for x in (mean, std)]
+    return choose("patchify", impl, {"reference": reference.patchify})(scaled, patch_size, *channels, dtype)

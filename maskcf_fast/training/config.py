@@ -1,0 +1,248 @@
+"""The settings of a training run. Their defaults are the paper's; every field is a command-line option.
+
+YAML files hold the same fields, nested in the same way. They are turned into command-line arguments, so that
+both are checked by one parser and later arguments win.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is fine-tuned, and where its weights come from."""
+
+    arch: str = "ViT-B/32"
+    """Preset: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336 or tiny."""
+    weights: Path | None = None
+    """Pre-trained weights (.safetensors of this package, Hugging Face CLIP or open_clip); teacher and start of
+    the student. "random" starts from scratch."""
+    head: Path | None = None
+    """Zero-shot head (.safetensors with "weight" [classes, D], as CosineClassifier.from_text makes it). By
+    default the head in the weights file, if there is one, or a random one."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images on disk, one folder per class."""
+
+    train: Path | None = None
+    """Training images. Without it, the embedded demo runs."""
+    id: Path | None = None
+    """In-distribution test images."""
+    ood: tuple[Path, ...] = ()
+    """Out-of-distribution test images, any number of folders."""
+    holdout: int = 0
+    """Training images held out, stratified by class, to choose the best epoch (the paper: 10240 of ImageNet)."""
+    augment: Literal["none", "crop-flip"] = "none"
+    """none: resize and centre crop, as the paper; crop-flip: random-resized crop and horizontal flip."""
+    backend: Literal["auto", "dali", "torch"] = "auto"
+    """What decodes the images; auto takes DALI where it is installed."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Stop at unreadable images, or leave them out and list them."""
+    verify: bool = True
+    """Decode every new image once before the run; what was found is remembered."""
+    threads: int = 2
+    """Decoding threads per process."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What is trained on."""
+
+    name: Literal["counterfactual", "ft", "lp", "fd", "kd"] = "counterfactual"
+    """counterfactual; or ft (fine-tuning), lp (linear probe), fd (feature distillation on clean images), kd
+    (knowledge distillation)."""
+    strategy: str = "object-single"
+    """{object,context,random}-{single,multi,none}: which patches are masked, and what fills them."""
+    threshold: float | None = None
+    """Cut on the normalised relevance; by default the paper's for the strategy."""
+    top_k: int | None = None
+    """Mask this many patches instead of cutting at a threshold."""
+    rate: float | None = None
+    """Share of patches that a random strategy masks; by default the paper's."""
+    weight: float = 30.0
+    """Weight of the distillation loss."""
+    temperature: float = 10.0
+    """Softening of the logits in kd."""
+    start_layer: int = 0
+    """First layer that counts in the relevance map; negative counts from the last."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW under a one-cycle schedule."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 512
+    """Images per optimiser step, over all processes and accumulated micro-batches."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step. Donor images come from the same micro-batch."""
+    lr: float = 3e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled, on all parameters."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    warmup: float = 0.02
+    """Share of the steps in which the learning rate rises, from lr/25."""
+    cycle_beta1: bool = True
+    """Let beta1 fall from 0.95 to 0.85 and rise again, against the learning rate; otherwise 0.9."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Robust fine-tuning with counterfactual masking.
+
+    Without --data.train, the embedded demo runs: it needs no data, no weights and no GPU.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    out: Path | None = None
+    """Folder of the run; runs/<method> by default. It must not hold another run."""
+    resume: Path | None = None
+    """Folder of an interrupted run to continue exactly, with its own settings."""
+    seed: int = 0
+    """Of the order of the images, the donors and random masks, and random weights."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast, with float32 weights."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    log_every: int = 20
+    """Steps between lines in metrics.jsonl."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; each epoch also ends with one. 0: at the ends of epochs only."""
+    eval_every: int = 1
+    """Epochs between evaluations; the start and the end are always evaluated. 0: these only."""
+
+    def __post_init__(self) -> None:
+        positive = {
+            "optim.epochs": self.optim.epochs,
+            "optim.batch_size": self.optim.batch_size,
+            "optim.accumulate": self.optim.accumulate,
+            "optim.lr": self.optim.lr,
+            "optim.clip": self.optim.clip,
+            "log_every": self.log_every,
+        }
+        for name, value in positive.items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name, value in {"data.holdout": self.data.holdout, "checkpoint_every": self.checkpoint_every}.items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if not 0 <= self.optim.warmup < 1:
+            raise ValueError(f"optim.warmup must lie in [0, 1), got {self.optim.warmup}")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The settings as YAML that `yaml_arguments` reads back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def yaml_arguments(path: Path) -> list[str]:
+    """A YAML file's settings as command-line arguments.
+
+    Raises:
+        ValueError: Not YAML, or a key that is no setting (the nearest is suggested).
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold settings by name, such as 'seed: 1'")
+    return _flatten(content, TrainConfig, path, "")
+
+
+def _flatten(content: dict[str, Any], kind: type, path: Path, prefix: str) -> list[str]:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    arguments: list[str] = []
+    for key, value in content.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f" (there are {', '.join(fields)})"
+            raise ValueError(f"{path}: unknown setting {prefix}{key}{hint}")
+        section = fields[key].default_factory
+        if isinstance(section, type):
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: {prefix}{key} must hold settings by name, got {value!r}")
+            arguments += _flatten(value, section, path, f"{prefix}{key}.")
+        else:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{prefix}{key}".replace("_", "-"), *map(str, values)]
+    return arguments
+
+
+def find_yaml(name: str) -> Path:
+    """A YAML file by its path, or one that comes with the package by its name.
+
+    Raises:
+        FileNotFoundError: Neither (the nearest name is suggested).
+    """
+    if Path(name).is_file():
+        return Path(name)
+    presets = {Path(str(p)).stem: Path(str(p)) for p in resources.files("maskcf_fast.configs").iterdir()}
+    presets = {stem: path for stem, path in presets.items() if path.suffix == ".yaml"}
+    if name in presets:
+        return presets[name]
+    near = difflib.get_close_matches(name, presets, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise FileNotFoundError(f"no file {name!r}, and no such preset (there are {', '.join(sorted(presets))}){hint}")
+
+
+def parse(arguments: Sequence[str] | None = None, *, prog: str = "python -m maskcf_fast.train") -> TrainConfig:
+    """The settings from a command line; exits with a message on a bad one.
+
+    ``--config NAME_OR_FILE`` comes first and takes the settings of a preset or YAML file; ``--resume DIR``
+    takes those of the run.
+    """
+    import sys
+
+    import tyro
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
+    own = list(arguments)
+    source = None
+    if "--config" in own:
+        at = own.index("--config")
+        if at + 1 >= len(own):
+            raise ValueError("--config needs the name of a preset or a YAML file")
+        source = find_yaml(own[at + 1])
+        del own[at : at + 2]
+    if "--resume" in own and own.index("--resume") + 1 < len(own):
+        folder = Path(own[own.index("--resume") + 1])
+        source = folder / "config.yaml"
+        if not source.is_file():
+            raise FileNotFoundError(f"{folder} is no run to resume: it has no config.yaml")
+    read = yaml_arguments(source) if source else []
+    return tyro.cli(
+        TrainConfig, args=[*read, *own], prog=prog, config=(tyro.conf.FlagConversionOff,), description=DESCRIPTION
+    )
+
+
+DESCRIPTION = """Fine-tune a pre-trained CLIP vision transformer so that it keeps its out-of-distribution accuracy.
+
+Without --data.train, runs the embedded demo (no data, weights or GPU needed).
+--config NAME|FILE, given first, takes the settings of a preset (object-single, context-multi, …) or a YAML file."""

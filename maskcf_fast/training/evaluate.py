@@ -1,0 +1,30 @@
+"""Accuracy of a model on a data set."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..data import Loader
+from .distributed import Processes
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, processes: Processes, precision: str = "fp32") -> float:
+    """Top-1 accuracy in percent, every image counted once over all processes."""
+    was_training = model.training
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.int64, device=processes.device)  # correct, seen
+    for images, labels in loader:
+        with autocast(processes.device, precision):
+            logits = model(images)
+        counts[0] += (logits.argmax(dim=1) == labels).sum()
+        counts[1] += len(labels)
+    model.train(was_training)
+    correct, seen = processes.sum(counts).tolist()
+    return 100 * correct / seen
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a model runs at ``precision`` ("fp32" or "bf16")."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

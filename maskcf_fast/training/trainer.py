@@ -1,0 +1,278 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ..data import Batch
+from ..distill import StepOutput
+from .build import build_loaders, build_method, build_model, build_optimizer, scan
+from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model
+from .config import TrainConfig
+from .distributed import Processes
+from .evaluate import autocast, evaluate
+from .log import RunLog, write_run_files
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient is no longer finite."""
+
+
+class Trainer:
+    """One run: fine-tunes, evaluates, logs, and writes checkpoints that it can continue from exactly.
+
+    The folder of the run holds ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``tensorboard/``,
+    ``last.pt`` (to resume from), ``best.safetensors`` (the epoch that was best on the held-out images, else on
+    the in-distribution test set) and, at the end, ``model.safetensors``.
+
+    Args:
+        config: The settings; ``data.train`` and ``model.weights`` are given.
+        processes: The processes of the run; started from the environment when None.
+        quiet: No progress bar and no printing.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: Settings, data or weights that do not fit together,
+            a folder that already holds a run, or a checkpoint that is not of this run.
+    """
+
+    def __init__(self, config: TrainConfig, processes: Processes | None = None, *, quiet: bool = False) -> None:
+        self.processes = processes or Processes.start(config.device)
+        self.folder = config.resume or config.out or Path("runs") / config.method.name
+        self.config = dataclasses.replace(config, out=self.folder, resume=None)
+        self.quiet = quiet or not self.processes.main
+        if config.resume is None and (self.folder / "last.pt").exists():
+            raise ValueError(f"{self.folder} already holds a run: --resume {self.folder}, or choose another --out")
+
+        train, tests = scan(config.data, self.processes)
+        self._report_data(train, tests)
+        model = build_model(config.model, len(train.classes), config.seed)
+        self.initial = fingerprint(model)
+        image_size = model.backbone.config.image_size
+        self.loader, self.tests = build_loaders(self.config, train, tests, image_size, self.processes)
+
+        device = self.processes.device
+        self.method = build_method(config.method, model).to(device).train()
+        self.module: nn.Module = self.method
+        if self.processes.world_size > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.module = DistributedDataParallel(self.method, device_ids=ids, gradient_as_bucket_view=True)
+        self.steps_per_epoch = -(-len(self.loader) // config.optim.accumulate)
+        self.total_steps = self.steps_per_epoch * config.optim.epochs
+        self.optimizer, self.schedule = build_optimizer(config.optim, self.method.parameters(), self.total_steps)
+        self.generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + self.processes.rank)
+
+        self.step = 0
+        self.best = float("-inf")
+        self.accuracy: dict[str, float] = {}
+        self.images_per_second = 0.0
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._sums = torch.zeros(3, device=device)  # loss, task, distill since the last line of the log
+        if config.resume is not None:
+            self._load(load_checkpoint(self.folder / "last.pt"))
+        if self.processes.main:
+            write_run_files(self.folder, self.config, device)
+        self.log = RunLog(self.folder, self.step) if self.processes.main else None
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; return the final accuracy in percent by test set."""
+        try:
+            if self.step == 0:
+                self._evaluate()
+                self._save()
+            while self.step < self.total_steps:
+                self._train_epoch()
+                epoch = self.step // self.steps_per_epoch
+                every = self.config.eval_every
+                if self.step == self.total_steps or (every and epoch % every == 0):
+                    self._evaluate()
+                self._save()
+            if self.processes.main:
+                save_model(self.folder / "model.safetensors", self.method.student)
+            return self.accuracy
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    def _train_epoch(self) -> None:
+        """What is left of the current epoch. Reads accumulate, log_every and checkpoint_every."""
+        config = self.config
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        batch_size = config.optim.batch_size
+        progress = tqdm(
+            total=len(self.loader) * batch_size // config.optim.accumulate,
+            initial=done * batch_size,
+            desc=f"epoch {epoch + 1}/{config.optim.epochs}",
+            unit="img",
+            unit_scale=True,
+            disable=self.quiet,
+            leave=False,
+        )
+        left = len(self.loader) - done * config.optim.accumulate
+        started, images = time.perf_counter(), 0
+        micro: list[Batch] = []
+        for batch in self.loader:
+            micro.append(batch)
+            left -= 1
+            if len(micro) < config.optim.accumulate and left:
+                continue
+            self._optimizer_step(micro)
+            count = sum(len(b.labels) for b in micro) * self.processes.world_size
+            images += count
+            progress.update(count)
+            micro = []
+            if self.step % config.log_every == 0 or not left:
+                self._write_log(images / (time.perf_counter() - started))
+            if left and config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                self._save()
+        progress.close()
+        self.images_per_second = images / (time.perf_counter() - started)
+
+    def _optimizer_step(self, micro: list[Batch]) -> None:
+        """Gradients of the micro-batches, averaged; clip; update. Reads precision and clip."""
+        for i, (images, labels) in enumerate(micro):
+            with self._gradient_sync(last=i == len(micro) - 1):
+                with autocast(self.processes.device, self.config.precision):
+                    out: StepOutput = self.module(images, labels, generator=self.generator)
+                (out.loss / len(micro)).backward()
+            self._sums += torch.stack([out.loss.detach(), out.task, out.distill]) / len(micro)
+        norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip, foreach=True)
+        self._watch(out.loss.detach() + norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.step < self.total_steps:
+            self.schedule.step()
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
+        """Processes average their gradients on the last micro-batch only."""
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            return self.module.no_sync()
+        return nullcontext()
+
+    def _watch(self, value: Tensor) -> None:
+        """Remember the first step that was not finite, without waiting for the device."""
+        bad = ~value.isfinite() & (self._bad_step < 0)
+        self._bad_step = torch.where(bad, self.step + 1, self._bad_step)
+
+    def _check(self) -> None:
+        """Stop if any step since the start was not finite.
+
+        Raises:
+            TrainingDiverged: Naming the step, and the checkpoint that is still good.
+        """
+        step = int(self._bad_step)
+        if step >= 0:
+            good = self.folder / "last.pt"
+            kept = f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet"
+            raise TrainingDiverged(
+                f"loss or gradient is NaN or infinite at step {step} of {self.total_steps}; {kept}. "
+                f"Lower --optim.lr ({self.config.optim.lr:g}) or --method.weight ({self.config.method.weight:g})"
+            )
+
+    def _write_log(self, images_per_second: float) -> None:
+        self._check()
+        every = self.config.log_every
+        steps = self.step % every or every
+        steps = min(steps, (self.step - 1) % self.steps_per_epoch + 1)
+        loss, task, distill = (self._sums / steps).tolist()
+        self._sums.zero_()
+        if self.log is not None:
+            self.log.write(
+                self.step,
+                epoch=self.step / self.steps_per_epoch,
+                loss=loss,
+                task=task,
+                distill=distill,
+                lr=self.optimizer.param_groups[0]["lr"],
+                images_per_second=round(images_per_second, 1),
+            )
+
+    def _evaluate(self) -> None:
+        """Accuracy on every test set; keeps the best epoch's weights."""
+        student = self.method.student
+        self.accuracy = {
+            name: evaluate(student, loader, self.processes, self.config.precision)
+            for name, loader in self.tests.items()
+        }
+        epoch = self.step // self.steps_per_epoch
+        if not self.quiet:
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in self.accuracy.items()) or "no test sets"
+            tqdm.write(f"epoch {epoch:3d}/{self.config.optim.epochs}: {shown}")
+        if self.log is not None:
+            self.log.write(self.step, **{f"accuracy/{name}": value for name, value in self.accuracy.items()})
+        chosen = next((name for name in ("holdout", "id") if name in self.accuracy), None)
+        if chosen is not None and self.accuracy[chosen] > self.best:
+            self.best = self.accuracy[chosen]
+            if self.processes.main:
+                save_model(self.folder / "best.safetensors", student)
+
+    def _save(self) -> None:
+        """Write ``last.pt``, unless the run has diverged."""
+        self._check()
+        states = self.processes.gather((self.loader.state_dict(), self.generator.get_state()))
+        if self.processes.main:
+            state = {
+                "step": self.step,
+                "best": self.best,
+                "accuracy": self.accuracy,
+                "initial": self.initial,
+                "student": self.method.student.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "sums": self._sums,
+                "loaders": [loader for loader, _ in states],
+                "generators": [generator for _, generator in states],
+            }
+            save_checkpoint(self.folder / "last.pt", state)
+        self.processes.barrier()
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint of this run.
+
+        Raises:
+            ValueError: It is of another model, other initial weights, other data or another number of processes.
+        """
+        where = self.folder / "last.pt"
+        if missing := {"step", "student", "loaders", "initial"} - state.keys():
+            raise ValueError(f"{where} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
+        own = self.method.student.state_dict()
+        saved = {name: tensor.shape for name, tensor in state["student"].items()}
+        if differing := [n for n in {**own, **saved} if n not in own or n not in saved or own[n].shape != saved[n]]:
+            raise ValueError(
+                f"{where} is of another architecture than {self.config.model.arch}: it differs in "
+                f"{', '.join(differing[:3])}{'…' if len(differing) > 3 else ''}"
+            )
+        if state["initial"] != self.initial:
+            raise ValueError(
+                f"{where} started from other weights than {self.config.model.weights} now holds: restore that file"
+            )
+        if len(state["loaders"]) != self.processes.world_size:
+            raise ValueError(
+                f"{where} was written by {len(state['loaders'])} process(es), now there are {self.processes.world_size}"
+            )
+        self.method.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.loader.load_state_dict(state["loaders"][self.processes.rank])
+        self.generator.set_state(state["generators"][self.processes.rank])
+        self._sums.copy_(state["sums"])
+        self.step, self.best, self.accuracy = state["step"], state["best"], state["accuracy"]
+
+    def _report_data(self, train: Any, tests: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        for name, manifest in {"train": train, **tests}.items():
+            print(f"{name}: {len(manifest)} images of {len(manifest.classes)} classes in {manifest.root}")
+            if manifest.skipped:
+                print(f"  skipped {len(manifest.skipped)} bad file(s):")
+                for path, reason in manifest.skipped[:20]:
+                    print(f"    {path}: {reason}")

@@ -1,0 +1,224 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maskcf_fast.data import dali as dali_module
+from maskcf_fast.distill import PAPER_CUTS
+from maskcf_fast.training import Trainer, TrainingDiverged
+from maskcf_fast.training import checkpoint as checkpoint_module
+
+METHODS = [{"name": n} for n in ("ft", "lp", "fd", "kd")] + [{"strategy": name} for name in PAPER_CUTS]
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch, trainer, step):
+    """Let the run die in the middle of a step, as if the machine had."""
+    real = trainer._optimizer_step
+
+    def dying(micro):
+        if trainer.step == step:
+            raise Stop
+        real(micro)
+
+    monkeypatch.setattr(trainer, "_optimizer_step", dying)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.get("name") or m["strategy"])
+def test_every_method_runs(change, method):
+    config = change(method=method | {"weight": 1.0}, optim={"epochs": 1})
+    trainer = Trainer(config, quiet=True)
+    before = {n: p.clone() for n, p in trainer.method.student.named_parameters()}
+    accuracy = trainer.run()
+    assert set(accuracy) == {"id", "ood"}
+    moved = {n for n, p in trainer.method.student.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == ({"head.weight", "head.bias"} if method.get("name") == "lp" else set(before))
+    saved = load_file(config.out / "model.safetensors")
+    assert all(torch.equal(saved[n], p) for n, p in trainer.method.student.state_dict().items())
+
+
+def test_it_learns(change):
+    accuracy = Trainer(change(method={"name": "ft"}, optim={"epochs": 6}), quiet=True).run()
+    assert accuracy["id"] >= 90
+
+
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": {"strategy": "object-single"}},
+        {"method": {"strategy": "random-multi"}, "data": {"augment": "crop-flip"}},
+        {"method": {"strategy": "context-none"}, "optim": {"accumulate": 2}},
+    ],
+    ids=["object-single", "random-multi, augmented", "context-none, accumulated"],
+)
+@pytest.mark.parametrize("died_at", [3, 5, 9])
+def test_resume_is_exact(change, tmp_path, monkeypatch, backend, changes, died_at):
+    """Weights, optimiser, metrics and results equal the uninterrupted run's bit for bit."""
+    changes = {**changes, "data": {"backend": backend, **changes.get("data", {})}}
+    config = replace(change(**changes), checkpoint_every=2, log_every=2)
+    whole = Trainer(replace(config, out=tmp_path / "whole"), quiet=True)
+    expected = whole.run()
+    assert whole.total_steps == 10
+
+    broken = Trainer(replace(config, out=tmp_path / "broken"), quiet=True)
+    stop_at(monkeypatch, broken, died_at)
+    with pytest.raises(Stop):
+        broken.run()
+    resumed = Trainer(replace(config, out=None, resume=tmp_path / "broken"), quiet=True)
+    assert resumed.step == (died_at if died_at == 5 else died_at // 2 * 2)
+    assert resumed.run() == expected
+
+    for a, b in zip(whole.method.student.parameters(), resumed.method.student.parameters(), strict=True):
+        assert torch.equal(a, b)
+    states = (whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"])
+    assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in ("exp_avg", "exp_avg_sq"))
+    lines = [
+        [{k: v for k, v in line.items() if k != "images_per_second"} for line in metrics(tmp_path / run)]
+        for run in ("whole", "broken")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_accumulation_is_the_mean_over_micro_batches(change, tmp_path):
+    """Fine-tuning does not mix images, so 2 micro-batches of 30 are one batch of 60."""
+    gradients = []
+    for accumulate in (1, 2):
+        optim = {"accumulate": accumulate, "epochs": 1, "batch_size": 60, "clip": 1e6}
+        trainer = Trainer(change(method={"name": "ft"}, optim=optim, out=tmp_path / str(accumulate)), quiet=True)
+        trainer.run()
+        assert trainer.total_steps == 1
+        gradients.append([state["exp_avg"] for state in trainer.optimizer.state_dict()["state"].values()])
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9
+
+
+def test_bf16_stays_close_to_fp32(change, tmp_path):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        Trainer(change(precision=precision, log_every=1, out=tmp_path / precision), quiet=True).run()
+        losses.append([line["loss"] for line in metrics(tmp_path / precision) if "loss" in line])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_schedule_is_the_papers(change):
+    trainer = Trainer(change(optim={"epochs": 20, "lr": 3e-5}), quiet=True)
+    seen = []
+    real = trainer._optimizer_step
+
+    def spy(micro):
+        group = trainer.optimizer.param_groups[0]
+        seen.append((group["lr"], group["betas"][0]))
+        real(micro)
+
+    trainer._optimizer_step = spy
+    trainer.run()
+    rates, betas = zip(*seen, strict=True)
+    assert len(rates) == 100
+    assert rates[0] == pytest.approx(3e-5 / 25)
+    assert max(rates) == pytest.approx(3e-5)
+    assert rates.index(max(rates)) == 1  # 2 % of the steps
+    assert rates[-1] == pytest.approx(3e-5 / 25 / 1e4)
+    assert (betas[0], min(betas), betas[-1]) == pytest.approx((0.95, 0.85, 0.95))
+    half = 1 + (99 - 1) // 2  # a cosine is at its mean half way down
+    assert rates[half] == pytest.approx((3e-5 + 3e-5 / 25e4) / 2, rel=1e-6)
+
+
+def test_holdout_chooses_the_best_epoch(change):
+    trainer = Trainer(change(data={"holdout": 9}, method={"name": "ft"}), quiet=True)
+    assert set(trainer.tests) == {"holdout", "id", "ood"}
+    accuracy = trainer.run()
+    holdout = [line["accuracy/holdout"] for line in metrics(trainer.folder) if "accuracy/holdout" in line]
+    assert len(holdout) == 3  # before the first epoch, and after each
+    assert trainer.best == max(holdout)
+    assert (trainer.folder / "best.safetensors").exists()
+    assert set(accuracy) == {"holdout", "id", "ood"}
+
+
+def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(change, monkeypatch):
+    trainer = Trainer(change(log_every=4, checkpoint_every=2), quiet=True)
+    real = trainer._optimizer_step
+
+    def poison(micro):
+        if trainer.step == 2:  # the third step
+            with torch.no_grad():
+                trainer.method.student.head.bias[0] = math.nan
+        real(micro)
+
+    monkeypatch.setattr(trainer, "_optimizer_step", poison)
+    with pytest.raises(
+        TrainingDiverged, match=r"NaN or infinite at step 3 of 10; the last good checkpoint is .*last.pt"
+    ):
+        trainer.run()
+    state = checkpoint_module.load_checkpoint(trainer.folder / "last.pt")
+    assert state["step"] == 2
+    assert all(t.isfinite().all() for t in state["student"].values())
+
+
+def test_full_disk_keeps_the_old_checkpoint(change, monkeypatch):
+    trainer = Trainer(change(checkpoint_every=2), quiet=True)
+    real = checkpoint_module.atomic_write
+
+    def full(path, data):
+        if trainer.step >= 4 and path.name == "last.pt":
+            with path.with_name(".last.pt.part").open("wb") as file:
+                monkeypatch.setattr("os.fsync", no_space)
+                file.close()
+        real(path, data)
+
+    def no_space(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "atomic_write", full)
+    with pytest.raises(OSError, match=r"cannot write .*last.pt .*No space left on device; the one before is intact"):
+        trainer.run()
+    assert checkpoint_module.load_checkpoint(trainer.folder / "last.pt")["step"] == 2
+
+
+def test_refuses_what_is_not_this_run(change, weights, tmp_path):
+    config = change(optim={"epochs": 1})
+    Trainer(config, quiet=True).run()
+    with pytest.raises(ValueError, match="already holds a run: --resume"):
+        Trainer(config, quiet=True)
+
+    resume = replace(config, resume=config.out)
+    path = config.out / "last.pt"
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(ValueError, match=r"last.pt is damaged or no checkpoint"):
+        Trainer(resume, quiet=True)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last.pt is damaged or no checkpoint"):
+        Trainer(resume, quiet=True)
+    path.write_bytes(good)
+
+    state = checkpoint_module.load_checkpoint(path)
+    checkpoint_module.save_checkpoint(path, state | {"student": {"x": torch.zeros(1)}})
+    with pytest.raises(ValueError, match="another architecture than tiny"):
+        Trainer(resume, quiet=True)
+    checkpoint_module.save_checkpoint(path, state | {"initial": "0"})
+    with pytest.raises(ValueError, match="started from other weights"):
+        Trainer(resume, quiet=True)
+    checkpoint_module.save_checkpoint(path, state | {"loaders": state["loaders"] * 2})
+    with pytest.raises(ValueError, match=r"written by 2 process\(es\), now there are 1"):
+        Trainer(resume, quiet=True)
+    path.write_bytes(good)
+    with pytest.raises(ValueError, match="seed"):
+        Trainer(replace(resume, seed=5), quiet=True)
+
+
+def test_batch_of_one_with_multi_fill(change):
+    config = change(method={"strategy": "object-multi"}, optim={"batch_size": 1})
+    with pytest.raises(ValueError, match="at least 2 images"):
+        Trainer(config, quiet=True).run()
