@@ -46,11 +46,12 @@ def train(config: TrainConfig) -> int:
 
 def report_errors(command: Callable[[], int]) -> int:
     """Run a command; an error that a user can mend becomes one message and exit code 1, without a traceback."""
+    from .data import LoadingError
     from .training.trainer import TrainingDiverged
 
     try:
         return command()
-    except (ValueError, OSError, ImportError, TrainingDiverged) as error:
+    except (ValueError, OSError, ImportError, LoadingError, TrainingDiverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

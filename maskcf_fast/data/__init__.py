@@ -1,6 +1,6 @@
-"""Image folders, and loaders of uint8 batches that resume exactly."""
+"""Images on disk as batches of pixels: the manifest of a folder, and the loaders."""
 
-from .loader import Batch, Loader, LoaderConfig, build_loader
+from .loader import Batch, Loader, LoaderConfig, LoadingError, build_loader
 from .manifest import Manifest, scan_image_folder
 
-__all__ = ["Batch", "Loader", "LoaderConfig", "Manifest", "build_loader", "scan_image_folder"]
+__all__ = ["Batch", "Loader", "LoaderConfig", "LoadingError", "Manifest", "build_loader", "scan_image_folder"]

@@ -78,6 +78,10 @@ class LoaderConfig:
             raise ValueError(f'device must be "cpu", "cuda" or "cuda:<index>", got {self.device!r}')
 
 
+class LoadingError(RuntimeError):
+    """A batch could not be read or decoded."""
+
+
 class Loader(Protocol):
     """An endless sequence of epochs, of which each ``iter()`` yields what is left of the current one."""
 
@@ -141,7 +145,7 @@ class EpochLoader(ABC):
                     self._epoch, self._batch = epoch + 1, 0
                     self._end_epoch()
             except RuntimeError as error:
-                raise RuntimeError(
+                raise LoadingError(
                     f"loading a batch from {self.manifest.root} failed. If images were damaged or removed "
                     f"since the folder was scanned, scan it again. {self.backend} says: {error}"
                 ) from error

@@ -52,10 +52,7 @@ class MaskStrategy:
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in PAPER_CUTS:
-            near = difflib.get_close_matches(self.name, PAPER_CUTS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown strategy {self.name!r} (there are {', '.join(PAPER_CUTS)}){hint}")
+        _check_name(self.name)
         if self.region == "random":
             if self.threshold is not None or self.top_k is not None or self.rate is None:
                 raise ValueError(
@@ -80,8 +77,9 @@ class MaskStrategy:
         rate: float | None = None,
     ) -> MaskStrategy:
         """A strategy such as ``"object-single"``, with the paper's threshold or rate unless one is given."""
-        region, _, fill = name.partition("-")
-        if name in PAPER_CUTS and threshold is None and top_k is None and rate is None:
+        _check_name(name)
+        region, fill = name.split("-")
+        if threshold is None and top_k is None and rate is None:
             if region == "random":
                 rate = PAPER_CUTS[name]
             else:
@@ -138,3 +136,10 @@ class MaskStrategy:
         if cam is None:
             raise ValueError(f"strategy {self.name!r} selects from a relevance map: cam must be given")
         return select_patches(cam, threshold=self.threshold, top_k=self.top_k, region=self.region)
+
+
+def _check_name(name: str) -> None:
+    if name not in PAPER_CUTS:
+        near = difflib.get_close_matches(name, PAPER_CUTS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown strategy {name!r} (there are {', '.join(PAPER_CUTS)}){hint}")

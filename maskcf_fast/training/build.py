@@ -18,7 +18,6 @@ from ..distill import (
     FeatureDistillation,
     FineTuning,
     KnowledgeDistillation,
-    MaskStrategy,
     Method,
 )
 from ..models import CosineClassifier, ImageClassifier, VisionTransformer, load_backbone
@@ -86,8 +85,9 @@ def build_method(config: MethodConfig, student: ImageClassifier) -> Method:
     teacher = copy.deepcopy(student.backbone)
     if config.name == "fd":
         return FeatureDistillation(student, teacher, config.weight)
-    strategy = MaskStrategy.from_name(config.strategy, threshold=config.threshold, top_k=config.top_k, rate=config.rate)
-    return CounterfactualDistiller(student, teacher, strategy, config.weight, start_layer=config.start_layer)
+    return CounterfactualDistiller(
+        student, teacher, config.mask_strategy(), config.weight, start_layer=config.start_layer
+    )
 
 
 def build_optimizer(

@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 import yaml
 
+from ..distill import MaskStrategy
+from ..models import preset
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -77,6 +80,10 @@ class MethodConfig:
     start_layer: int = 0
     """First layer that counts in the relevance map; negative counts from the last."""
 
+    def mask_strategy(self) -> MaskStrategy:
+        """The strategy that the settings describe."""
+        return MaskStrategy.from_name(self.strategy, threshold=self.threshold, top_k=self.top_k, rate=self.rate)
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -128,7 +135,12 @@ class TrainConfig:
     eval_every: int = 1
     """Epochs between evaluations; the start and the end are always evaluated. 0: these only."""
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Check what no data or weights are needed for.
+
+        Raises:
+            ValueError: A setting is out of its range, or an unknown strategy or model (the nearest is suggested).
+        """
         positive = {
             "optim.epochs": self.optim.epochs,
             "optim.batch_size": self.optim.batch_size,
@@ -145,6 +157,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not 0 <= self.optim.warmup < 1:
             raise ValueError(f"optim.warmup must lie in [0, 1), got {self.optim.warmup}")
+        preset(self.model.arch)
+        self.method.mask_strategy()
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -158,6 +172,25 @@ def to_yaml(config: TrainConfig) -> str:
         return str(value) if isinstance(value, Path) else value
 
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def changed_settings(config: TrainConfig, path: Path) -> list[str]:
+    """What differs from the settings in a run's ``config.yaml``, of all that decides the result."""
+
+    def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        for key, value in content.items():
+            name = f"{prefix}{key}"
+            items |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        return items
+
+    new, old = flat(yaml.safe_load(to_yaml(config))), flat(yaml.safe_load(path.read_text()))
+    free = ("out", "resume", "data.threads")
+    return [
+        f"--{name.replace('_', '-')} (was {old.get(name)}, is {new.get(name)})"
+        for name in {**new, **old}
+        if name not in free and old.get(name) != new.get(name)
+    ]
 
 
 def yaml_arguments(path: Path) -> list[str]:

@@ -17,7 +17,7 @@ from ..data import Batch
 from ..distill import StepOutput
 from .build import build_loaders, build_method, build_model, build_optimizer, scan
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model
-from .config import TrainConfig
+from .config import TrainConfig, changed_settings
 from .distributed import Processes
 from .evaluate import autocast, evaluate
 from .log import RunLog, write_run_files
@@ -45,12 +45,15 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, processes: Processes | None = None, *, quiet: bool = False) -> None:
+        config.validate()
         self.processes = processes or Processes.start(config.device)
         self.folder = config.resume or config.out or Path("runs") / config.method.name
         self.config = dataclasses.replace(config, out=self.folder, resume=None)
         self.quiet = quiet or not self.processes.main
         if config.resume is None and (self.folder / "last.pt").exists():
             raise ValueError(f"{self.folder} already holds a run: --resume {self.folder}, or choose another --out")
+        if config.resume is not None and (changed := changed_settings(self.config, self.folder / "config.yaml")):
+            raise ValueError(f"{self.folder} continues with its own settings only; changed: {', '.join(changed)}")
 
         train, tests = scan(config.data, self.processes)
         self._report_data(train, tests)

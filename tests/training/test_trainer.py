@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maskcf_fast.data import dali as dali_module
 from maskcf_fast.distill import PAPER_CUTS
 from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import checkpoint as checkpoint_module

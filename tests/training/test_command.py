@@ -1,0 +1,205 @@
+"""The command line: settings, presets, and what a user sees when something is wrong."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maskcf_fast.distill import PAPER_CUTS
+from maskcf_fast.train import main
+from maskcf_fast.training.config import TrainConfig, find_yaml, parse, to_yaml, yaml_arguments
+
+PRESETS = [*PAPER_CUTS, "ft", "lp", "fd", "kd"]
+
+
+def arguments(config, **changes):
+    """A command line for the config, through its YAML file."""
+    path = config.out.parent / "settings.yaml"
+    path.write_text(to_yaml(replace(config, **changes)))
+    return ["--config", str(path)]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_papers_settings(name):
+    config = parse(["--config", name])
+    assert config.optim == TrainConfig().optim
+    assert (config.optim.epochs, config.optim.batch_size, config.optim.lr, config.optim.weight_decay) == (
+        10,
+        512,
+        3e-5,
+        0.1,
+    )
+    assert (config.data.holdout, config.model.arch) == (10240, "ViT-B/32")
+    if name in PAPER_CUTS:
+        assert config.method.strategy == name
+        assert config.method.weight == 30
+        cut = config.method.rate if name.startswith("random") else config.method.threshold
+        assert cut == PAPER_CUTS[name]
+    else:
+        assert config.method.name == name
+
+
+def test_yaml_round_trip_and_later_arguments_win(config, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(to_yaml(config))
+    assert parse(["--config", str(path)]) == config
+    changed = parse(["--config", str(path), "--optim.lr=0.5", "--data.ood", "/a", "/b", "--data.verify", "False"])
+    assert changed.optim.lr == 0.5
+    assert changed.data.ood == (Path("/a"), Path("/b"))
+    assert changed.data.verify is False
+    assert changed.optim.epochs == config.optim.epochs
+
+
+def test_help_is_readable():
+    command = [sys.executable, "-m", "maskcf_fast.train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100"})
+    for words in ("--data.train", "embedded demo", "--method.strategy", "Peak learning rate", "--resume"):
+        assert words in done.stdout
+
+
+def test_a_run_from_the_command_line_and_its_resumption(config, capsys):
+    assert main(arguments(config)) == 0
+    out = capsys.readouterr().out
+    assert "id: " in out
+    assert str(config.out) in out
+    names = {p.name for p in config.out.iterdir()}
+    assert names == {
+        "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "last.pt", "best.safetensors",
+        "model.safetensors",
+    }  # fmt: skip
+    assert yaml.safe_load((config.out / "config.yaml").read_text())["method"]["weight"] == 1.0
+    assert main(["--resume", str(config.out)]) == 0
+    assert main(["--resume", str(config.out), "--optim.lr", "1.0"]) == 1
+    assert "--optim.lr" in capsys.readouterr().err
+
+
+def broken_image(config, image_folders, tmp_path):
+    root = tmp_path / "broken"
+    shutil.copytree(image_folders["train"], root)
+    data = (root / "dog" / "003.jpg").read_bytes()
+    (root / "dog" / "003.jpg").write_bytes(data[: len(data) // 2])
+    return root
+
+
+def test_bad_image_is_named_or_skipped(config, image_folders, tmp_path, capsys):
+    root = broken_image(config, image_folders, tmp_path)
+    data = replace(config.data, train=root)
+    assert main(arguments(config, data=data)) == 1
+    error = capsys.readouterr().err
+    assert "dog/003.jpg" in error
+    assert "--data.on-bad-image skip" in error
+    assert main(arguments(config, data=replace(data, on_bad_image="skip"))) == 0
+    out = capsys.readouterr().out
+    assert "skipped 1 bad file" in out
+    assert "dog/003.jpg" in out
+
+
+def test_folders_that_do_not_fit(config, image_folders, tmp_path, capsys):
+    def message(**data):
+        assert main(arguments(config, data=replace(config.data, **data))) == 1
+        return capsys.readouterr().err
+
+    assert "absent" in message(train=tmp_path / "absent")
+    (tmp_path / "bare").mkdir()
+    assert "bare" in message(train=tmp_path / "bare")
+    other = tmp_path / "other"
+    shutil.copytree(image_folders["id"], other)
+    (other / "owl").rename(other / "owls")
+    error = message(id=other)
+    assert "owl" in error
+    assert "owls" in error
+    (other / "owls").rename(other / "owl")
+    shutil.rmtree(other / "owl")
+    (other / "owl").mkdir()
+    assert "owl" in message(ood=(other,))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["--config", "object-singel"], "did you mean 'object-single'"),
+        (["--config", "object-single"], "--data.train DIR is missing"),
+        (["--data.train", "{train}", "--model.arch", "tinny", "--model.weights", "random"], "did you mean 'tiny'"),
+        (["--data.train", "{train}"], "--model.weights"),
+        (["--data.train", "{train}", "--model.weights", "/absent.safetensors"], "/absent.safetensors"),
+        (
+            ["--data.train", "{train}", "--model.weights", "{weights}", "--model.arch", "ViT-B/32"],
+            "another architecture",
+        ),
+        (["--data.train", "{train}", "--optim.lr", "-1"], "optim.lr must be positive, got -1"),
+        (["--resume", "/absent"], "/absent is no run to resume"),
+        (["--data.train", "{train}", "--device", "cuda"], "no GPU"),
+        (
+            [
+                "--data.train",
+                "{train}",
+                "--model.weights",
+                "{weights}",
+                "--model.arch",
+                "tiny",
+                "--optim.batch-size",
+                "99",
+            ],
+            "lower the batch size",
+        ),
+        (
+            ["--data.train", "{train}", "--model.weights", "random", "--model.arch", "tiny", "--data.holdout", "60"],
+            "60",
+        ),
+        (
+            [
+                "--data.train",
+                "{train}",
+                "--model.weights",
+                "random",
+                "--model.arch",
+                "tiny",
+                "--method.strategy",
+                "obj",
+            ],
+            "unknown strategy 'obj'",
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one case asks for a GPU that is not there")
+def test_bad_settings(line, words, image_folders, weights, tmp_path, capsys):
+    line = [part.format(train=image_folders["train"], weights=weights) for part in line]
+    if "--resume" not in line:
+        line += ["--out", str(tmp_path / "run")]
+    assert main(line) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_setting_names_the_nearest(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--optim.lrr", "1"])
+    assert exit_.value.code != 0
+    assert "--optim.lr" in "".join(capsys.readouterr())
+    path = tmp_path / "bad.yaml"
+    path.write_text("optim:\n  lrr: 1\n")
+    with pytest.raises(ValueError, match=r"bad.yaml: unknown setting optim.lrr; did you mean optim.lr\?"):
+        yaml_arguments(path)
+    path.write_text("optim: 3\n")
+    with pytest.raises(ValueError, match="optim must hold settings by name, got 3"):
+        yaml_arguments(path)
+    path.write_text("a: [1\n")
+    with pytest.raises(ValueError, match="is no YAML file"):
+        yaml_arguments(path)
+    with pytest.raises(FileNotFoundError, match="no such preset"):
+        find_yaml("zzz")
+
+
+def test_head_of_another_size(config, image_folders, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(7, 64)}, tmp_path / "head.safetensors")
+    model = replace(config.model, head=tmp_path / "head.safetensors")
+    assert main(arguments(config, model=model)) == 1
+    assert "is [7, 64], but there are 3 class folders" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""Two processes on one machine, over gloo."""
+
+import socket
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from maskcf_fast.data import LoaderConfig, build_loader, scan_image_folder
+from maskcf_fast.training import Trainer
+from maskcf_fast.training.distributed import Processes
+
+
+def join(rank, port, monkey=None):
+    import os
+
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    return Processes.start("cpu")
+
+
+def first_gradient(rank, port, config, path):
+    processes = join(rank, port)
+    trainer = Trainer(config, processes, quiet=True)
+    batches = []
+    trainer.optimizer.step = lambda: None
+    step = trainer._optimizer_step
+
+    def record(micro):
+        batches.append([(b.images, b.labels, trainer.generator.get_state()) for b in micro])
+        if len(batches) == 1:
+            zero = trainer.optimizer.zero_grad
+            trainer.optimizer.zero_grad = lambda **_: None
+            step(micro)
+            grads = {n: p.grad.clone() for n, p in trainer.method.student.named_parameters()}
+            torch.save({"grads": grads, "batches": batches[0]}, f"{path}/{rank}.pt")
+            trainer.optimizer.zero_grad = zero
+            zero()
+        else:
+            step(micro)
+
+    trainer._optimizer_step = record
+    trainer.run()
+    processes.stop()
+
+
+def whole_run(rank, port, config, died_at):
+    processes = join(rank, port)
+    trainer = Trainer(config, processes, quiet=True)
+    if died_at is not None:
+        real = trainer._optimizer_step
+        trainer._optimizer_step = lambda micro: trainer.step == died_at or real(micro)
+        trainer._save = (lambda save: lambda: trainer.step >= died_at or save())(trainer._save)
+        trainer.total_steps = died_at
+    trainer.run()
+    processes.stop()
+
+
+@pytest.fixture
+def port():
+    with closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_averaged_gradient_is_that_of_one_process_on_the_same_micro_batches(change, port, tmp_path):
+    config = change(
+        method={"strategy": "object-single"}, optim={"epochs": 1, "accumulate": 2, "batch_size": 24, "clip": 1e9}
+    )
+    mp.spawn(first_gradient, (port, config, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for name, grad in ranks[0]["grads"].items():
+        assert torch.equal(grad, ranks[1]["grads"][name])
+
+    alone = Trainer(replace(config, out=tmp_path / "alone"), quiet=True)
+    micro_batches = [(*batch[:2], rank["batches"], i) for rank in ranks for i, batch in enumerate(rank["batches"])]
+    assert len(micro_batches) == 4
+    for rank in ranks:
+        # Each process draws the donors of its micro-batches one after the other.
+        alone.generator.set_state(rank["batches"][0][2])
+        for images, labels, _ in rank["batches"]:
+            (alone.method(images, labels, generator=alone.generator).loss / 4).backward()
+    for name, p in alone.method.student.named_parameters():
+        got = ranks[0]["grads"][name]
+        assert (got - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+    seen = [tuple(image.flatten()[:64].tolist()) for images, *_ in micro_batches for image in images]
+    assert len(set(seen)) == 24, "the processes trained on the same images"
+
+
+def test_evaluation_counts_every_image_once_and_resume_is_exact(change, port, tmp_path):
+    config = replace(change(optim={"epochs": 2}), checkpoint_every=2)
+    mp.spawn(whole_run, (port, replace(config, out=tmp_path / "whole"), None), nprocs=2)
+    state = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    manifest = scan_image_folder(config.data.id)
+    model = Trainer(replace(config, out=tmp_path / "alone"), quiet=True).method.student
+    model.load_state_dict(state["student"])
+    correct = sum(
+        int((model(images).argmax(1) == labels).sum())
+        for images, labels in build_loader(manifest, LoaderConfig(4, 32, train=False), "torch")
+    )
+    assert state["accuracy"]["id"] == 100 * correct / len(manifest)
+
+    broken = replace(config, out=tmp_path / "broken")
+    mp.spawn(whole_run, (port, broken, 3), nprocs=2)
+    assert torch.load(tmp_path / "broken" / "last.pt", weights_only=True)["step"] == 2
+    mp.spawn(whole_run, (port, replace(broken, out=None, resume=tmp_path / "broken"), None), nprocs=2)
+    resumed = torch.load(tmp_path / "broken" / "last.pt", weights_only=True)
+    assert resumed["step"] == state["step"]
+    assert all(torch.equal(resumed["student"][k], v) for k, v in state["student"].items())
+
+
+def test_batch_must_divide(change):
+    config = change(optim={"batch_size": 10, "accumulate": 3})
+    with pytest.raises(ValueError, match=r"batch_size=10 does not divide into 1 process\(es\) × accumulate=3"):
+        Trainer(config, quiet=True)
+    assert not dist.is_initialized()
