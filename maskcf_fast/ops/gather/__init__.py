@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, check_batch, check_donors, check_tensor
-from .._dispatch import choose
-from . import reference
+from .._dispatch import implementation
 
 
 def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "auto") -> Tensor:
@@ -21,7 +20,7 @@ def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "
         tokens: ``[N, 1 + L, D]``, any float dtype; token 0 is the class token and stays.
         mask: ``[N, L]`` bool, True where the token is replaced.
         donors: int64 ``[N]`` (single-fill) or ``[N, L]`` (multi-fill), indices into the batch.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, or the name of an implementation.
 
     Returns:
         A new tensor like ``tokens``. Copies are bit-exact.
@@ -37,4 +36,4 @@ def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "
     check_tensor("mask", mask, [n, num_patches], dtypes=[torch.bool], device=tokens.device)
     check_batch("mask", mask)
     check_donors(donors, n, num_patches, tokens.device)
-    return choose("gather_tokens", impl, {"reference": reference.gather_tokens})(tokens, mask, donors)
+    return implementation(__name__, impl, tokens.device).gather_tokens(tokens, mask, donors)

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_batch, check_tensor
-from .._dispatch import choose
-from ..refill import refill_patches
-from . import reference
+from ..._checks import FLOATS, check_batch, check_donors, check_tensor
+from .._dispatch import implementation
 
 
 def patchify(
@@ -37,7 +35,7 @@ def patchify(
         dtype: Float dtype of the result; the arithmetic is float32 (float64 for float64 images).
         mask: ``[N, L]`` bool; masked patches are taken from ``donors``, as in `refill_patches`.
         donors: int64 ``[N]`` or ``[N, L]``; given exactly when ``mask`` is.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, or the name of an implementation.
 
     Returns:
         ``[N, L, C * P * P]`` of ``dtype``, patches row by row, each laid out (C, P, P).
@@ -51,18 +49,20 @@ def patchify(
         raise ValueError("mask and donors must be given together")
     if isinstance(images, Tensor) and images.dtype == torch.uint8:
         check_tensor("images", images, ["N", "H", "W", len(mean)])
-        images = images.permute(0, 3, 1, 2)
-        scaled = images.float() / 255
+        height, width = images.shape[1:3]
     else:
         check_tensor("images", images, ["N", len(mean), "H", "W"], dtypes=(*FLOATS, torch.uint8))
-        scaled = images if images.dtype == torch.float64 else images.float()
+        height, width = images.shape[2:]
     check_batch("images", images)
-    height, width = images.shape[2:]
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images of {height}×{width} pixels do not divide by patch_size={patch_size}")
     if len(std) != len(mean) or min(std) <= 0:
         raise ValueError(f"std must hold {len(mean)} positive values, got {tuple(std)}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be a float dtype, got {dtype}")
     if mask is not None and donors is not None:
-        scaled = refill_patches(scaled, mask, donors, grid=(height // patch_size, width // patch_size), impl=impl)
-    channels = [torch.tensor(x, dtype=scaled.dtype, device=scaled.device) for x in (mean, std)]
-    return choose("patchify", impl, {"reference": reference.patchify})(scaled, patch_size, *channels, dtype)
+        n, num_patches = images.shape[0], height // patch_size * (width // patch_size)
+        check_tensor("mask", mask, [n, num_patches], dtypes=[torch.bool], device=images.device)
+        check_donors(donors, n, num_patches, images.device)
+    run = implementation(__name__, impl, images.device)
+    return run.patchify(images, patch_size, tuple(mean), tuple(std), dtype, mask, donors)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, check_batch, check_divisible, check_donors, check_tensor, resolve_grid
-from .._dispatch import choose
-from ..select import select_patches
-from . import reference
+from .._dispatch import implementation
+from ..select import check_cam, check_selection
 
 PIXELS = (*FLOATS, torch.uint8)
 
@@ -30,7 +29,7 @@ def refill_patches(
         mask: ``[N, L]`` bool, True where the patch is replaced; patches count row by row.
         donors: int64 ``[N]`` (single-fill) or ``[N, L]`` (multi-fill), indices into the batch.
         grid: ``(rows, columns)`` of the patch grid; square when omitted.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, or the name of an implementation.
 
     Returns:
         A new tensor like ``images``, in the same memory format.
@@ -46,7 +45,7 @@ def refill_patches(
     grid = resolve_grid(mask.shape[1], grid)
     check_divisible(images.shape[2], images.shape[3], grid)
     check_donors(donors, images.shape[0], mask.shape[1], images.device)
-    return choose("refill_patches", impl, {"reference": reference.refill_patches})(images, mask, donors, grid)
+    return implementation(__name__, impl, images.device).refill_patches(images, mask, donors, grid)
 
 
 def counterfactual_refill(
@@ -70,8 +69,14 @@ def counterfactual_refill(
     """
     check_images(images)
     check_tensor("cam", cam, [images.shape[0], "L"], dtypes=FLOATS, device=images.device)
-    mask = select_patches(cam, threshold=threshold, top_k=top_k, region=region, impl=impl)
-    return refill_patches(images, mask, donors, grid=grid, impl=impl), mask
+    check_cam(cam)
+    check_selection(cam.shape[1], threshold, top_k, region)
+    grid = resolve_grid(cam.shape[1], grid)
+    check_divisible(images.shape[2], images.shape[3], grid)
+    check_donors(donors, images.shape[0], cam.shape[1], images.device)
+    cam = cam if cam.dtype == torch.float64 else cam.float()
+    run = implementation(__name__, impl, images.device)
+    return run.counterfactual_refill(images, cam, donors, threshold, top_k, region, grid)
 
 
 def check_images(images: Tensor) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..select import reference as select
+
 
 def refill_patches(
     images: Tensor,  # [N, C, H, W] any dtype
@@ -24,3 +26,21 @@ def refill_patches(
     refilled = refilled.unflatten(1, grid).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
     channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     return refilled.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def counterfactual_refill(
+    images: Tensor,  # [N, C, H, W] any dtype
+    cam: Tensor,  # [N, L] float
+    donors: Tensor,  # [N] or [N, L] int64
+    threshold: float | None,
+    top_k: int | None,
+    region: str,
+    grid: tuple[int, int],
+) -> tuple[Tensor, Tensor]:  # like images, and the mask [N, L] bool
+    """Selection, then refill."""
+    if threshold is not None:
+        mask = select.select_by_threshold(cam, threshold, region)
+    else:
+        assert top_k is not None
+        mask = select.select_top_k(cam, top_k, region)
+    return refill_patches(images, mask, donors, grid), mask

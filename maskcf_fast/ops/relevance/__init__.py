@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, check_batch, check_tensor
-from .._dispatch import choose
-from . import reference
+from .._dispatch import implementation
 
 
 def attention_relevance(
@@ -41,7 +40,7 @@ def attention_relevance(
         relevance: Row carried from the layer above, ``[N, T]`` float; None starts at the class token (one-hot
             at token 0).
         scale: Softmax scale; ``d ** -0.5`` when None.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, or the name of an implementation.
 
     Returns:
         The row for the layer below, ``[N, T]``, float32 (float64 when ``q`` is float64).
@@ -65,9 +64,9 @@ def attention_relevance(
         relevance = torch.zeros(n, t, dtype=wide, device=q.device)
         relevance[:, 0] = 1
     check_tensor("relevance", relevance, [n, t], dtypes=FLOATS, device=q.device)
-    run = choose("attention_relevance", impl, {"reference": reference.attention_relevance})
+    run = implementation(__name__, impl, q.device)
     q, k, v, grad_out, relevance = (x.detach().to(wide) for x in (q, k, v, grad_out, relevance))
-    return run(q, k, v, grad_out, relevance, d**-0.5 if scale is None else float(scale))
+    return run.attention_relevance(q, k, v, grad_out, relevance, d**-0.5 if scale is None else float(scale))
 
 
 def relevance_cam(
@@ -86,7 +85,7 @@ def relevance_cam(
         grads: Gradient of the explained score at each layer's attention output, same order.
         start_layer: First layer that counts, 0 for all; negative counts from the end, as in indexing.
         scale: Softmax scale; ``d ** -0.5`` when None.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, or the name of an implementation.
 
     Returns:
         ``[N, L]`` float32, ``L = T - 1`` (the class token's own relevance is left out). Not normalised.

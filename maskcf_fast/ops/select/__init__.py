@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, check_batch, check_tensor, debug_enabled, value_checks
-from .._dispatch import choose
-from . import reference
+from .._dispatch import implementation
 
 REGIONS = ("object", "context")
 
@@ -37,7 +36,7 @@ def select_patches(
         threshold: Cut on the normalised score. Exactly one of ``threshold`` and ``top_k`` is given.
         top_k: Number of patches to select in every image, 0 to L.
         region: ``"object"`` (the relevant patches) or ``"context"`` (the others).
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, or the name of an implementation.
 
     Returns:
         The mask ``[N, L]``, bool, True where the patch is selected.
@@ -50,9 +49,10 @@ def select_patches(
     check_cam(cam)
     check_selection(cam.shape[1], threshold, top_k, region)
     wide = cam if cam.dtype == torch.float64 else cam.float()
+    run = implementation(__name__, impl, cam.device)
     if threshold is not None:
-        return choose("select_patches", impl, {"reference": reference.select_by_threshold})(wide, threshold, region)
-    return choose("select_patches", impl, {"reference": reference.select_top_k})(wide, top_k, region)
+        return run.select_by_threshold(wide, float(threshold), region)
+    return run.select_top_k(wide, top_k, region)
 
 
 def check_cam(cam: Tensor) -> None:
