@@ -24,7 +24,7 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 CLASSES = ("cat", "dog", "owl")
 
 
-def write_images(root: Path, per_class: int, seed: int) -> Path:
+def _write_images(root: Path, per_class: int, seed: int) -> Path:
     """Noise with a tint that tells the class: learnable within a few steps."""
     rng = np.random.default_rng(seed)
     for label, name in enumerate(CLASSES):
@@ -37,11 +37,17 @@ def write_images(root: Path, per_class: int, seed: int) -> Path:
 
 
 @pytest.fixture(scope="session")
+def write_images():
+    """``write_images(root, per_class, seed)``: a folder of class folders."""
+    return _write_images
+
+
+@pytest.fixture(scope="session")
 def image_folders(tmp_path_factory) -> dict[str, Path]:
     """Folders "train" (60 images of 3 classes), "id" and "ood" (15 each)."""
     root = tmp_path_factory.mktemp("images")
     return {
-        name: write_images(root / name, per_class, seed)
+        name: _write_images(root / name, per_class, seed)
         for seed, (name, per_class) in enumerate({"train": 20, "id": 5, "ood": 5}.items())
     }
 

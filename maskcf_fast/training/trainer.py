@@ -37,19 +37,23 @@ class Trainer:
     Args:
         config: The settings; ``data.train`` and ``model.weights`` are given.
         processes: The processes of the run; started from the environment when None.
-        quiet: No progress bar and no printing.
+        quiet: Print nothing.
+        title: What the progress bar says before the epoch; shows the bar in spite of ``quiet``.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: Settings, data or weights that do not fit together,
             a folder that already holds a run, or a checkpoint that is not of this run.
     """
 
-    def __init__(self, config: TrainConfig, processes: Processes | None = None, *, quiet: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig, processes: Processes | None = None, *, quiet: bool = False, title: str = ""
+    ) -> None:
         config.validate()
         self.processes = processes or Processes.start(config.device)
         self.folder = config.resume or config.out or Path("runs") / config.method.name
         self.config = dataclasses.replace(config, out=self.folder, resume=None)
         self.quiet = quiet or not self.processes.main
+        self.title = title
         if config.resume is None and (self.folder / "last.pt").exists():
             raise ValueError(f"{self.folder} already holds a run: --resume {self.folder}, or choose another --out")
         if config.resume is not None and (changed := changed_settings(self.config, self.folder / "config.yaml")):
@@ -113,10 +117,10 @@ class Trainer:
         progress = tqdm(
             total=len(self.loader) * batch_size // config.optim.accumulate,
             initial=done * batch_size,
-            desc=f"epoch {epoch + 1}/{config.optim.epochs}",
+            desc=f"{self.title} epoch {epoch + 1}/{config.optim.epochs}".strip(),
             unit="img",
             unit_scale=True,
-            disable=self.quiet,
+            disable=not self.processes.main or (self.quiet and not self.title),
             leave=False,
         )
         left = len(self.loader) - done * config.optim.accumulate

@@ -1,0 +1,321 @@
+"""``python -m maskcf_fast.demo``: what counterfactual fine-tuning is for, in a few minutes on a CPU.
+
+Builds a data set of real pixels with a spurious cue and a model pre-trained without the cue, fine-tunes the model
+in several ways, and compares them in and out of distribution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._cache import atomic_write, cache_dir
+from .data.demo import DemoData, DemoSpec, build_demo_data
+from .distill import CounterfactualDistiller
+from .ops import refill_patches
+from .plots import Point, plot_counterfactuals, plot_tradeoff
+from .training.build import build_loaders, build_method, build_model, scan
+from .training.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, to_yaml
+from .training.distributed import Processes
+from .training.evaluate import evaluate
+from .training.trainer import Trainer
+
+# Weights of the distillation loss: the features of a tiny model are larger than CLIP's, for which 30 is meant.
+WEIGHTS = {
+    "fd": (0.3, 1.0, 3.0),
+    "object-single": (0.3, 1.0, 3.0),
+    "context-single": (0.3, 1.0, 3.0),
+    "random-single": (0.3, 1.0, 3.0),
+}
+THRESHOLDS = {"object-single": 0.1, "context-single": 0.2}
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of WiSE-FT
+PRETRAINING = OptimConfig(epochs=12, batch_size=128, lr=1e-3, warmup=0.1)
+FINE_TUNING = OptimConfig(epochs=4, batch_size=64, lr=3e-4, warmup=0.1)
+SHOWN = "object-single"  # the strategy of the picture of counterfactual images
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The embedded demo: fine-tuning methods compared on a small data set with a spurious cue."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the table, the pictures and the runs. Runs that are finished there are not run again."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds to fine-tune with; the data set and the pre-trained model are the same for all."""
+    quick: bool = False
+    """A shortened form: few images, one weight per method. Shows that everything works, and nothing more."""
+    threads: int | None = None
+    """Threads of torch; as many as it chooses by default."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fine-tuned model: accuracies in percent, ``images_per_second`` of its training."""
+
+    method: str
+    weight: float | None  # of the distillation loss, or WiSE-FT's α
+    seed: int
+    id: float
+    ood: float
+    images_per_second: float | None = None
+
+
+class Demo:
+    """The parts of the demo, in their order."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        self.config = config
+        self.processes = Processes.start("cpu")
+        self.started = time.perf_counter()
+        self.spec = DemoSpec(counts=(600, 300, 200, 200)) if config.quick else DemoSpec()
+        self.weights = {name: values[1:2] for name, values in WEIGHTS.items()} if config.quick else WEIGHTS
+
+    def run(self) -> None:
+        """Everything: data, pre-training, fine-tuning, table and pictures."""
+        self.data = self._build_data()
+        self.pretrained = self._pretrain()
+        rows = self._fine_tune_all()
+        self.config.out.mkdir(parents=True, exist_ok=True)
+        results = {"data": self.data.checksum, "rows": [dataclasses.asdict(row) for row in rows]}
+        atomic_write(self.config.out / "results.json", json.dumps(results, indent=1).encode())
+        table = markdown_table(rows)
+        atomic_write(self.config.out / "table.md", (table + "\n").encode())
+        print(f"\n{table}\n")
+        self._plot(rows)
+        names = "results.json, table.md, tradeoff.png, counterfactuals.png"
+        print(f"{names}: {self.config.out}  ({(time.perf_counter() - self.started) / 60:.1f} minutes)")
+
+    def _build_data(self) -> DemoData:
+        root = cache_dir("demo") / ("quick" if self.config.quick else "data")
+        print(f"Data: real digits on real photographs; the tint of the background predicts the class ({root})")
+        data = build_demo_data(root, spec=self.spec, progress=True)
+        print(f"  checksum {data.checksum[:16]}")
+        return data
+
+    def _base(self) -> TrainConfig:
+        data = DataConfig(self.data.train, self.data.id_test, (self.data.ood_test,))
+        return TrainConfig(ModelConfig("tiny"), data, optim=self._shortened(FINE_TUNING), device="cpu", eval_every=0)
+
+    def _shortened(self, optim: OptimConfig) -> OptimConfig:
+        return dataclasses.replace(optim, epochs=1) if self.config.quick else optim
+
+    def _pretrain(self) -> Path:
+        """The robust model: trained where the tint says nothing about the class. Kept in the cache."""
+        config = dataclasses.replace(
+            self._base(),
+            model=ModelConfig("tiny", Path("random")),
+            data=DataConfig(self.data.pretrain, self.data.id_test, (self.data.ood_test,)),
+            method=MethodConfig("ft"),
+            optim=self._shortened(PRETRAINING),
+        )
+        folder = cache_dir("demo", "pretrained", key(config, self.data))
+        config = dataclasses.replace(config, out=folder)
+        path = folder / "model.safetensors"
+        if path.exists():
+            print(f"Pre-trained model: reused ({path})")
+        else:
+            print(f"Pre-trained model: trained once on images whose tint is independent of the class ({path})")
+            self._train(config, "pre-training")
+        return path
+
+    def _train(self, config: TrainConfig, title: str) -> tuple[dict[str, float], float]:
+        """Train, or continue what was interrupted."""
+        assert config.out is not None
+        if (config.out / "last.pt").exists():
+            config = dataclasses.replace(config, resume=config.out)
+        trainer = Trainer(config, self.processes, quiet=True, title=title)
+        return trainer.run(), trainer.images_per_second
+
+    def _fine_tune_all(self) -> list[Row]:
+        plan = [("ft", 0.0), *((name, w) for name, weights in self.weights.items() for w in weights)]
+        print(f"Fine-tuning: {len(plan)} models × {len(self.config.seeds)} seed(s)")
+        rows = []
+        for seed in self.config.seeds:
+            for i, (name, weight) in enumerate(plan):
+                title = f"[{seed}: {i + 1}/{len(plan)}] {name}" + (f", weight {weight:g}" if weight else "")
+                row, reused = self._fine_tune(name, weight, seed, title)
+                speed = "reused" if reused else f"{row.images_per_second:.0f} images/s"
+                print(f"  {title}: ID {row.id:.1f}  OOD {row.ood:.1f}  ({speed})", flush=True)
+                rows.append(row)
+            rows += self._interpolate(seed)
+        return rows
+
+    def _config(self, name: str, weight: float, seed: int) -> TrainConfig:
+        if name in ("ft", "fd"):
+            method = MethodConfig(name, weight=weight)  # type: ignore[arg-type]
+        else:
+            method = MethodConfig(strategy=name, weight=weight, threshold=THRESHOLDS.get(name))
+        model = ModelConfig("tiny", self.pretrained)
+        out = self.config.out / ("quick" if self.config.quick else "runs") / f"{name}-{weight:g}-seed{seed}"
+        return dataclasses.replace(self._base(), model=model, method=method, seed=seed, out=out)
+
+    def _fine_tune(self, name: str, weight: float, seed: int, title: str) -> tuple[Row, bool]:
+        config = self._config(name, weight, seed)
+        assert config.out is not None
+        path, settings = config.out / "result.json", key(config, self.data)
+        if path.exists():
+            saved = json.loads(path.read_text())
+            if saved["key"] != settings:
+                raise ValueError(f"{config.out} holds a run with other settings: choose another --out, or remove it")
+            return Row(**saved["row"]), True
+        accuracy, speed = self._train(config, title)
+        row = Row("FT" if name == "ft" else name, weight or None, seed, accuracy["id"], accuracy["ood_test"], speed)
+        atomic_write(path, json.dumps({"key": settings, "row": dataclasses.asdict(row)}).encode())
+        return row, False
+
+    @torch.no_grad()
+    def _interpolate(self, seed: int) -> list[Row]:
+        """WiSE-FT (Wortsman et al., CVPR 2022): weights between the zero-shot and the fine-tuned model."""
+        config = self._config("ft", 0.0, seed)
+        assert config.out is not None
+        train, tests = scan(config.data, self.processes)
+        model = build_model(config.model, len(train.classes), seed)
+        tuned = build_model(
+            ModelConfig("tiny", config.out / "model.safetensors"), len(train.classes), seed
+        ).state_dict()
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        rows = []
+        for alpha in ALPHAS:
+            model.load_state_dict({name: torch.lerp(start[name], tuned[name], alpha) for name in start})
+            _, loaders = build_loaders(config, train, tests, model.backbone.config.image_size, self.processes)
+            accuracy = {name: evaluate(model, loader, self.processes) for name, loader in loaders.items()}
+            rows.append(Row("WiSE-FT", alpha, seed, accuracy["id"], accuracy["ood_test"]))
+            if alpha == 0:
+                rows.append(Row("zero-shot", None, seed, accuracy["id"], accuracy["ood_test"]))
+        return rows
+
+    def _plot(self, rows: list[Row]) -> None:
+        curves: dict[str, list[Point]] = {}
+        for (method, weight), group in grouped(rows).items():
+            label = "" if weight is None else f"α {weight:g}" if method == "WiSE-FT" else f"{weight:g}"
+            curves.setdefault(method, []).append(Point(label, [r.id for r in group], [r.ood for r in group]))
+        plot_tradeoff(self.config.out / "tradeoff.png", curves, "Accuracy in and out of distribution")
+
+        self._plot_counterfactuals()
+
+    def _plot_counterfactuals(self) -> None:
+        """Training images as the first step of counterfactual fine-tuning sees them."""
+        config = self._config(SHOWN, self.weights[SHOWN][0], self.config.seeds[0])
+        train, tests = scan(config.data, self.processes)
+        model = build_model(config.model, len(train.classes), config.seed)
+        vit = model.backbone.config
+        loader, _ = build_loaders(config, train, tests, vit.image_size, self.processes)
+        images, labels = next(iter(loader))
+        method = build_method(config.method, model)
+        assert isinstance(method, CounterfactualDistiller)
+        draw = method.strategy.draw(len(images), vit.num_patches, generator=torch.Generator().manual_seed(0))
+        step = method(images, labels, draw=draw)
+        assert step.cam is not None
+        assert step.mask is not None
+        assert draw.donors is not None
+        refilled = refill_patches(images.permute(0, 3, 1, 2), step.mask, draw.donors).permute(0, 2, 3, 1)
+        captions = [train.classes[label].replace("_", " ") for label in labels[:6]]
+        shown = (images[:6], step.cam[:6], step.mask[:6], refilled[:6])
+        side = vit.image_size // vit.patch_size
+        plot_counterfactuals(self.config.out / "counterfactuals.png", *shown, grid=side, captions=captions)
+
+
+def key(config: TrainConfig, data: DemoData) -> str:
+    """What a run depends on, as a short name."""
+    text = to_yaml(dataclasses.replace(config, out=None)) + data.checksum
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def grouped(rows: Sequence[Row]) -> dict[tuple[str, float | None], list[Row]]:
+    """Rows that differ in the seed only."""
+    groups: dict[tuple[str, float | None], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.method, row.weight), []).append(row)
+    order = ["zero-shot", "FT", "WiSE-FT", *WEIGHTS]
+    return dict(sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1] or 0)))
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The comparison: means over the seeds, ± their standard deviation."""
+    groups = grouped(rows)
+    by_seed = {(row.method, row.seed): row for row in rows if row.method in ("zero-shot", "FT")}
+    lines = [
+        "| method | weight | ID % | OOD % | OOD − zero-shot | ID gain kept | OOD loss recovered | OOD − FD at equal ID "
+        "| images/s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (method, weight), group in groups.items():
+        start = [by_seed["zero-shot", row.seed] for row in group]
+        tuned = [by_seed["FT", row.seed] for row in group]
+        kept = recovered = above = ""
+        if method not in ("zero-shot", "FT"):
+            kept = percent([r.id - s.id for r, s in zip(group, start, strict=True)], start, tuned, "id")
+            recovered = percent([r.ood - t.ood for r, t in zip(group, tuned, strict=True)], tuned, start, "ood")
+        if method not in ("zero-shot", "FT", "WiSE-FT", "fd"):
+            above = spread([row.ood - on_curve(rows, row) for row in group], signed=True)
+        speeds = [row.images_per_second for row in group if row.images_per_second]
+        cells = [
+            method,
+            "" if weight is None else f"α {weight:g}" if method == "WiSE-FT" else f"{weight:g}",
+            spread([row.id for row in group]),
+            spread([row.ood for row in group]),
+            ""
+            if method == "zero-shot"
+            else spread([r.ood - s.ood for r, s in zip(group, start, strict=True)], signed=True),
+            kept,
+            recovered,
+            above,
+            f"{statistics.mean(speeds):.0f}" if speeds else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], *, signed: bool = False) -> str:
+    """Mean ± standard deviation."""
+    mean = f"{statistics.mean(values):{'+' if signed else ''}.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def percent(parts: Sequence[float], low: Sequence[Row], high: Sequence[Row], name: str) -> str:
+    """The mean part as a share of the mean distance from ``low`` to ``high``."""
+    whole = statistics.mean(getattr(h, name) - getattr(x, name) for x, h in zip(low, high, strict=True))
+    return f"{100 * statistics.mean(parts) / whole:.0f} %" if whole else "–"
+
+
+def on_curve(rows: Sequence[Row], at: Row) -> float:
+    """OOD accuracy at the ID accuracy of ``at``, on the same seed's curve through zero-shot, FD and FT."""
+    points = sorted((r.id, r.ood) for r in rows if r.seed == at.seed and r.method in ("zero-shot", "fd", "FT"))
+    x = min(max(at.id, points[0][0]), points[-1][0])
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= x <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    raise AssertionError("x lies between the first and the last point")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    import tyro
+
+    from .train import report_errors
+
+    def run() -> int:
+        config: Any = tyro.cli(DemoConfig, args=arguments, prog="python -m maskcf_fast.demo", description=__doc__)
+        if not config.seeds:
+            raise ValueError("--seeds needs at least one seed")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        Demo(config).run()
+        return 0
+
+    return report_errors(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Pictures of a comparison: accuracy in against accuracy out of distribution, and counterfactual images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+REFERENCES = {"zero-shot": "o", "FT": "s"}  # methods without a weight, and their markers
+WISE = "WiSE-FT"
+MARKERS = "^Dv<P>Xph*"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by everyone
+
+
+class Point(NamedTuple):
+    """Accuracies of one setting, in per cent, one value per seed.
+
+    Attributes:
+        label: What the point is annotated with: the distillation weight, or WiSE-FT's α. Empty for none.
+        id_accuracy: In distribution.
+        ood_accuracy: Out of distribution.
+    """
+
+    label: str
+    id_accuracy: Sequence[float]
+    ood_accuracy: Sequence[float]
+
+
+def _spread(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _draw(axes: Axes, name: str, points: Sequence[Point], colour: str, marker: str, line: str) -> None:
+    x = [float(np.mean(p.id_accuracy)) for p in points]
+    y = [float(np.mean(p.ood_accuracy)) for p in points]
+    reference = name in REFERENCES
+    size = 9 if reference else 4 if name == WISE else 6
+    axes.plot(
+        x, y, linestyle=line, color=colour, marker=marker, markersize=size, label=name, zorder=4 if reference else 3
+    )
+    dx, dy = [_spread(p.id_accuracy) for p in points], [_spread(p.ood_accuracy) for p in points]
+    if any(dx) or any(dy):
+        axes.errorbar(x, y, xerr=dx, yerr=dy, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.4, zorder=2)
+    for point, at in zip(points, zip(x, y, strict=True), strict=True):
+        if point.label:
+            offset, side = ((-5, -9), "right") if name == WISE else ((5, 4), "left")
+            axes.annotate(
+                point.label, at, offset, textcoords="offset points", ha=side, color=colour, fontsize=7.5, zorder=5
+            )
+
+
+def plot_tradeoff(path: Path, curves: Mapping[str, Sequence[Point]], title: str = "") -> None:
+    """Draw ID accuracy (x) against OOD accuracy (y): one curve per method over its points, in their order.
+
+    "zero-shot" and "FT" are drawn as large marks, "WiSE-FT" as a dashed line. Points are means over the
+    seeds; with several seeds, error bars show one standard deviation.
+
+    Args:
+        path: Picture to write; its suffix chooses the format.
+        curves: Points of each method, by name.
+        title: Title of the picture.
+
+    Raises:
+        ValueError: There is no point to draw, or one without accuracies or with unequal numbers of them.
+    """
+    for name, points in curves.items():
+        for p in points:
+            if not len(p.id_accuracy) == len(p.ood_accuracy) > 0:
+                sizes = f"{len(p.id_accuracy)} ID and {len(p.ood_accuracy)} OOD accuracies"
+                raise ValueError(f"{name} {p.label}: {sizes}, expected as many of both and at least one")
+    if not any(curves.values()):
+        raise ValueError("curves holds no point to draw")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    tuned = [name for name in curves if name not in REFERENCES and name != WISE]
+    for name, points in curves.items():
+        if name in REFERENCES:
+            _draw(axes, name, points, "black", REFERENCES[name], "none")
+        elif name == WISE:
+            _draw(axes, name, points, "0.45", ".", "--")
+        else:
+            i = tuned.index(name)
+            _draw(axes, name, points, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], "-")
+    axes.set(xlabel="ID accuracy (%)", ylabel="OOD accuracy (%)", title=title)
+    axes.margins(0.08)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8.5)
+    figure.savefig(path, dpi=150)
+
+
+def _upsample(values: NDArray[np.generic], grid: int, size: int) -> NDArray[np.generic]:
+    """Patch values ``[L]`` to pixels ``[S, S]``, without smoothing: a patch is what is masked."""
+    return values.reshape(grid, grid).repeat(size // grid, axis=0).repeat(size // grid, axis=1)
+
+
+def plot_counterfactuals(
+    path: Path,
+    images: ArrayLike,
+    cams: ArrayLike,
+    masks: ArrayLike,
+    refilled: ArrayLike,
+    *,
+    grid: int,
+    captions: Sequence[str] | None = None,
+) -> None:
+    """Draw a row per image: the original, its CAM laid over it, the patches kept, and the counterfactual.
+
+    Args:
+        path: Picture to write; its suffix chooses the format.
+        images: ``[N, S, S, 3]``, uint8 or float in [0, 1].
+        cams: ``[N, L]``, not negative; every image's is scaled to its own maximum.
+        masks: ``[N, L]`` bool, True where a patch is replaced.
+        refilled: The counterfactual images, like ``images``.
+        grid: Patches along a side, ``L = grid²``; divides ``S``.
+        captions: A caption per image, written beside its row.
+
+    Raises:
+        ValueError: Shapes do not fit each other, or ``images`` is empty.
+    """
+    originals, fills, cam, mask = (np.asarray(a) for a in (images, refilled, cams, masks))
+    n, size = len(originals), originals.shape[1] if originals.ndim == 4 else 0
+    for name, array, shape in (
+        ("images", originals, (max(n, 1), size, size, 3)),
+        ("refilled", fills, originals.shape),
+        ("cams", cam, (n, grid * grid)),
+        ("masks", mask, (n, grid * grid)),
+    ):
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    if size % grid or (captions is not None and len(captions) != n):
+        raise ValueError(f"{n} images of side {size} fit neither grid={grid} nor captions={captions}")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 1.6 * n + 0.3), layout="constrained")
+    cells = figure.subplots(n, 4, squeeze=False)
+    for i in range(n):
+        hidden = _upsample(mask[i].astype(bool), grid, size)
+        heat = _upsample(cam[i] / (cam[i].max() + 1e-8), grid, size)
+        grey = originals[i].astype(float).mean(axis=2) / (255 if originals.dtype == np.uint8 else 1)
+        kept = np.where(hidden[..., None], np.array(230 if originals.dtype == np.uint8 else 0.9), originals[i])
+        for axes, picture in zip(cells[i], (originals[i], grey, kept.astype(originals.dtype), fills[i]), strict=True):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        cells[i][1].imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="nearest")
+        if captions is not None:
+            cells[i][0].set_ylabel(captions[i], fontsize=8.5)
+    for axes, heading in zip(cells[0], ("original", "relevance (CAM)", "patches kept", "counterfactual"), strict=True):
+        axes.set_title(heading, fontsize=9.5)
+    figure.savefig(path, dpi=150)
