@@ -1,6 +1,7 @@
 """The command line: settings, presets, and what a user sees when something is wrong."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,13 @@ def test_a_run_from_the_command_line_and_its_resumption(config, capsys):
     assert main(["--resume", str(config.out)]) == 0
     assert main(["--resume", str(config.out), "--optim.lr", "1.0"]) == 1
     assert "--optim.lr" in capsys.readouterr().err
+
+
+def test_divergence_is_reported(config, capsys):
+    assert main(arguments(config, optim=replace(config.optim, lr=1e30))) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"NaN or infinite at step \d+ of 10; the last good checkpoint is .*last.pt", error)
+    assert "--optim.lr" in error
 
 
 def broken_image(config, image_folders, tmp_path):

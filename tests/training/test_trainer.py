@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -167,22 +169,18 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(change, monk
 
 def test_full_disk_keeps_the_old_checkpoint(change, monkeypatch):
     trainer = Trainer(change(checkpoint_every=2), quiet=True)
-    real = checkpoint_module.atomic_write
+    real = os.fsync
 
-    def full(path, data):
-        if trainer.step >= 4 and path.name == "last.pt":
-            with path.with_name(".last.pt.part").open("wb") as file:
-                monkeypatch.setattr("os.fsync", no_space)
-                file.close()
-        real(path, data)
+    def full(handle):
+        if trainer.step >= 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
 
-    def no_space(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint_module, "atomic_write", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"cannot write .*last.pt .*No space left on device; the one before is intact"):
         trainer.run()
     assert checkpoint_module.load_checkpoint(trainer.folder / "last.pt")["step"] == 2
+    assert not [path for path in trainer.folder.iterdir() if path.name.startswith(".")], "a half-written file is left"
 
 
 def test_refuses_what_is_not_this_run(change, weights, tmp_path):
