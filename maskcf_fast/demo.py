@@ -33,15 +33,14 @@ from .training.trainer import Trainer
 
 # Weights of the distillation loss: the features of a tiny model are larger than CLIP's, for which 30 is meant.
 WEIGHTS = {
-    "fd": (0.3, 1.0, 3.0),
-    "object-single": (0.3, 1.0, 3.0),
-    "context-single": (0.3, 1.0, 3.0),
-    "random-single": (0.3, 1.0, 3.0),
+    "fd": (0.3, 1.0, 2.0),
+    "object-single": (1.0, 2.0),
+    "context-single": (1.0, 2.0),
+    "random-single": (1.0, 2.0),
 }
-THRESHOLDS = {"object-single": 0.1, "context-single": 0.2}
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of WiSE-FT
-PRETRAINING = OptimConfig(epochs=12, batch_size=128, lr=1e-3, warmup=0.1)
-FINE_TUNING = OptimConfig(epochs=4, batch_size=64, lr=3e-4, warmup=0.1)
+PRETRAINING = OptimConfig(epochs=10, batch_size=128, lr=2e-3, weight_decay=0.05, warmup=0.15)
+FINE_TUNING = OptimConfig(epochs=6, batch_size=128, lr=2e-3, weight_decay=0.1, warmup=0.1)
 SHOWN = "object-single"  # the strategy of the picture of counterfactual images
 
 
@@ -155,7 +154,7 @@ class Demo:
         if name in ("ft", "fd"):
             method = MethodConfig(name, weight=weight)  # type: ignore[arg-type]
         else:
-            method = MethodConfig(strategy=name, weight=weight, threshold=THRESHOLDS.get(name))
+            method = MethodConfig(strategy=name, weight=weight)
         model = ModelConfig("tiny", self.pretrained)
         out = self.config.out / ("quick" if self.config.quick else "runs") / f"{name}-{weight:g}-seed{seed}"
         return dataclasses.replace(self._base(), model=model, method=method, seed=seed, out=out)

@@ -19,13 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 
 
 class Point(NamedTuple):
-    """Accuracies of one setting, in per cent, one value per seed.
-
-    Attributes:
-        label: What the point is annotated with: the distillation weight, or WiSE-FT's α. Empty for none.
-        id_accuracy: In distribution.
-        ood_accuracy: Out of distribution.
-    """
+    """Accuracies of one setting, in per cent, a value per seed; the label (weight, or WiSE-FT's α) is drawn."""
 
     label: str
     id_accuracy: Sequence[float]
@@ -39,13 +33,10 @@ def _spread(values: Sequence[float]) -> float:
 def _draw(axes: Axes, name: str, points: Sequence[Point], colour: str, marker: str, line: str) -> None:
     x = [float(np.mean(p.id_accuracy)) for p in points]
     y = [float(np.mean(p.ood_accuracy)) for p in points]
-    reference = name in REFERENCES
-    size = 9 if reference else 4 if name == WISE else 6
-    axes.plot(
-        x, y, linestyle=line, color=colour, marker=marker, markersize=size, label=name, zorder=4 if reference else 3
-    )
+    size, z = (9, 4) if name in REFERENCES else (4, 3) if name == WISE else (6, 3)
+    axes.plot(x, y, linestyle=line, color=colour, marker=marker, markersize=size, label=name, zorder=z)
     dx, dy = [_spread(p.id_accuracy) for p in points], [_spread(p.ood_accuracy) for p in points]
-    if any(dx) or any(dy):
+    if any(dx + dy):
         axes.errorbar(x, y, xerr=dx, yerr=dy, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.4, zorder=2)
     for point, at in zip(points, zip(x, y, strict=True), strict=True):
         if point.label:
@@ -70,10 +61,9 @@ def plot_tradeoff(path: Path, curves: Mapping[str, Sequence[Point]], title: str 
         ValueError: There is no point to draw, or one without accuracies or with unequal numbers of them.
     """
     for name, points in curves.items():
-        for p in points:
-            if not len(p.id_accuracy) == len(p.ood_accuracy) > 0:
-                sizes = f"{len(p.id_accuracy)} ID and {len(p.ood_accuracy)} OOD accuracies"
-                raise ValueError(f"{name} {p.label}: {sizes}, expected as many of both and at least one")
+        for label, ids, oods in points:
+            if not len(ids) == len(oods) > 0:
+                raise ValueError(f"{name} {label}: {len(ids)} ID and {len(oods)} OOD accuracies, expected n of both")
     if not any(curves.values()):
         raise ValueError("curves holds no point to draw")
     from matplotlib.figure import Figure

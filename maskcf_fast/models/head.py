@@ -22,7 +22,8 @@ class CosineClassifier(nn.Module):
         super().__init__()
         if feature_dim < 1 or num_classes < 1:
             raise ValueError(f"a head needs positive sizes, got {feature_dim} features, {num_classes} classes")
-        self.weight = nn.Parameter(torch.randn(num_classes, feature_dim) * feature_dim**-0.5)
+        # Rows of length 10: logits of unit features that a softmax can tell apart, and that still learn.
+        self.weight = nn.Parameter(10 * F.normalize(torch.randn(num_classes, feature_dim), dim=1))
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     @classmethod

@@ -76,7 +76,7 @@ PRESETS = {
     "ViT-L/14@336": VisionTransformerConfig(
         image_size=336, patch_size=14, width=1024, depth=24, heads=16, output_dim=768
     ),
-    "tiny": VisionTransformerConfig(image_size=32, patch_size=4, width=64, depth=4, heads=4, output_dim=64),
+    "tiny": VisionTransformerConfig(32, 8, 96, 4, 4, 64, "gelu", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 
 

@@ -12,7 +12,7 @@ def test_class_token_only_last_block_and_taps():
     feature, taps = model.encode(tokens)
     expected, maps = plain_forward(model, images)
     torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-6)
-    assert [t.q.shape[2] for t in taps] == [65, 65, 65, 1]
+    assert [t.q.shape[2] for t in taps] == [17, 17, 17, 1]
     for tap, attention in zip(taps, maps, strict=True):
         own = torch.softmax(tap.q @ tap.k.mT * tap.q.shape[-1] ** -0.5, dim=-1)
         torch.testing.assert_close(own, attention[:, :, : own.shape[2]], rtol=1e-4, atol=1e-6)
@@ -22,11 +22,11 @@ def test_class_token_only_last_block_and_taps():
 def test_hidden_keys_change_nothing_but_by_their_absence():
     model = VisionTransformer("tiny")
     tokens = model.embed(torch.rand(2, 3, 32, 32))
-    key_mask = torch.ones(2, 65, dtype=torch.bool)
-    key_mask[:, 40:] = False
-    noise = torch.cat([tokens[:, :40], torch.randn_like(tokens[:, 40:])], dim=1)
+    key_mask = torch.ones(2, 17, dtype=torch.bool)
+    key_mask[:, 10:] = False
+    noise = torch.cat([tokens[:, :10], torch.randn_like(tokens[:, 10:])], dim=1)
     masked = model.encode(noise, key_mask=key_mask)[0]
-    torch.testing.assert_close(masked, model.encode(tokens[:, :40])[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(masked, model.encode(tokens[:, :10])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_uint8_and_float_pixels_agree():
@@ -53,10 +53,10 @@ def test_presets_are_clips_vision_towers(name, parameters):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"unknown model preset 'ViT-B/23'.*did you mean 'ViT-B/32'"):
         VisionTransformer("ViT-B/23")
-    with pytest.raises(ValueError, match="image_size=30 does not divide by patch_size=4"):
+    with pytest.raises(ValueError, match="image_size=30 does not divide by patch_size=8"):
         preset("tiny", image_size=30)
-    with pytest.raises(ValueError, match="width=65 does not divide into heads=4"):
-        preset("tiny", width=65)
+    with pytest.raises(ValueError, match="width=97 does not divide into heads=4"):
+        preset("tiny", width=97)
     with pytest.raises(ValueError, match=r"images must have shape \[N, 3, 32, 32\], got \[1, 3, 40, 40\]"):
         VisionTransformer("tiny")(torch.rand(1, 3, 40, 40))
 

@@ -1,0 +1,240 @@
+"""The compiled ops against the truths of cases.py, eager and under torch.compile, with poisoned outputs."""
+
+from __future__ import annotations
+
+import itertools
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+import maskcf_fast as mf
+from maskcf_fast import _native
+from maskcf_fast.ops._dispatch import implementation
+
+IMPLS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(_native.why_not("cpu") is not None, reason="extension not built")),
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
+MODES = ["eager", "compiled"]
+COMPILED_CASES = {"7x7", "single-float32-nchw", "single-float32-nhwc", "window", "uint8-to-bfloat16", "multi", "float32"}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Fresh memory holds NaN, or the largest integer: an element that nothing writes is noticed."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what turns the filling on
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(op, impl: str, mode: str, arguments: dict):
+    """Call an op on the device of ``impl``; the result comes back to the CPU."""
+    if impl == "cuda":
+        arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    if mode == "compiled":
+        torch.compiler.reset()
+        op = torch.compile(op, fullgraph=True, backend="aot_eager" if impl != "reference" else "eager")
+    result = op(**arguments, impl=impl)
+    return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
+
+
+def grid_of(names, compiled=COMPILED_CASES):
+    """All cases eagerly, a few of each op compiled (tracing does not depend on the values)."""
+    return [(name, mode) for name, mode in itertools.product(names, MODES) if mode == "eager" or name in compiled]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("region", ["object", "context"])
+@pytest.mark.parametrize("name", cases.CAMS)
+def test_masks_are_identical(name, region, impl):
+    cam = cases.CAMS[name]()
+    for cut in cases.CUTS.values():
+        arguments = cases.cut_for(cut, cam.shape[1]) | {"region": region}
+        mask = run(mf.select_patches, impl, "eager", {"cam": cam} | arguments)
+        assert torch.equal(mask, cases.true_mask(cam, **arguments)), arguments
+    if name in COMPILED_CASES:
+        for cut in ("t0.3", "khalf"):
+            arguments = cases.cut_for(cases.CUTS[cut], cam.shape[1]) | {"region": region}
+            mask = run(mf.select_patches, impl, "compiled", {"cam": cam} | arguments)
+            assert torch.equal(mask, cases.true_mask(cam, **arguments))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("name", "mode"), grid_of(cases.REFILL_CASES))
+def test_refill_is_exact(name, mode, impl):
+    arguments = cases.REFILL_CASES[name]()
+    before = arguments["images"].clone()
+    out = run(mf.refill_patches, impl, mode, arguments)
+    assert same_bits(out, cases.true_refill(**arguments))
+    assert out.is_contiguous(memory_format=torch.channels_last) or not name.endswith("nhwc")
+    assert same_bits(arguments["images"], before)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("cut", [{"threshold": 0.3}, {"top_k": 3}, {"top_k": 0}, {"top_k": 16}])
+@pytest.mark.parametrize(
+    ("cam", "region", "mode"),
+    [*itertools.product(["random", "nan", "zeros", "half"], ["object", "context"], ["eager"]),
+     ("random", "object", "compiled")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["single-float32-nchw", "multi-uint8-nhwc", "one_image", "expanded", "window"])
+def test_select_and_refill_as_one(name, cam, mode, region, cut, impl):
+    arguments = cases.REFILL_CASES[name]()
+    n, num_patches = arguments.pop("mask").shape
+    maps = {
+        "random": cases.random_cam(n, num_patches),
+        "nan": torch.full((n, num_patches), torch.nan),
+        "zeros": torch.zeros(n, num_patches),
+        "half": cases.random_cam(n, num_patches, torch.float16),
+    }
+    selection = cut | {"region": region}
+    out, mask = run(mf.counterfactual_refill, impl, mode, arguments | selection | {"cam": maps[cam]})
+    expected = cases.true_mask(maps[cam], **selection)
+    assert torch.equal(mask, expected)
+    assert same_bits(out, cases.true_refill(mask=expected, **arguments))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("name", "mode"), grid_of(cases.PATCHIFY_CASES))
+def test_patchify_is_exact(name, mode, impl):
+    arguments = cases.PATCHIFY_CASES[name]()
+    out = run(mf.patchify, impl, mode, arguments)
+    expected = cases.true_patchify(**arguments)
+    if impl == "cuda" or mode == "compiled":  # PyTorch divides by a constant by multiplying there
+        torch.testing.assert_close(out, expected)
+    else:
+        assert out.dtype == expected.dtype
+        assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("name", "mode"), grid_of(cases.GATHER_CASES, {"single-float32", "multi-bfloat16"}))
+def test_gather_is_exact_and_so_is_its_gradient(name, mode, impl):
+    arguments = cases.GATHER_CASES[name]()
+    tokens = arguments["tokens"].detach().requires_grad_()
+    out = run(mf.gather_tokens, impl, mode, arguments | {"tokens": tokens})
+    assert same_bits(out, cases.true_gather(**arguments))
+    grad_out = torch.randn(out.shape, generator=cases.generator(3)).to(out.dtype)
+    out.backward(grad_out)
+    exact = cases.true_gather_grad(grad_out, arguments["mask"], arguments["donors"])
+    # Sums of up to N values, in the gradient's dtype for the reference and in float32 or better for the kernels.
+    ulp = torch.finfo(out.dtype).eps * (1 if impl != "reference" else len(exact))
+    assert (tokens.grad.double() - exact).abs().max() <= ulp * exact.abs().max().clamp(min=1) * 2
+
+
+@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize("fill", ["single", "multi", "repeated"])
+def test_gather_twice_differentiable(fill, impl):
+    tokens, mask, donors = cases.gather_case(4, 5, 3, torch.float64, fill)().values()
+    device = "cuda" if impl == "cuda" else "cpu"
+    inputs = tokens.to(device).requires_grad_()
+
+    def op(t):
+        return mf.gather_tokens(t, mask.to(device), donors.to(device), impl=impl)
+
+    assert torch.autograd.gradcheck(op, inputs)
+    assert torch.autograd.gradgradcheck(op, inputs)
+
+
+def relevance_error(out: Tensor, arguments: dict) -> float:
+    exact = cases.true_relevance(**arguments)
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize(
+    ("name", "mode"), grid_of({**cases.RELEVANCE_CASES, **cases.LARGE_RELEVANCE_CASES}, {"float32", "start"})
+)
+def test_relevance_errs_at_most_twice_as_much_as_torch(name, mode, impl):
+    arguments = {**cases.RELEVANCE_CASES, **cases.LARGE_RELEVANCE_CASES}[name]()
+    out = run(mf.attention_relevance, impl, mode, arguments)
+    assert out.dtype == (torch.float64 if arguments["q"].dtype == torch.float64 else torch.float32)
+    torchs = relevance_error(mf.attention_relevance(**arguments, impl="reference"), arguments)
+    # The floor is a rounding of the result: where torch happens to err by less, nothing is wrong.
+    assert relevance_error(out, arguments) <= max(2 * torchs, 2 * torch.finfo(out.dtype).eps)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["q", "k", "grad_out", "relevance"])
+@pytest.mark.parametrize("tq", [None, 1])
+def test_a_nan_reaches_the_relevance(where, bad, tq, impl):
+    """Non-finite input is seen in the image it belongs to, and nowhere else."""
+    arguments = cases.relevance_case(tq=tq)()
+    arguments[where].view(2, -1)[1, 0] = bad
+    out = run(mf.attention_relevance, impl, "eager", arguments)
+    assert out[0].isfinite().all()
+    assert torch.equal(out.isfinite(), mf.attention_relevance(**arguments, impl="reference").isfinite())
+
+
+@pytest.mark.parametrize("impl", IMPLS[1:])
+def test_relevance_does_not_depend_on_the_number_of_threads(impl):
+    arguments = cases.relevance_case(3, 5, 70, 32)()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(mf.attention_relevance, impl, "eager", arguments))
+    torch.set_num_threads(1)
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+
+
+def opcheck_arguments(device: str) -> dict[str, tuple]:
+    """Arguments of each registered op."""
+    images, mask, donors, grid = cases.refill_case()().values()
+    tokens, token_mask, token_donors = cases.gather_case()().values()
+    q, k, v, grad_out, row, _ = cases.relevance_case()().values()
+    cam = cases.random_cam(5, 16)
+    pixels = cases.PATCHIFY_CASES["multi"]()
+    found = {
+        "select_by_threshold": (cam, 0.3, False),
+        "select_top_k": (cam, 4, True),
+        "refill_patches": (images.nan_to_num(), mask, donors, *grid),
+        "counterfactual_refill": (images.nan_to_num(), cam, donors, 0.3, 0, False, *grid),
+        "patchify": (pixels["images"], 4, pixels["mean"], pixels["std"], torch.float32, pixels["mask"],
+                     pixels["donors"]),
+        "gather_tokens": (tokens.requires_grad_(), token_mask, token_donors),
+        "gather_tokens_backward": (tokens.detach().requires_grad_(), token_mask, token_donors),
+        "attention_relevance": (q, k, v, grad_out, row, 0.3),
+    }  # fmt: skip
+    return {
+        op: tuple(x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in given)
+        for op, given in found.items()
+    }
+
+
+@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize("op", opcheck_arguments("cpu"))
+def test_opcheck(op, impl):
+    for package in ("select", "refill", "patchify", "gather", "relevance"):
+        implementation(f"maskcf_fast.ops.{package}", impl, torch.device(impl))
+    torch.library.opcheck(getattr(torch.ops.maskcf, op), opcheck_arguments(impl)[op])
+
+
+@pytest.mark.skipif(_native.why_not("cpu") is not None, reason="extension not built")
+@pytest.mark.parametrize("op", ["refill_patches", "gather_tokens", "gather_tokens_backward"])
+def test_a_donor_outside_the_batch_cannot_reach_memory(op):
+    """Under torch.compile the public check reads no values; the CPU kernels check again."""
+    arguments = opcheck_arguments("cpu")[op]
+    for wrong in (-1, 5):
+        with pytest.raises(RuntimeError, match="donors must index the batch, 0 to 4"):
+            getattr(torch.ops.maskcf, op)(*arguments[:2], torch.full((5,), wrong), *arguments[3:])
+
+
+@pytest.mark.skipif(_native.why_not("cpu") is not None, reason="extension not built")
+def test_storage_that_must_not_be_written(tmp_path):
+    """Inputs in a read-only mapping: a stray write would end the process."""
+    path = tmp_path / "images"
+    path.write_bytes(bytes(range(256)) * 12)
+    images = torch.from_file(str(path), shared=False, size=3072, dtype=torch.uint8).view(4, 3, 16, 16)
+    mask, donors = cases.random_mask(4, 16), cases.random_donors(4, 16, "single")
+    out = mf.refill_patches(images, mask, donors, impl="cpu")
+    assert torch.equal(out, cases.true_refill(images, mask, donors, (4, 4)))
+    assert path.read_bytes() == bytes(range(256)) * 12
