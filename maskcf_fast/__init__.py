@@ -4,6 +4,7 @@ Importing it compiles nothing, touches no GPU and loads no data library.
 """
 
 from .distill import CounterfactualDistiller, MaskStrategy
+from .explain import explain, record_attention
 from .models import CosineClassifier, ImageClassifier, VisionTransformer, load_backbone
 from .ops import (
     attention_relevance,
@@ -28,9 +29,11 @@ __all__ = [
     "attention_relevance",
     "counterfactual_refill",
     "drop_tokens",
+    "explain",
     "gather_tokens",
     "load_backbone",
     "patchify",
+    "record_attention",
     "refill_patches",
     "relevance_cam",
     "sample_donors",

@@ -1,0 +1,151 @@
+"""From the layers to a map: the read-out that the recurrence starts from, and the patches that it ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .._checks import FLOATS, check_tensor
+from ..ops import attention_relevance
+
+if TYPE_CHECKING:
+    from .record import Call
+
+ReadOut = Literal["class", "mean", "class+mean", "attention"]
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise unless ``labels`` choose a column of ``logits`` per row."""
+    check_tensor("logits", logits, ["N", "C"], dtypes=FLOATS)
+    check_tensor("labels", labels, [len(logits)], dtypes=[torch.int64], device=logits.device)
+    if len(labels) == 0:
+        raise ValueError("logits are empty: there is no image to explain")
+    low, high = (int(x) for x in torch.stack(labels.aminmax()).tolist())
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(f"labels must lie in [0, {logits.shape[1] - 1}], got {low} to {high}")
+
+
+def count_prefix(first: Call, prefix_tokens: int | None) -> tuple[int, tuple[int, int] | None]:
+    """Tokens before the patches, and rows and columns of the patches (None if unknown)."""
+    n, t = first.q.shape[0], first.k.shape[2]
+    grid = None
+    if first.grid is not None and first.grid[0] == n:
+        grid = (first.grid[1], first.grid[2])
+    if prefix_tokens is not None:
+        if not 0 <= prefix_tokens < t:
+            raise ValueError(f"prefix_tokens must lie in [0, {t - 1}], got {prefix_tokens}")
+        side = round((t - prefix_tokens) ** 0.5)
+        if grid is None or grid[0] * grid[1] != t - prefix_tokens:
+            grid = (side, side) if side**2 == t - prefix_tokens else None
+        return prefix_tokens, grid
+    if grid is not None and 0 <= t - grid[0] * grid[1] < min(t, 64):
+        return t - grid[0] * grid[1], grid
+    side = round((t - 1) ** 0.5)
+    if grid is None and side and side**2 == t - 1:  # no convolution: a class token and a square of patches
+        return 1, (side, side)
+    raise ValueError(
+        f"which of the {t} tokens are patches is not known: pass prefix_tokens, the number of tokens before them"
+    )
+
+
+def chain_relevance(
+    layers: Sequence[Call],
+    logits: Tensor,
+    labels: Tensor,
+    start_layer: int,
+    prefix: int,
+    readout: ReadOut | Tensor | None,
+) -> Tensor:
+    """The recurrence, ``[N, L]``; arguments as `AttentionRecord.relevance`."""
+    if isinstance(readout, str) and readout not in get_args(ReadOut):
+        raise ValueError(f"readout must be one of {', '.join(get_args(ReadOut))}, or weights, got {readout!r}")
+    pooled = readout == "attention"
+    if pooled and layers[-1].q.shape[2] == layers[-1].k.shape[2]:
+        raise ValueError(
+            'readout="attention" needs a last fused attention call with one query, and none was recorded. '
+            "torch.nn.MultiheadAttention makes one with need_weights=False only"
+        )
+    depth = len(layers) - pooled
+    if not -depth <= start_layer < depth:
+        raise ValueError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
+    used = layers[start_layer % depth :]
+
+    score = logits.gather(1, labels[:, None]).sum()
+    edges = [call.edge for call in used if call.edge is not None]
+    grads = list(torch.autograd.grad(score, edges, retain_graph=True))
+
+    start = _start(layers[-1], grads[-1], prefix, readout)  # [T]
+    row = start.expand(len(logits), -1)  # [N, T]
+    if pooled:
+        row = _pooling_weights(layers[-1], grads.pop())
+        start = torch.zeros_like(start)  # the learned query is no token, and hands over only what it attends to
+        used = used[:-1]
+    for call, grad in zip(reversed(used), reversed(grads), strict=True):
+        q, (k, v) = call.q, _key_values(call)
+        if call is layers[-1] and readout == "class":
+            q, grad = q[:, :, :1], grad[:, :, :1]  # the row is zero elsewhere
+        row = attention_relevance(q, k, v, grad, row.contiguous(), scale=call.scale)
+    return (row - start)[:, prefix:]
+
+
+def _key_values(call: Call) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as the queries, ``[N, H, T, d]`` each."""
+    k, v = (x.repeat_interleave(call.q.shape[1] // x.shape[1], dim=1) for x in (call.k, call.v))
+    return k, v
+
+
+def _pooling_weights(call: Call, grad: Tensor) -> Tensor:
+    """What a single query that is no token takes from each token, ``[N, T]``: ``mean over heads of max(0, P * dP)``."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    k, v = (x.to(wide) for x in _key_values(call))
+    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    attention = torch.softmax(call.q.to(wide) @ k.mT * scale, dim=-1)  # [N, H, 1, T]
+    return (attention * (grad.to(wide) @ v.mT)).clamp(min=0).mean(dim=1).squeeze(1)
+
+
+def _start(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tensor | None) -> Tensor:
+    """Weights ``[T]`` float32 or float64 by which the read-out takes the last layer's tokens."""
+    t = last.k.shape[2]
+    start = torch.zeros(t, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
+    if isinstance(readout, Tensor):
+        check_tensor("readout", readout, [t], dtypes=FLOATS, device=grad.device)
+        return readout.to(start.dtype)
+    if last.q.shape[2] == 1 and t > 1:
+        if readout not in ("class", "attention"):
+            raise ValueError(
+                'the last attention call has a single query: pass readout="class" if it is the class token\'s, or '
+                'readout="attention" if it is a learned query that pools the tokens'
+            )
+        start[0] = 1  # the only query
+        return start
+    if readout in ("class", "class+mean"):
+        if prefix == 0:
+            raise ValueError(f'readout="{readout}" needs a class token, but all {t} tokens are patches')
+        start[0] = 1
+        if readout == "class+mean":
+            start[prefix:] = 1 / (t - prefix)
+        return start
+
+    # After the last attention every token is on its own, so the gradient there is zero, exactly, at tokens that
+    # the score does not read.
+    read = torch.any(grad, dim=(0, 1, 3))  # [T]
+    patches, prefixes = int(read[prefix:].sum()), int(read[:prefix].sum())
+    if readout == "mean":
+        if patches not in (0, t - prefix) or prefixes not in (0, prefix) or (prefixes and not patches):
+            raise ValueError(
+                f"the score reads {patches} of {t - prefix} patches and {prefixes} of {prefix} tokens before them: "
+                f'not the mean of either, as readout="mean" says'
+            )
+        start[0 if prefixes else prefix :] = 1
+    elif patches:
+        raise ValueError(
+            f"the score reads {patches} of {t - prefix} patches after the last layer, and {prefixes} of {prefix} "
+            f'tokens before them, not the class token alone. If it reads their mean, pass readout="mean"; the mean '
+            f'beside the class token, readout="class+mean"; attention pooling that is not fused is not covered'
+        )
+    elif prefixes:
+        start[:prefix] = read[:prefix]
+    return start / start.sum().clamp(min=1)

@@ -1,0 +1,197 @@
+"""The gallery command, with models of every library and random weights."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from PIL import Image
+
+from maskcf_fast.explain.__main__ import main
+from maskcf_fast.explain.gallery import _explain, _read
+from maskcf_fast.explain.load import Loaded, load
+from maskcf_fast.explain.models import explain
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images" / "deeper"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i, suffix in enumerate(["jpg", "png", "JPEG"]):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"image{i}.{suffix}")
+    (folder / "notes.txt").write_text("no image")
+    return folder.parent
+
+
+def saved_hugging_face(folder, name, **options):
+    from transformers import CLIPImageProcessor, ViTImageProcessor
+
+    torch.manual_seed(0)
+    if name == "CLIPModel":
+        model = zoo.hf_clip()
+        processor = CLIPImageProcessor(size={"shortest_edge": zoo.SIDE}, crop_size=zoo.SIDE)
+        save_tokenizer(folder)
+    else:
+        model = zoo.hf_model(name, **options)
+        processor = ViTImageProcessor(size={"height": zoo.SIDE, "width": zoo.SIDE})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def save_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<start>": 1, "a": 2, "cat": 3, "dog": 4, "black": 5, "<end>": 99}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<start> $A <end>", None, [("<start>", 1), ("<end>", 99)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+
+
+def command(images, model, *options):
+    out = images.parent / "out"
+    code = main(["--model", model, "--images", str(images), "--out", str(out), "--device", "cpu", *options])
+    return code, sorted(path.name for path in out.glob("*"))
+
+
+PICTURES = ["0000-image0.png", "0001-image1.png", "0002-image2.png", "gallery.png"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("timm:vit_tiny_patch16_224", ["--batch-size", "2", "--start-layer", "-1"]),
+        ("torchvision:vit_b_32", ["--label", "7"]),
+        ("open_clip:ViT-S-32-alt", ["--prompts", "a cat", "a dog"]),
+    ],
+)
+def test_random_weights(images, model, options, capsys):
+    code, files = command(images, model, "--no-pretrained", *options)
+    assert (code, files) == (0, PICTURES)
+    assert "3 images explained" in capsys.readouterr().out
+    picture = np.asarray(Image.open(images.parent / "out" / "gallery.png").convert("RGB"))
+    assert picture.shape[1] > 3 * picture.shape[0]  # three pairs in a row
+    assert picture.std() > 30
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ViTForImageClassification", []),
+        ("Dinov2ForImageClassification", ["--label", "2"]),
+        ("CLIPModel", ["--prompts", "a cat", "a black dog"]),
+    ],
+)
+@pytest.mark.parametrize("pretrained", ["--pretrained", "--no-pretrained"])
+def test_hugging_face_folder(images, tmp_path, name, options, pretrained):
+    model = saved_hugging_face(tmp_path / "model", name)
+    assert command(images, model, *options, pretrained) == (0, PICTURES)
+
+
+def test_zero_shot_logits_are_the_librarys(tmp_path):
+    name = saved_hugging_face(tmp_path / "model", "CLIPModel")
+    loaded = load(name, pretrained=True, prompts=["a cat", "a black dog"], device=torch.device("cpu"))
+    from transformers import CLIPModel
+
+    model = CLIPModel.from_pretrained(tmp_path / "model").eval()
+    ids, mask = torch.tensor([[1, 2, 3, 99, 0], [1, 2, 5, 4, 99]]), torch.tensor([[1, 1, 1, 1, 0], [1] * 5])
+    pixels, _ = zoo.inputs()
+    with torch.no_grad():
+        truth = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits_per_image
+        assert torch.allclose(loaded.logits(pixels), truth, atol=1e-5)
+
+
+def test_what_is_drawn(images):
+    """The picture that the model saw, undone normalisation, and the map that `explain` gives, as a grid."""
+    model = zoo.make("timm-vit")
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+    def transform(picture):
+        pixels = torch.from_numpy(np.array(picture.resize((32, 32)))).permute(2, 0, 1) / 255
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    loaded = Loaded(model, transform, mean, std, {3: "owl, bird"}, None)
+    path = images / "deeper" / "image1.png"
+
+    class Config:
+        label, start_layer = 3, 0
+
+    image = _read(path, loaded)
+    (picture,) = _explain(loaded, [(path, image)], Config, torch.device("cpu"))
+    assert torch.allclose(
+        picture.pixels, torch.from_numpy(np.array(Image.open(path).resize((32, 32)))) / 255, atol=1e-6
+    )
+    assert torch.equal(picture.heat.flatten(), explain(model, image[None], torch.tensor([3]))[0])
+    assert picture.heat.shape == (4, 4)
+    share = model(image[None]).softmax(1)[0, 3]
+    assert picture.title == f"owl ({share:.0%})"
+
+
+def test_sheet_has_every_picture(images, monkeypatch):
+    saved = []
+    monkeypatch.setattr("maskcf_fast.explain.gallery._save", lambda p, path, columns: saved.append(len(p)))
+    monkeypatch.setattr("maskcf_fast.explain.gallery.SHEET", 2)
+    assert command(images, "timm:vit_tiny_patch16_224", "--no-pretrained")[0] == 0
+    assert saved == [1, 1, 1, 2]
+
+
+def test_unreadable_images_are_named_and_skipped(images, capsys):
+    (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    code, files = command(images, "timm:vit_tiny_patch16_224", "--no-pretrained")
+    assert (code, files) == (0, PICTURES)
+    error = capsys.readouterr().err
+    assert "broken.png" in error
+    assert "1 of 4 images could not be read" in error
+
+
+def test_second_run_leaves_its_own_pictures_out(images):
+    for path in ("image0.jpg", "image1.png"):
+        (images / "deeper" / path).unlink()
+    options = ["--no-pretrained", "--device", "cpu", "--images", str(images), "--out", str(images / "maps")]
+    for _ in range(2):
+        assert main(["--model", "timm:vit_tiny_patch16_224", *options]) == 0
+        assert sorted(p.name for p in (images / "maps").iterdir()) == ["0000-image2.png", "gallery.png"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("tim:vit_tiny_patch16_224", [], "timm:NAME.*did you mean 'timm'"),
+        ("vit_tiny_patch16_224", [], "must be given as timm:NAME"),
+        ("timm:vit_tinny_patch16_224", [], "did you mean 'vit_tiny_patch16_224'"),
+        ("torchvision:vit_b16", [], "did you mean 'vit_b_16'"),
+        ("open_clip:ViT-B32", [], "did you mean 'ViT-B-32'"),
+        ("open_clip:ViT-B-32/openaj", ["--pretrained"], "did you mean 'openai'"),
+        ("open_clip:ViT-B-32", [], "has no classes: give --prompts"),
+        ("timm:vit_tiny_patch16_224", ["--prompts", "a cat"], "--prompts are for CLIP-like models"),
+        ("timm:vit_tiny_patch16_224", ["--label", "1000"], "labels must lie in"),
+        ("timm:vit_tiny_patch16_224", ["--start-layer", "12"], "start_layer must lie in"),
+        ("timm:vit_tiny_patch16_224", ["--batch-size", "0"], "batch-size must be at least 1"),
+        ("timm:resnet18", [], "no attention call was recorded"),
+    ],
+)
+def test_mistakes_are_one_message(images, capsys, model, options, message):
+    code, files = command(images, model, "--no-pretrained", *options)
+    assert (code, files) == (1, [])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(message, error, re.DOTALL)
+
+
+def test_classifier_without_head_is_refused(images, tmp_path, capsys):
+    model = saved_hugging_face(tmp_path / "model", "CLIPModel")
+    assert command(images, model)[0] == 1
+    assert "no image classifier. For a CLIP-like model, give --prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [{}, {"a.jpg": b"junk"}], ids=["none", "broken"])
+def test_folder_without_images(tmp_path, capsys, content):
+    (tmp_path / "images").mkdir()
+    for name, data in content.items():
+        (tmp_path / "images" / name).write_bytes(data)
+    assert command(tmp_path / "images", "timm:vit_tiny_patch16_224", "--no-pretrained")[0] == 1
+    assert "images in" in capsys.readouterr().err
