@@ -1,6 +1,7 @@
 """The gallery command, with models of every library and random weights."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from maskcf_fast.explain.__main__ import main
 from maskcf_fast.explain.gallery import _explain, _read
 from maskcf_fast.explain.load import Loaded, load
 from maskcf_fast.explain.models import explain
+
+# The package shares its name with the function `maskcf_fast.explain`, so modules in it are found by import only.
+gallery = sys.modules["maskcf_fast.explain.gallery"]
 
 
 @pytest.fixture
@@ -133,8 +137,8 @@ def test_what_is_drawn(images):
 
 def test_sheet_has_every_picture(images, monkeypatch):
     saved = []
-    monkeypatch.setattr("maskcf_fast.explain.gallery._save", lambda p, path, columns: saved.append(len(p)))
-    monkeypatch.setattr("maskcf_fast.explain.gallery.SHEET", 2)
+    monkeypatch.setattr(gallery, "_save", lambda p, path, columns: saved.append(len(p)))
+    monkeypatch.setattr(gallery, "SHEET", 2)
     assert command(images, "timm:vit_tiny_patch16_224", "--no-pretrained")[0] == 0
     assert saved == [1, 1, 1, 2]
 

@@ -125,7 +125,7 @@ def test_transformer_encoder_with_its_fast_path(train, requires_grad):
 def test_inside_after_and_repeated(monkeypatch):
     """Also where relevance itself is computed by functions that the context would see."""
     reference = functools.partial(mf.attention_relevance, impl="reference")
-    monkeypatch.setattr("maskcf_fast.explain.readout.attention_relevance", reference)
+    monkeypatch.setattr(sys.modules["maskcf_fast.explain.readout"], "attention_relevance", reference)
     model = Toy()
     with record_attention() as record:
         logits = model(IMAGES)
