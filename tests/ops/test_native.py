@@ -19,7 +19,15 @@ IMPLS = [
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
 ]
 MODES = ["eager", "compiled"]
-COMPILED_CASES = {"7x7", "single-float32-nchw", "single-float32-nhwc", "window", "uint8-to-bfloat16", "multi", "float32"}
+COMPILED_CASES = {
+    "7x7",
+    "single-float32-nchw",
+    "single-float32-nhwc",
+    "window",
+    "uint8-to-bfloat16",
+    "multi",
+    "float32",
+}
 
 
 @pytest.fixture(autouse=True)

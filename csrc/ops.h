@@ -1,0 +1,151 @@
+// What the implementations of an op for the CPU and for CUDA share: checked arguments, outputs, dispatch on dtypes.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "core/address.h"
+#include "core/pixel.h"
+#include "core/select.h"
+
+namespace maskcf {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+  if (t.dim() != int64_t(shape.size())) return false;
+  int64_t i = 0;
+  for (int64_t size : shape) {
+    if (t.size(i++) != size) return false;
+  }
+  return true;
+}
+
+// Calls f(T{}) with the C++ type of a float dtype.
+template <class F>
+void for_float_type(ScalarType dtype, const char* name, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Half: return f(Half{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    default: STD_TORCH_CHECK(false, name, " must be a float tensor");
+  }
+}
+
+// Same with f(float{}) or f(double{}).
+template <class F>
+void for_wide_type(ScalarType dtype, const char* name, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    default: STD_TORCH_CHECK(false, name, " must be float32 or float64");
+  }
+}
+
+inline void check_cam(const Tensor& cam) {  // [N, L]
+  STD_TORCH_CHECK(cam.dim() == 2, "cam must have shape [N, L]");
+  STD_TORCH_CHECK(cam.is_contiguous(), "cam must be contiguous");
+  STD_TORCH_CHECK(cam.size(1) < (int64_t(1) << 31), "cam has too many patches");
+}
+
+inline void check_donors(const Tensor& donors, int64_t n, int64_t patches) {  // [N] or [N, L]
+  STD_TORCH_CHECK(donors.scalar_type() == ScalarType::Long, "donors must be int64");
+  STD_TORCH_CHECK(has_shape(donors, {n}) || has_shape(donors, {n, patches}), "donors must have shape [N] or [N, L]");
+  STD_TORCH_CHECK(donors.is_contiguous(), "donors must be contiguous");
+}
+
+inline void check_mask(const Tensor& mask, int64_t n, int64_t patches) {  // [N, L]
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "mask must be bool");
+  STD_TORCH_CHECK(has_shape(mask, {n, patches}), "mask must have shape [N, L]");
+  STD_TORCH_CHECK(mask.is_contiguous(), "mask must be contiguous");
+}
+
+inline bool is_channels_last(const Tensor& t) {
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  return t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
+}
+
+// The patch grid of contiguous or channels-last images [N, C, H, W].
+inline PatchGrid patch_grid(const Tensor& images, int64_t rows, int64_t cols) {
+  STD_TORCH_CHECK(images.dim() == 4, "images must have shape [N, C, H, W]");
+  const bool contiguous = images.is_contiguous();
+  STD_TORCH_CHECK(contiguous || is_channels_last(images), "images must be contiguous or channels-last");
+  const int64_t c = images.size(1), h = images.size(2), w = images.size(3);
+  STD_TORCH_CHECK(rows > 0 && cols > 0 && h % rows == 0 && w % cols == 0, "images must divide into the patch grid");
+  const int64_t pixel = int64_t(images.element_size()) * (contiguous ? 1 : c);
+  return {images.size(0), contiguous ? c : 1, rows, cols, h / rows, w / cols * pixel};
+}
+
+// Memory safety does not rest on the caller: on the CPU, where reading them is cheap, the values are checked here too.
+inline void check_donor_values(const Tensor& donors, int64_t n) {
+  const int64_t* donor = static_cast<const int64_t*>(donors.const_data_ptr());
+  bool inside = true;
+  for (int64_t i = 0; i < donors.numel(); ++i) inside &= donor[i] >= 0 && donor[i] < n;
+  STD_TORCH_CHECK(inside, "donors must index the batch, 0 to ", n - 1);
+}
+
+inline const int64_t* donor_data(const Tensor& donors) { return static_cast<const int64_t*>(donors.const_data_ptr()); }
+inline const bool* mask_data(const Tensor& mask) { return static_cast<const bool*>(mask.const_data_ptr()); }
+
+template <class T>
+Selection<T> selection(std::optional<double> threshold, int64_t k, bool context) {
+  return {threshold.has_value(), context, T(threshold.value_or(0.0)), k};
+}
+
+// Checked arguments of patchify.
+struct PatchifyShape {
+  int64_t n, c, rows, cols, p;
+  ImageStrides strides;
+  bool bytes;
+};
+
+inline PatchifyShape patchify_shape(const Tensor& images, int64_t p, size_t means, size_t stds) {
+  STD_TORCH_CHECK(images.dim() == 4, "images must have four dimensions");
+  const bool bytes = images.scalar_type() == ScalarType::Byte;  // [N, H, W, C], else [N, C, H, W]
+  const int ci = bytes ? 3 : 1, yi = bytes ? 1 : 2, xi = bytes ? 2 : 3;
+  STD_TORCH_CHECK(p > 0 && images.size(yi) % p == 0 && images.size(xi) % p == 0, "images must divide into patches");
+  STD_TORCH_CHECK(int64_t(means) == images.size(ci) && int64_t(stds) == images.size(ci),
+                  "mean and std must have one value per channel");
+  return {images.size(0),
+          images.size(ci),
+          images.size(yi) / p,
+          images.size(xi) / p,
+          p,
+          {images.stride(0), images.stride(ci), images.stride(yi), images.stride(xi)},
+          bytes};
+}
+
+inline void check_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& donors) {
+  STD_TORCH_CHECK(tokens.dim() == 3, "tokens must have shape [N, 1 + L, D]");
+  STD_TORCH_CHECK(tokens.is_contiguous(), "tokens must be contiguous");
+  check_mask(mask, tokens.size(0), tokens.size(1) - 1);
+  check_donors(donors, tokens.size(0), tokens.size(1) - 1);
+}
+
+inline void check_relevance(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& grad_out,
+                            const Tensor& relevance) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must have shape [N, H, T, d]");
+  const int64_t n = q.size(0), h = q.size(1), tq = q.size(2), t = k.size(2), d = q.size(3);
+  STD_TORCH_CHECK(has_shape(k, {n, h, t, d}) && has_shape(v, {n, h, t, d}), "k and v must have shape [N, H, T, d]");
+  STD_TORCH_CHECK(has_shape(grad_out, {n, h, tq, d}), "grad_out must be like q");
+  STD_TORCH_CHECK(tq == 1 || tq == t, "q must have T queries or 1");
+  STD_TORCH_CHECK(has_shape(relevance, {n, t}) && relevance.is_contiguous(), "relevance must be [N, T], contiguous");
+  const ScalarType wide = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(relevance.scalar_type() == wide, "relevance must be float32, or float64 with float64 q");
+  for (const Tensor* x : {&q, &k, &v, &grad_out}) {
+    STD_TORCH_CHECK(x->scalar_type() == q.scalar_type(), "q, k, v and grad_out must have one dtype");
+    STD_TORCH_CHECK(x->stride(3) == 1 || d == 1, "rows of q, k, v and grad_out must be contiguous");
+  }
+}
+
+}  // namespace maskcf

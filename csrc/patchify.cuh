@@ -1,0 +1,76 @@
+// Pixels to normalised patch rows: a block takes some patches of one image.
+#pragma once
+
+#include "core/address.h"
+#include "core/pixel.h"
+#include "device.h"
+
+namespace maskcf {
+
+constexpr int kMaxChannels = 16;
+constexpr int kPatchifyThreads = 256;
+
+template <class W>
+struct PatchifyArgs {
+  int64_t images, patches, cols, p;
+  int channels;
+  ImageStrides strides;
+  const bool* mask;       // [N, L] or null
+  const int64_t* donors;  // [N] or [N, L]
+  bool donor_per_patch;
+  int group;  // patches per block
+  W mean[kMaxChannels], std[kMaxChannels];
+};
+
+template <class Out, int kCount>
+struct alignas(sizeof(Out) * kCount) Pack {
+  Out value[kCount];
+};
+
+// Grid: x counts images, y groups of patches. kCount consecutive values of a row are written at once. Dynamic shared
+// memory for bytes: a table [C, 256] of Out, the outcome of every byte by the same arithmetic.
+template <class Out, class In, int kCount>
+__global__ void __launch_bounds__(kPatchifyThreads)
+    patchify_kernel(const In* __restrict__ in, Out* __restrict__ out, PatchifyArgs<typename Wide<In>::type> args) {
+  MASKCF_DYNAMIC_SHARED(memory);
+  Out* table = reinterpret_cast<Out*>(memory);
+  if constexpr (sizeof(In) == 1) {
+    for (int i = int(threadIdx.x); i < args.channels * 256; i += int(blockDim.x)) {
+      table[i] = normalised<Out>(In(i % 256), args.mean[i / 256], args.std[i / 256]);
+    }
+    __syncthreads();
+  }
+  const int64_t n = blockIdx.x;
+  const unsigned side = unsigned(args.p), area = side * side, row = unsigned(args.channels) * area;
+  const int64_t first = int64_t(blockIdx.y) * args.group;
+  const int64_t left = args.patches - first;
+  const unsigned items = unsigned(left < args.group ? left : args.group) * (row / kCount);
+  for (unsigned item = threadIdx.x; item < items; item += blockDim.x) {
+    const int64_t p = first + item / (row / kCount);
+    unsigned at = item % (row / kCount) * kCount;
+    int64_t source = n;
+    if (args.mask) {
+      source = source_of(n, p, args.patches, args.mask[n * args.patches + p], args.donors, args.donor_per_patch);
+      if (uint64_t(source) >= uint64_t(args.images)) fail();
+    }
+    unsigned c = at / area, y = at % area / side, x = at % side;
+    const int64_t top = p / args.cols * args.p, begin = p % args.cols * args.p;
+    Pack<Out, kCount> pack;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const In value = in[args.strides.offset(source, c, top + y, begin + x)];
+      if constexpr (sizeof(In) == 1) {
+        pack.value[i] = table[c * 256 + value];
+      } else {
+        pack.value[i] = normalised<Out>(value, args.mean[c], args.std[c]);
+      }
+      if (++x == side) {
+        x = 0;
+        if (++y == side) y = 0, ++c;
+      }
+    }
+    *reinterpret_cast<Pack<Out, kCount>*>(out + (n * args.patches + p) * row + at) = pack;
+  }
+}
+
+}  // namespace maskcf

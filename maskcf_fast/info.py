@@ -1,0 +1,78 @@
+"""What is installed and which implementation of each op runs here: ``python -m maskcf_fast.info``."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from . import __version__, _native
+from .ops._dispatch import MODULES, ORDER, resolve, why_not
+
+OPS = ("select", "refill", "patchify", "gather", "relevance")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the ops depend on."""
+    found = {"maskcf_fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    try:
+        found["triton"] = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        found["triton"] = "not installed"
+    found["CUDA of torch"] = torch.version.cuda or "none"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        found["GPU"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    else:
+        found["GPU"] = "none that torch can use"
+    return found
+
+
+def extension() -> dict[str, str]:
+    """The build facts of the extension."""
+    facts = _native.facts()
+    rows = {"library": str(_native.library_path()), "loads": _native.loading_error() or "yes"}
+    names = {
+        "torch_target": "stable ABI of torch",
+        "torch_headers": "built with headers of",
+        "compiler": "C++ compiler",
+        "cuda_compiler": "CUDA compiler",
+        "why_no_cpu": "why no extension",
+        "why_no_cuda": "why no CUDA kernels",
+    }
+    rows |= {title: str(facts[name]) for name, title in names.items() if facts.get(name)}
+    if facts.get("cuda_archs"):
+        rows["GPU architectures"] = ", ".join(f"sm_{arch}" for arch in facts["cuda_archs"])
+    return rows
+
+
+def table(device: str) -> list[str]:
+    """A line per op and implementation: yes, or why not."""
+    lines = []
+    for op in OPS:
+        package, there = f"maskcf_fast.ops.{op}", torch.device(device)
+        chosen = resolve(package, "auto", there)
+        for impl in MODULES:
+            if impl not in ORDER[device]:
+                continue
+            reason = why_not(package, impl, there)
+            answer = f"no: {reason.splitlines()[0]}" if reason else "yes" + (" (auto)" if impl == chosen else "")
+            lines.append(f"  {op:<10} {impl:<10} {answer}")
+    return lines
+
+
+def main() -> None:
+    """Print it all."""
+    for title, rows in (("Versions", versions()), ("Extension", extension())):
+        print(title)
+        for name, value in rows.items():
+            print(f"  {name:<22} {value}")
+    for device in ORDER:
+        there = device != "cuda" or torch.cuda.is_available()
+        print(f"Implementations for tensors on {device}" + ("" if there else " (none here: what would run)"))
+        print("\n".join(table(device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Token-space refill in Triton; its backward sums in a fixed order, without atomics.
+
+The backward turns the donors round: for every image, the images that took something from it, in ascending order
+(a stable sort and the bounds of its runs, on the device). Each gradient token is then one program's own sum.
+"""
+
+# mypy: allow-untyped-defs
+# (Triton gives a kernel's arguments their types; the comments beside them say which.)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import NAMESPACE, VECTOR_BYTES, alignment, as_words, on_device_of, power_of_two_in
+
+UNITS = 512  # per program: 8 KiB, four independent 16-byte loads in each of 128 threads
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def gather_kernel(
+    tokens,  # [N, 1 + L, ROW] integers
+    out,  # [N, 1 + L, ROW]
+    mask,  # [N, L] uint8
+    donors,  # [N] or, with MULTI, [N, L] int64
+    tiles,  # programs per image
+    L: tl.constexpr,
+    ROW: tl.constexpr,  # words of a token
+    VEC: tl.constexpr,  # words of a unit
+    UNITS: tl.constexpr,
+    MULTI: tl.constexpr,
+):
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    IMAGE: tl.constexpr = (1 + L) * ROW
+    unit = tl.program_id(0) % tiles * UNITS + tl.arange(0, UNITS)
+    inside = unit < IMAGE // VEC
+    patch = unit // (ROW // VEC) - 1  # -1 is the class token, which stays
+    is_patch = inside & (patch >= 0)
+    replaced = tl.load(mask + n * L + patch, mask=is_patch, other=0) != 0
+    donor = tl.load(donors + n * L + patch, mask=replaced, other=0) if MULTI else tl.load(donors + n)
+    source = tl.where(replaced, donor, n)
+    word = (unit * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+    words = tl.load(tokens + source[:, None] * IMAGE + word, mask=inside[:, None])
+    tl.store(out + n * IMAGE + word, words, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["num_images", "num_patches"])
+def gather_backward_kernel(
+    grad_out,  # [N, 1 + L, D]
+    grad,  # [N, 1 + L, D]
+    mask,  # [N, L] uint8
+    receivers,  # [N] or, with MULTI, [N, L]: images in the order of their donors
+    starts,  # [N + 1] or, with MULTI, [L, N + 1]: where each donor's receivers begin
+    num_images,
+    num_patches,
+    width,  # D
+    stride_n,  # (1 + L) * D
+    BLOCK: tl.constexpr,
+    MULTI: tl.constexpr,
+):
+    donor = (tl.program_id(0) // (num_patches + 1)).to(tl.int64)
+    patch = tl.program_id(0) % (num_patches + 1) - 1
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = (patch + 1).to(tl.int64) * width + column
+    stays = True
+    if patch >= 0:
+        stays = tl.load(mask + donor * num_patches + patch) == 0
+    own = tl.load(grad_out + donor * stride_n + at, mask=inside & stays, other=0.0)
+    total = own.to(tl.float64) if grad.dtype.element_ty == tl.float64 else own.to(tl.float32)
+    if patch >= 0:
+        run = starts + (patch.to(tl.int64) * (num_images + 1) if MULTI else 0) + donor
+        for i in range(tl.load(run), tl.load(run + 1)):
+            receiver = tl.load(receivers + (i * num_patches + patch if MULTI else i))
+            taken = tl.load(mask + receiver * num_patches + patch) != 0
+            part = tl.load(grad_out + receiver * stride_n + at, mask=inside & taken, other=0.0)
+            total += part.to(total.dtype)
+    tl.store(grad + donor * stride_n + at, total.to(grad.dtype.element_ty), mask=inside)
+
+
+def receivers_of(
+    donors: Tensor,  # [N] or [N, L] int64
+) -> tuple[Tensor, Tensor]:  # like donors, and [N + 1] or [L, N + 1]
+    """Images sorted by their donor (stable, so ascending within a run), and where each donor's run starts."""
+    ordered, receivers = torch.sort(donors, dim=0, stable=True)
+    bounds = torch.arange(len(donors) + 1, device=donors.device)
+    rows = ordered.movedim(0, -1).contiguous()
+    return receivers, torch.searchsorted(rows, bounds.expand(*rows.shape[:-1], -1).contiguous())
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gather_tokens", mutates_args=())
+def gather(
+    tokens: Tensor,  # [N, 1 + L, D]
+    mask: Tensor,  # [N, L] bool
+    donors: Tensor,  # [N] or [N, L] int64
+) -> Tensor:  # [N, 1 + L, D]
+    n, t, d = tokens.shape
+    tokens = tokens.contiguous()
+    out = torch.empty_like(tokens)
+    row = d * tokens.element_size()
+    unit = power_of_two_in(row, alignment(tokens), alignment(out), limit=VECTOR_BYTES)
+    word = min(unit, 8)
+    tiles = triton.cdiv(t * row // unit, UNITS)
+    if t * row // word >= 2**31:
+        raise RuntimeError(f"impl='triton' takes images of less than 2**31 words of tokens, got {t * row // word}")
+    options: dict[str, Any] = {"num_warps": 4}
+    with on_device_of(tokens):
+        gather_kernel[(n * tiles,)](
+            as_words(tokens, word),
+            as_words(out, word),
+            mask.contiguous().view(torch.uint8),
+            donors.contiguous(),
+            tiles,
+            L=t - 1,
+            ROW=row // word,
+            VEC=unit // word,
+            UNITS=UNITS,
+            MULTI=donors.ndim == 2,
+            **options,
+        )
+    return out
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gather_tokens_backward", mutates_args=())
+def gather_backward(
+    grad_out: Tensor,  # [N, 1 + L, D]
+    mask: Tensor,  # [N, L] bool
+    donors: Tensor,  # [N] or [N, L] int64
+) -> Tensor:  # [N, 1 + L, D]
+    n, t, d = grad_out.shape
+    grad_out = grad_out.contiguous()
+    grad = torch.empty_like(grad_out)
+    receivers, starts = receivers_of(donors)
+    block = min(triton.next_power_of_2(d), 2048)
+    with on_device_of(grad_out):
+        gather_backward_kernel[(n * t, triton.cdiv(d, block))](
+            grad_out,
+            grad,
+            mask.contiguous().view(torch.uint8),
+            receivers.contiguous(),
+            starts,
+            n,
+            t - 1,
+            d,
+            t * d,
+            BLOCK=block,
+            MULTI=donors.ndim == 2,
+            num_warps=min(max(block * grad.element_size() // 512, 1), 4),  # a warp moves 512 bytes at once
+        )
+    return grad
+
+
+@gather.register_fake
+def _(tokens: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format)
+
+
+@gather_backward.register_fake
+def _(grad_out: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
+    return torch.empty_like(grad_out, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return gather_backward(grad, *ctx.saved_tensors), None, None
+
+
+def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return gather(grad, *ctx.saved_tensors), None, None
+
+
+gather.register_autograd(_backward, setup_context=_keep)
+gather_backward.register_autograd(_backward_of_backward, setup_context=_keep)  # linear: each is the other's adjoint
+
+
+def gather_tokens(
+    tokens: Tensor,  # [N, 1 + L, D]
+    mask: Tensor,  # [N, L] bool
+    donors: Tensor,  # [N] or [N, L] int64
+) -> Tensor:  # [N, 1 + L, D]
+    """``out[n, 0] = tokens[n, 0]``; ``out[n, 1 + p] = tokens[donor if mask[n, p] else n, 1 + p]``."""
+    return gather(tokens, mask, donors)
