@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 import tyro
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from maskcf_fast import _native
 from maskcf_fast.distill import (
     CounterfactualDistiller,
     FeatureDistillation,
@@ -48,6 +49,16 @@ class Config:
     """bf16: autocast."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
+
+
+def count_relevance() -> None:
+    """Tell the FLOP counter about the compiled relevance op: two products of [Tq, d] and [d, T] per head."""
+    if _native.loading_error() is None:
+
+        @register_flop_formula(torch.ops.maskcf.attention_relevance)
+        def flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
+            n, heads, queries, width = q
+            return 2 * 2 * n * heads * queries * k[2] * width
 
 
 def variants(config: Config) -> dict[str, Callable[[], Tensor]]:
@@ -84,6 +95,7 @@ def main(config: Config) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{config.arch}, {config.batch} images, {config.precision}\n")
+    count_relevance()
     losses = variants(config)
 
     def run(key: str) -> None:

@@ -33,7 +33,7 @@ from .training.trainer import Trainer
 
 # Weights of the distillation loss: the features of a tiny model are larger than CLIP's, for which 30 is meant.
 WEIGHTS = {
-    "fd": (0.3, 1.0, 2.0),
+    "fd": (0.3, 1.0, 2.0, 4.0),
     "object-single": (1.0, 2.0),
     "context-single": (1.0, 2.0),
     "random-single": (1.0, 2.0),

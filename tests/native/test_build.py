@@ -31,7 +31,8 @@ SANITIZED = (
 def pytest_with(python: str, library: Path, select: str, **environment: str) -> subprocess.CompletedProcess:
     """Run the ops' tests in a process of their own, with a library of our choice."""
     return subprocess.run(
-        [python, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "tests/ops/test_native.py", "-k", select],
+        [python, "-m", "pytest", "-q", "-x", "-s", "--noconftest", "-p", "no:cacheprovider",
+         "tests/ops/test_native.py", "-k", select],
         cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "MASKCF_LIBRARY": str(library), "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
