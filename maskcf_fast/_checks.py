@@ -78,7 +78,9 @@ def resolve_grid(num_patches: int, grid: tuple[int, int] | None) -> tuple[int, i
         if side * side != num_patches:
             raise ValueError(f"L={num_patches} patches are no square grid: pass grid=(rows, columns)")
         return side, side
-    if len(grid) != 2 or grid[0] < 1 or grid[1] < 1 or grid[0] * grid[1] != num_patches:
+    if not isinstance(grid, tuple | list) or len(grid) != 2:
+        raise ValueError(f"grid must be (rows, columns), got {grid!r}")
+    if grid[0] < 1 or grid[1] < 1 or grid[0] * grid[1] != num_patches:
         raise ValueError(f"grid={tuple(grid)} does not hold L={num_patches} patches (rows × columns = L)")
     return int(grid[0]), int(grid[1])
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import check_tensor, value_checks
 from ..models import ImageClassifier, Tap, VisionTransformer
 from ..ops import drop_tokens, gather_tokens, relevance_cam
 from .methods import Method, StepOutput, feature_loss, step_output, task_loss
@@ -81,6 +82,10 @@ class CounterfactualDistiller(Method):
         """
         student, teacher, strategy = self.student, self.teacher, self.strategy
         assert isinstance(teacher, VisionTransformer)
+        check_tensor("labels", labels, [len(images)], dtypes=[torch.int64], device=images.device)
+        classes = len(student.head.bias)
+        if value_checks(labels) and (labels.min() < 0 or labels.max() >= classes):
+            raise ValueError(f"labels must lie between 0 and {classes - 1}, got {labels.min()} to {labels.max()}")
         if draw is None:
             num_patches = student.backbone.config.num_patches
             draw = strategy.draw(len(images), num_patches, generator=generator, device=images.device)

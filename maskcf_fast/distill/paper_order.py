@@ -16,7 +16,7 @@ from torch import Tensor
 from ..models import ImageClassifier, VisionTransformer
 from ..models.vit import Block
 from ..ops import refill_patches
-from .methods import StepOutput, step_output
+from .methods import StepOutput
 from .strategies import Draw, MaskStrategy
 
 
@@ -45,9 +45,8 @@ def paper_order_step(
     feature, _ = plain_forward(student.backbone, counterfactual, hidden, dropped)
 
     logits = student.head(plain_forward(student.backbone, images)[0])
-    return step_output(
-        F.cross_entropy(logits, labels), logits, ((feature - target) ** 2).mean(), weight, cam=cam, mask=mask
-    )
+    task, distill = F.cross_entropy(logits, labels), ((feature - target) ** 2).mean()
+    return StepOutput(task + weight * distill, task.detach(), distill.detach(), logits.detach(), cam, mask)
 
 
 def paper_cam(student: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:  # [N, L]

@@ -64,8 +64,13 @@ class MaskStrategy:
         elif self.rate is not None or (self.threshold is None) == (self.top_k is None):
             raise ValueError(
                 f"an {self.region} mask takes exactly one of threshold and top_k and no rate, "
-                f"got threshold={self.threshold}, top_k={self.top_k}, rate={self.rate}"
+                f"got threshold={self.threshold}, top_k={self.top_k}, rate={self.rate} "
+                "(on the command line, --method.threshold None takes a preset's back)"
             )
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, got {self.top_k}")
+        if self.threshold is not None and self.threshold != self.threshold:
+            raise ValueError("threshold must be a number, got NaN")
 
     @classmethod
     def from_name(

@@ -42,7 +42,7 @@ def resolve(op: str, impl: str, device: torch.device, sizes: tuple[Any, ...] = (
     if impl == "auto":
         impl = next(i for i in ORDER.get(device.type, ("reference",)) if why_not(op, i, device, sizes) is None)
     elif impl not in MODULES:
-        near = difflib.get_close_matches(impl, ["auto", *MODULES], n=1)
+        near = difflib.get_close_matches(str(impl), ["auto", *MODULES], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"impl must be one of 'auto', {', '.join(map(repr, MODULES))}, got {impl!r}{hint}")
     elif reason := why_not(op, impl, device, sizes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_batch, check_tensor
+from .._checks import FLOATS, check_batch, check_tensor, value_checks
 
 
 def drop_tokens(tokens: Tensor, mask: Tensor, *, dropped: int | None = None) -> tuple[Tensor, Tensor | None]:
@@ -36,6 +36,8 @@ def drop_tokens(tokens: Tensor, mask: Tensor, *, dropped: int | None = None) -> 
     check_tensor("mask", mask, [n, num_patches], dtypes=[torch.bool], device=tokens.device)
     if dropped is not None and not 0 <= dropped <= num_patches:
         raise ValueError(f"dropped must lie between 0 and L={num_patches}, got {dropped}")
+    if dropped is not None and value_checks(mask) and not (mask.sum(dim=1) == dropped).all():
+        raise ValueError(f"dropped={dropped}, but the mask leaves out {mask.sum(dim=1).tolist()[:8]} patches")
     kept = ~mask
     longest = num_patches - dropped if dropped is not None else int(kept.sum(dim=1).max())
     order = torch.argsort(mask, dim=1, stable=True)[:, :longest]  # the kept patches, then padding

@@ -51,10 +51,21 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> ImageClassi
                 f"the head in {config.head or config.weights} is {list(weight.shape)}, but there are "
                 f"{num_classes} class folders and features of size {backbone.config.feature_dim}"
             )
+        if bias is not None and bias.shape != head.bias.shape:
+            raise ValueError(
+                f"the head's bias in {config.head or config.weights} is {list(bias.shape)}, not [{num_classes}]"
+            )
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"the head in {config.head or config.weights} is {weight.dtype}, it must be of a float dtype"
+            )
         with torch.no_grad():
             head.weight.copy_(weight)
             head.bias.copy_(torch.zeros_like(head.bias) if bias is None else bias)
-    return ImageClassifier(backbone, head)
+    model = ImageClassifier(backbone, head)
+    if bad := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(f"the weights in {config.weights} hold NaN or infinity, first in {bad[0]}: get them again")
+    return model
 
 
 def _head_state(config: ModelConfig) -> tuple[Tensor, Tensor | None] | None:
@@ -129,7 +140,10 @@ def scan(config: DataConfig, processes: Processes) -> tuple[Manifest, dict[str, 
     if processes.main:
         processes.barrier()
     if config.holdout:
-        train, held_out = train.holdout(config.holdout, seed=0)
+        try:
+            train, held_out = train.holdout(config.holdout, seed=0)
+        except ValueError as error:
+            raise ValueError(f"{error}: lower --data.holdout (0 holds out none)") from error
         tests = {"holdout": held_out, **tests}
     return train, tests
 
@@ -156,6 +170,13 @@ def build_loaders(
         raise ValueError(
             f"optim.batch_size={config.optim.batch_size} does not divide into {processes.world_size} process(es) × "
             f"accumulate={config.optim.accumulate}"
+        )
+    method = config.method
+    refills = method.name == "counterfactual" and method.mask_strategy().fill != "none"
+    if refills and config.optim.batch_size == parts:
+        raise ValueError(
+            f"{method.strategy} needs a micro-batch of at least 2 images, got 1: no other image to draw from; "
+            "raise --optim.batch-size"
         )
     common: dict[str, Any] = {
         "batch_size": config.optim.batch_size // parts,

@@ -150,15 +150,31 @@ class TrainConfig:
             "log_every": self.log_every,
         }
         for name, value in positive.items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name, value in {"data.holdout": self.data.holdout, "checkpoint_every": self.checkpoint_every}.items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        not_negative = {
+            "data.holdout": self.data.holdout,
+            "data.threads": self.data.threads,
+            "method.weight": self.method.weight,
+            "optim.weight_decay": self.optim.weight_decay,
+            "checkpoint_every": self.checkpoint_every,
+            "eval_every": self.eval_every,
+            "seed": self.seed,
+        }
+        for name, value in not_negative.items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not 0 <= self.optim.warmup < 1:
             raise ValueError(f"optim.warmup must lie in [0, 1), got {self.optim.warmup}")
-        preset(self.model.arch)
-        self.method.mask_strategy()
+        model, strategy = preset(self.model.arch), self.method.mask_strategy()
+        if strategy.top_k is not None and strategy.top_k > model.num_patches:
+            raise ValueError(
+                f"method.top_k={strategy.top_k} exceeds the {model.num_patches} patches of {self.model.arch}"
+            )
+        if not -model.depth <= self.method.start_layer < model.depth:
+            raise ValueError(
+                f"method.start_layer must lie in [{-model.depth}, {model.depth - 1}], got {self.method.start_layer}"
+            )
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -185,7 +201,7 @@ def changed_settings(config: TrainConfig, path: Path) -> list[str]:
         return items
 
     new, old = flat(yaml.safe_load(to_yaml(config))), flat(yaml.safe_load(path.read_text()))
-    free = ("out", "resume", "data.threads")
+    free = ("out", "resume", "data.threads", "log_every")
     return [
         f"--{name.replace('_', '-')} (was {old.get(name)}, is {new.get(name)})"
         for name in {**new, **old}
@@ -265,6 +281,10 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str = "python -m mask
         source = find_yaml(own[at + 1])
         del own[at : at + 2]
     if "--resume" in own and own.index("--resume") + 1 < len(own):
+        if source is not None or "--out" in own:
+            raise ValueError(
+                "--resume DIR continues a run with its own settings in its own folder: no --config, no --out"
+            )
         folder = Path(own[own.index("--resume") + 1])
         source = folder / "config.yaml"
         if not source.is_file():

@@ -22,10 +22,10 @@ class RunLog:
 
     Args:
         folder: The run's folder, made if missing.
-        step: Drop what was logged after this step: a resumed run writes it again.
+        step: Drop what was logged after this step, by default everything: a resumed run writes it again.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = -1) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ class RunLog:
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             atomic_write(path, "".join(line + "\n" for line in lines).encode())
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step >= 0 else None)
 
     def write(self, step: int, **values: Any) -> None:
         """One line, and a TensorBoard scalar for every number in it."""

@@ -27,6 +27,22 @@ class TrainingDiverged(RuntimeError):
     """The loss or its gradient is no longer finite."""
 
 
+STATE = {
+    "step", "best", "accuracy", "initial", "student", "optimizer", "schedule", "sums", "loaders", "generators"
+}  # fmt: skip
+STARTED = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard"}  # before the first checkpoint
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise unless a run may be written to ``folder``: new, empty, or left by a run that never came to a checkpoint."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: choose another --out")
+    if (folder / "last.pt").exists():
+        raise ValueError(f"{folder} already holds a run: --resume {folder}, or choose another --out")
+    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - STARTED)):
+        raise ValueError(f"--out {folder} holds other files ({', '.join(others[:3])}): choose an empty or new folder")
+
+
 class Trainer:
     """One run: fine-tunes, evaluates, logs, and writes checkpoints that it can continue from exactly.
 
@@ -54,8 +70,8 @@ class Trainer:
         self.config = dataclasses.replace(config, out=self.folder, resume=None)
         self.quiet = quiet or not self.processes.main
         self.title = title
-        if config.resume is None and (self.folder / "last.pt").exists():
-            raise ValueError(f"{self.folder} already holds a run: --resume {self.folder}, or choose another --out")
+        if config.resume is None:
+            refuse_occupied(self.folder)
         if config.resume is not None and (changed := changed_settings(self.config, self.folder / "config.yaml")):
             raise ValueError(f"{self.folder} continues with its own settings only; changed: {', '.join(changed)}")
 
@@ -87,14 +103,14 @@ class Trainer:
             self._load(load_checkpoint(self.folder / "last.pt"))
         if self.processes.main:
             write_run_files(self.folder, self.config, device)
-        self.log = RunLog(self.folder, self.step) if self.processes.main else None
+        self.log = RunLog(self.folder, self.step or -1) if self.processes.main else None
 
     def run(self) -> dict[str, float]:
         """Train to the end; return the final accuracy in percent by test set."""
         try:
             if self.step == 0:
-                self._evaluate()
                 self._save()
+                self._evaluate()
             while self.step < self.total_steps:
                 self._train_epoch()
                 epoch = self.step // self.steps_per_epoch
@@ -114,7 +130,10 @@ class Trainer:
         config = self.config
         epoch, done = divmod(self.step, self.steps_per_epoch)
         batch_size = config.optim.batch_size
-        progress = tqdm(
+        left = len(self.loader) - done * config.optim.accumulate
+        started, images = time.perf_counter(), 0
+        micro: list[Batch] = []
+        with tqdm(
             total=len(self.loader) * batch_size // config.optim.accumulate,
             initial=done * batch_size,
             desc=f"{self.title} epoch {epoch + 1}/{config.optim.epochs}".strip(),
@@ -122,25 +141,21 @@ class Trainer:
             unit_scale=True,
             disable=not self.processes.main or (self.quiet and not self.title),
             leave=False,
-        )
-        left = len(self.loader) - done * config.optim.accumulate
-        started, images = time.perf_counter(), 0
-        micro: list[Batch] = []
-        for batch in self.loader:
-            micro.append(batch)
-            left -= 1
-            if len(micro) < config.optim.accumulate and left:
-                continue
-            self._optimizer_step(micro)
-            count = sum(len(b.labels) for b in micro) * self.processes.world_size
-            images += count
-            progress.update(count)
-            micro = []
-            if self.step % config.log_every == 0 or not left:
-                self._write_log(images / (time.perf_counter() - started))
-            if left and config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                self._save()
-        progress.close()
+        ) as progress:
+            for batch in self.loader:
+                micro.append(batch)
+                left -= 1
+                if len(micro) < config.optim.accumulate and left:
+                    continue
+                self._optimizer_step(micro)
+                count = sum(len(b.labels) for b in micro) * self.processes.world_size
+                images += count
+                progress.update(count)
+                micro = []
+                if self.step % config.log_every == 0 or not left:
+                    self._write_log(images / (time.perf_counter() - started))
+                if left and config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                    self._save()
         self.images_per_second = images / (time.perf_counter() - started)
 
     def _optimizer_step(self, micro: list[Batch]) -> None:
@@ -178,12 +193,15 @@ class Trainer:
         """
         step = int(self._bad_step)
         if step >= 0:
-            good = self.folder / "last.pt"
-            kept = f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet"
-            raise TrainingDiverged(
-                f"loss or gradient is NaN or infinite at step {step} of {self.total_steps}; {kept}. "
-                f"Lower --optim.lr ({self.config.optim.lr:g}) or --method.weight ({self.config.method.weight:g})"
-            )
+            raise self._diverged(f"loss or gradient is NaN or infinite at step {step}")
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        good = self.folder / "last.pt"
+        kept = f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet"
+        return TrainingDiverged(
+            f"{what} of {self.total_steps}; {kept}. Lower --optim.lr ({self.config.optim.lr:g}) or "
+            f"--method.weight ({self.config.method.weight:g})"
+        )
 
     def _write_log(self, images_per_second: float) -> None:
         self._check()
@@ -225,6 +243,10 @@ class Trainer:
     def _save(self) -> None:
         """Write ``last.pt``, unless the run has diverged."""
         self._check()
+        # An update may have ruined the weights although the loss before it was finite.
+        size = torch.stack(torch._foreach_norm(list(self.method.student.parameters()))).sum()
+        if not size.isfinite():
+            raise self._diverged(f"the weights are NaN or infinite after step {self.step}")
         states = self.processes.gather((self.loader.state_dict(), self.generator.get_state()))
         if self.processes.main:
             state = {
@@ -249,7 +271,7 @@ class Trainer:
             ValueError: It is of another model, other initial weights, other data or another number of processes.
         """
         where = self.folder / "last.pt"
-        if missing := {"step", "student", "loaders", "initial"} - state.keys():
+        if missing := STATE - (state.keys() if isinstance(state, dict) else set()):
             raise ValueError(f"{where} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
         own = self.method.student.state_dict()
         saved = {name: tensor.shape for name, tensor in state["student"].items()}
@@ -266,12 +288,17 @@ class Trainer:
             raise ValueError(
                 f"{where} was written by {len(state['loaders'])} process(es), now there are {self.processes.world_size}"
             )
-        self.method.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.loader.load_state_dict(state["loaders"][self.processes.rank])
-        self.generator.set_state(state["generators"][self.processes.rank])
-        self._sums.copy_(state["sums"])
+        try:
+            self.method.student.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.generator.set_state(state["generators"][self.processes.rank])
+            self._sums.copy_(state["sums"])
+            loader = state["loaders"][self.processes.rank]
+            loader["settings"]
+        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{where} is damaged ({error!r}): start the run again elsewhere") from error
+        self.loader.load_state_dict(loader)
         self.step, self.best, self.accuracy = state["step"], state["best"], state["accuracy"]
 
     def _report_data(self, train: Any, tests: dict[str, Any]) -> None:

@@ -197,6 +197,8 @@ def test_bad_arguments():
         CounterfactualDistiller(student, teacher, "object-single", weight=-1)
     with pytest.raises(ValueError, match="at least 2 images in the batch, got 1"):
         CounterfactualDistiller(student, teacher, "object-multi")(images[:1], labels[:1])
+    with pytest.raises(ValueError, match="labels must lie between 0 and 9, got 0 to 10"):
+        CounterfactualDistiller(student, teacher, "object-single")(images, torch.tensor([0, 1, 2, 3, 4, 10]))
     with pytest.raises(RuntimeError, match="needs gradients"), torch.no_grad():
         CounterfactualDistiller(student, teacher, "object-single")(images, labels)
     with pytest.raises(ValueError, match="exactly one of threshold and top_k"):

@@ -59,6 +59,8 @@ def test_drop_of_equal_counts_needs_no_key_mask():
     packed, visible = mf.drop_tokens(tokens, mask, dropped=6)
     assert visible is None
     assert torch.equal(packed[:, 1:], tokens[:, 1:][~mask].view(4, 3, -1))
+    with pytest.raises(ValueError, match=r"dropped=5, but the mask leaves out \[6, 6, 6, 6\] patches"):
+        mf.drop_tokens(tokens, mask, dropped=5)
     assert mf.drop_tokens(tokens, torch.ones_like(mask))[0].shape == (4, 1, 5)
 
 

@@ -140,8 +140,12 @@ def test_folders_that_do_not_fit(config, image_folders, tmp_path, capsys):
             ["--data.train", "{train}", "--model.weights", "{weights}", "--model.arch", "ViT-B/32"],
             "another architecture",
         ),
-        (["--data.train", "{train}", "--optim.lr", "-1"], "optim.lr must be positive, got -1"),
+        (["--data.train", "{train}", "--optim.lr", "-1"], "optim.lr must be positive and finite, got -1"),
         (["--resume", "/absent"], "/absent is no run to resume"),
+        (["--resume", "/absent", "--config", "ft"], "no --config, no --out"),
+        (["--data.train", "{train}", "--model.arch", "tiny", "--method.top-k", "17"], "exceeds the 16 patches of tiny"),
+        (["--data.train", "{train}", "--method.top-k", "-1"], "top_k must not be negative, got -1"),
+        (["--data.train", "{train}", "--method.start-layer", "99"], "start_layer must lie in [-12, 11], got 99"),
         (["--data.train", "{train}", "--device", "cuda"], "no GPU"),
         (
             [

@@ -77,6 +77,8 @@ def test_averaged_gradient_is_that_of_one_process_on_the_same_micro_batches(chan
     for name, grad in ranks[0]["grads"].items():
         assert torch.equal(grad, ranks[1]["grads"][name])
 
+    assert not torch.equal(ranks[0]["batches"][0][2], ranks[1]["batches"][0][2]), "the processes draw the same donors"
+
     alone = Trainer(replace(config, out=tmp_path / "alone"), quiet=True)
     micro_batches = [(*batch[:2], rank["batches"], i) for rank in ranks for i, batch in enumerate(rank["batches"])]
     assert len(micro_batches) == 4

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from maskcf_fast.distill import PAPER_CUTS
+from maskcf_fast.distill import PAPER_CUTS, MaskStrategy
 from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import checkpoint as checkpoint_module
+from maskcf_fast.training import trainer as trainer_module
+from maskcf_fast.training.build import build_method
+from maskcf_fast.training.config import MethodConfig
 
 METHODS = [{"name": n} for n in ("ft", "lp", "fd", "kd")] + [{"strategy": name} for name in PAPER_CUTS]
 
@@ -215,7 +218,115 @@ def test_refuses_what_is_not_this_run(change, weights, tmp_path):
         Trainer(replace(resume, seed=5), quiet=True)
 
 
-def test_batch_of_one_with_multi_fill(change):
-    config = change(method={"strategy": "object-multi"}, optim={"batch_size": 1})
-    with pytest.raises(ValueError, match="at least 2 images"):
-        Trainer(config, quiet=True).run()
+@pytest.mark.parametrize("fill", ["single", "multi"])
+def test_batch_of_one_cannot_be_refilled(change, fill):
+    config = change(method={"strategy": f"object-{fill}"}, optim={"batch_size": 1})
+    with pytest.raises(ValueError, match="needs a micro-batch of at least 2 images, got 1"):
+        Trainer(config, quiet=True)
+    assert not (config.out / "last.pt").exists()
+
+
+def test_ruined_weights_are_not_saved(change, monkeypatch):
+    """One step with a huge learning rate: the loss before it was fine, the weights after it are not."""
+    config = change(optim={"epochs": 1, "batch_size": 60, "lr": 1e30, "warmup": 0.0})
+    trainer = Trainer(config, quiet=True)
+    with pytest.raises(TrainingDiverged, match=r"weights are NaN or infinite after step 1 of 1; the last good"):
+        trainer.run()
+    assert checkpoint_module.load_checkpoint(config.out / "last.pt")["step"] == 0
+    assert not (config.out / "model.safetensors").exists()
+
+
+def test_out_never_overwrites(change, weights, image_folders, tmp_path):
+    """A folder with the user's files, a data folder, a file, a finished run without its checkpoint."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"own holds other files \(model.safetensors\): choose an empty or new folder"):
+        Trainer(change(out=own), quiet=True)
+    assert (own / "model.safetensors").read_bytes() == b"precious"
+    with pytest.raises(ValueError, match="holds other files"):
+        Trainer(change(out=image_folders["train"]), quiet=True)
+    with pytest.raises(ValueError, match="is a file"):
+        Trainer(change(out=own / "model.safetensors"), quiet=True)
+    config = change(optim={"epochs": 1})
+    Trainer(config, quiet=True).run()
+    (config.out / "last.pt").unlink()
+    with pytest.raises(ValueError, match="holds other files"):
+        Trainer(config, quiet=True)
+
+
+def test_settings_reach_what_they_are_for(change):
+    """Every setting that only changes numbers: a run would not fail without it."""
+    config = change(
+        method={"name": "kd", "weight": 2.5, "temperature": 4.0}, optim={"weight_decay": 0.3, "clip": 1e-6, "epochs": 1}
+    )
+    trainer = Trainer(config, quiet=True)
+    assert (trainer.method.weight, trainer.method.temperature) == (2.5, 4.0)
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.3}
+    norms = []
+    trainer.optimizer.register_step_pre_hook(lambda *_: norms.append(total_norm(trainer)))
+    trainer.run()
+    assert max(norms) == pytest.approx(1e-6, rel=1e-2)
+
+    method = build_method(
+        MethodConfig(strategy="object-multi", weight=1.5, top_k=3, start_layer=2), trainer.method.student
+    )
+    assert (method.weight, method.start_layer) == (1.5, 2)
+    assert method.strategy == MaskStrategy("object", "multi", top_k=3)
+
+
+def total_norm(trainer):
+    return float(torch.stack([p.grad.norm() for p in trainer.method.student.parameters()]).norm())
+
+
+def test_best_is_the_best_epoch_not_the_last(change, monkeypatch):
+    accuracies = iter([10.0, 50.0, 50.0, 30.0])
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *_: next(accuracies))
+    config = change(optim={"epochs": 3})
+    config = replace(config, data=replace(config.data, ood=()))
+    trainer = Trainer(config, quiet=True)
+    seen = {}
+    real = trainer_module.save_model
+
+    def spy(path, model):
+        seen.setdefault(path.name, []).append(trainer.step)
+        real(path, model)
+
+    monkeypatch.setattr(trainer_module, "save_model", spy)
+    trainer.run()
+    assert seen == {"best.safetensors": [0, 5], "model.safetensors": [15]}
+    assert checkpoint_module.load_checkpoint(config.out / "last.pt")["best"] == 50.0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda s: {k: v for k, v in s.items() if k != "optimizer"},
+        lambda s: s | {"optimizer": {}},
+        lambda s: s | {"loaders": [{}]},
+        lambda s: s["sums"],
+    ],
+    ids=["no optimiser", "empty optimiser", "empty loader", "a tensor"],
+)
+def test_checkpoints_with_parts_missing(change, spoil):
+    config = change(optim={"epochs": 1})
+    Trainer(config, quiet=True).run()
+    path = config.out / "last.pt"
+    checkpoint_module.save_checkpoint(path, spoil(checkpoint_module.load_checkpoint(path)))
+    with pytest.raises(ValueError, match=r"last.pt is (damaged|no checkpoint of a run)"):
+        Trainer(replace(config, resume=config.out), quiet=True)
+
+
+def test_weights_and_heads_that_are_wrong(change, weights, tmp_path):
+    state = load_file(weights)
+    for name, tensor, message in [
+        ("head.bias", torch.zeros(1), r"bias in .* is \[1\], not \[3\]"),
+        ("head.weight", torch.zeros(3, 64, dtype=torch.int64), "must be of a float dtype"),
+        ("backbone.class_embedding", torch.full((96,), math.nan), "hold NaN or infinity, first in backbone.class"),
+    ]:
+        save_file({**state, name: tensor}, tmp_path / "bad.safetensors")
+        with pytest.raises(ValueError, match=message):
+            Trainer(change(model={"weights": tmp_path / "bad.safetensors"}), quiet=True)
+    save_file({**state, "head.bias": torch.tensor([1.0, 2.0, 3.0])}, tmp_path / "bias.safetensors")
+    trainer = Trainer(change(model={"weights": tmp_path / "bias.safetensors"}), quiet=True)
+    assert trainer.method.student.head.bias.tolist() == [1.0, 2.0, 3.0]

@@ -56,7 +56,7 @@ def patchify(
     check_batch("images", images)
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images of {height}×{width} pixels do not divide by patch_size={patch_size}")
-    if len(std) != len(mean) or min(std) <= 0:
+    if len(std) != len(mean) or not all(0 < s < float("inf") for s in std):
         raise ValueError(f"std must hold {len(mean)} positive values, got {tuple(std)}")
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
