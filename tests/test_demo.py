@@ -63,3 +63,14 @@ def test_quick_demo_and_its_reuse(tmp_path, monkeypatch, capsys):
 def test_bad_arguments(capsys):
     assert main(["--seeds"]) == 1
     assert "at least one seed" in capsys.readouterr().err
+
+
+def test_training_without_arguments_is_the_demo(monkeypatch, capsys):
+    from maskcf_fast import demo
+    from maskcf_fast.train import main as train
+
+    monkeypatch.setattr(demo, "main", lambda arguments: 7 if arguments == [] else 0)
+    assert train([]) == 7
+    out = capsys.readouterr().out
+    assert "running the embedded demo" in out
+    assert "--data.train DIR" in out
