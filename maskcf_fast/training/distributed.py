@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,3 +72,6 @@ class Processes:
         """Leave the group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            # DistributedDataParallel keeps gloo's threads alive. One that still lets go of a tensor while the
+            # interpreter ends would abort the process.
+            time.sleep(0.5)
