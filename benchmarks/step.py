@@ -29,7 +29,7 @@ from maskcf_fast.distill import (
 )
 from maskcf_fast.distill.paper_order import plain_forward
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
-from maskcf_fast.training.evaluate import autocast
+from maskcf_fast._precision import autocast
 from maskcf_fast.training.log import cpu_name
 
 

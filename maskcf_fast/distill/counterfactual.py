@@ -11,13 +11,18 @@ Per batch, with F one student forward (multiply by images for FLOPs):
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from .._checks import check_tensor, value_checks
+from .._precision import autocast
 from ..models import ImageClassifier, Tap, VisionTransformer
-from ..ops import drop_tokens, gather_tokens, relevance_cam
-from .methods import Method, StepOutput, feature_loss, step_output, task_loss
+from ..ops import drop_tokens, gather_tokens
+from .label_map import LabelMap
+from .methods import Method, StepOutput, feature_loss, run, step_output, task_loss
 from .strategies import Draw, MaskStrategy
 
 
@@ -32,11 +37,14 @@ class CounterfactualDistiller(Method):
         teacher: The frozen pre-trained backbone, same patch grid; a copy, not the student's own.
         strategy: A `MaskStrategy`, or its name such as ``"object-single"`` (the paper's settings).
         weight: Weight of the distillation loss.
-        start_layer: First layer that counts in the relevance map.
+        cam: ``"relevance"``, or ``"gradcam"`` on the last block (see `LabelMap`).
+        cam_target: What the map explains: the label's ``"logit"``, as the paper, or its ``"logprob"``, which sets
+            the label against its rivals; `backward` then takes the map's gradients from the task loss's own pass.
+        start_layer: First layer that counts in the relevance.
 
     Raises:
-        ValueError: Unknown strategy (the nearest is suggested), a teacher with another patch grid or feature
-            size, shared parameters, a negative weight, or a ``start_layer`` outside the model.
+        ValueError: Unknown strategy (the nearest is suggested), map or target, a teacher with another patch grid
+            or feature size, shared parameters, a negative weight, or a ``start_layer`` outside the model.
     """
 
     def __init__(
@@ -46,6 +54,8 @@ class CounterfactualDistiller(Method):
         strategy: MaskStrategy | str,
         weight: float = 30.0,
         *,
+        cam: str = "relevance",
+        cam_target: str = "logit",
         start_layer: int = 0,
     ) -> None:
         super().__init__(student, teacher, weight)
@@ -55,13 +65,10 @@ class CounterfactualDistiller(Method):
                 raise ValueError(
                     f"student and teacher differ in {field}: {getattr(ours, field)} and {getattr(theirs, field)}"
                 )
-        depth = ours.depth
-        if not -depth <= start_layer < depth:
-            raise ValueError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
         self.strategy = MaskStrategy.from_name(strategy) if isinstance(strategy, str) else strategy
-        self.start_layer = start_layer
+        self.map = LabelMap(cam, cam_target, start_layer, ours.depth)
 
-    def forward(
+    def losses(
         self,
         images: Tensor,
         labels: Tensor,
@@ -69,52 +76,99 @@ class CounterfactualDistiller(Method):
         generator: torch.Generator | None = None,
         draw: Draw | None = None,
     ) -> StepOutput:
-        """Losses of a batch.
+        """Losses of a batch, as one graph.
 
         Args:
             images: uint8 ``[N, S, S, 3]`` or float ``[N, 3, S, S]`` in [0, 1].
             labels: int64 ``[N]``.
             generator: Source of the donors and random masks, on the images' device.
             draw: Randomness drawn beforehand (`MaskStrategy.draw`), instead of ``generator``.
-
-        Returns:
-            The losses; ``loss.backward()`` gives every parameter's gradient.
         """
-        student, teacher, strategy = self.student, self.teacher, self.strategy
-        assert isinstance(teacher, VisionTransformer)
-        check_tensor("labels", labels, [len(images)], dtypes=[torch.int64], device=images.device)
-        classes = len(student.head.bias)
+        draw = draw or self._draw(images, generator)
+        tokens = self.student.backbone.embed(images)
+        logits, taps = self._clean(tokens, labels)
+        cam = self.map(logits, labels, taps) if taps else None
+        mask = self.strategy.mask(cam, draw)
+        distill = self._distill(tokens, images, mask, draw)
+        return step_output(task_loss(logits, labels), logits, distill, self.weight, cam=cam, mask=mask)
+
+    def backward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        scale: float = 1.0,
+        last: Callable[[Callable[[], Tensor]], Tensor] = run,
+        draw: Draw | None = None,
+    ) -> StepOutput:
+        """As `Method.backward`, in two passes: of the task loss as soon as the map is taken, then of the distillation.
+
+        The clean branch's activations are gone before the masked branch makes its own, so that a step takes half
+        the memory. The gradients are the same sums.
+        """
+        draw = draw or self._draw(images, generator)
+        with autocast(images.device, self.precision):
+            tokens = self.student.backbone.embed(images)
+            shared = tokens.detach().requires_grad_()  # where the two branches meet
+            logits, taps = self._clean(shared, labels)
+            task = task_loss(logits, labels)
+            out = step_output(task, logits)
+        cam = None
+        if taps and self.map.target == "logprob":  # the task loss is minus the mean of what the map explains
+            for activation in self.map.read(taps):
+                activation.retain_grad()
+            (scale * task).backward()
+            read = [cast(Tensor, x.grad) * (-len(images) / scale) for x in self.map.read(taps)]
+            cam = self.map.from_gradients(taps, read)
+            del read
+        else:
+            cam = self.map(logits, labels, taps) if taps else None
+            (scale * task).backward()
+        del logits, taps, task
+        mask = self.strategy.mask(cam, draw)
+
+        distill: list[Tensor] = []
+
+        def compute() -> Tensor:
+            with autocast(images.device, self.precision):
+                distill.append(self._distill(tokens, images, mask, draw))
+            return scale * self.weight * distill[0]
+
+        loss = last(compute)
+        roots: list[Tensor] = [loss]
+        grads: list[Tensor] = [torch.ones_like(loss)]
+        if tokens.requires_grad:  # the clean branch's gradient joins where the branches meet
+            roots.append(tokens)
+            grads.append(cast(Tensor, shared.grad))
+        for p in self.student.head.parameters():  # the head has had its gradient, and is reached all the same
+            if p.requires_grad:
+                roots.append(p)
+                grads.append(torch.zeros_like(p))
+        torch.autograd.backward(roots, grads)
+        total = out.task + self.weight * distill[0].detach()
+        return out._replace(loss=total, distill=distill[0].detach(), cam=cam, mask=mask)
+
+    def _draw(self, images: Tensor, generator: torch.Generator | None) -> Draw:
+        num_patches = self.student.backbone.config.num_patches
+        return self.strategy.draw(len(images), num_patches, generator=generator, device=images.device)
+
+    def _clean(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, list[Tap]]:
+        """Logits of the clean images, and the taps if a map will be taken."""
+        check_tensor("labels", labels, [len(tokens)], dtypes=[torch.int64], device=tokens.device)
+        classes = len(self.student.head.bias)
         if value_checks(labels) and (labels.min() < 0 or labels.max() >= classes):
             raise ValueError(f"labels must lie between 0 and {classes - 1}, got {labels.min()} to {labels.max()}")
-        if draw is None:
-            num_patches = student.backbone.config.num_patches
-            draw = strategy.draw(len(images), num_patches, generator=generator, device=images.device)
+        feature, taps = self.student.backbone.encode(tokens, record=self.strategy.needs_cam)
+        return self.student.head(feature), taps
 
-        tokens = student.backbone.embed(images)
-        feature, taps = student.backbone.encode(tokens)
-        logits = student.head(feature)
-        cam = label_relevance(logits, labels, taps, self.start_layer) if strategy.needs_cam else None
-        mask = strategy.mask(cam, draw)
-
-        masked = encode_masked(student.backbone, tokens, mask, draw.donors, strategy)
+    def _distill(self, tokens: Tensor, images: Tensor, mask: Tensor, draw: Draw) -> Tensor:
+        """The distillation loss on the counterfactual images, made of the student's clean tokens."""
+        teacher = cast(VisionTransformer, self.teacher)
         with torch.no_grad():
-            target = encode_masked(teacher, teacher.embed(images), mask, draw.donors, strategy)
-        return step_output(
-            task_loss(logits, labels), logits, feature_loss(masked, target), self.weight, cam=cam, mask=mask
-        )
-
-
-def label_relevance(logits: Tensor, labels: Tensor, taps: list[Tap], start_layer: int = 0) -> Tensor:
-    """Relevance of every patch for the label's logit, ``[N, L]``; the graph of ``logits`` is kept.
-
-    Only the attention outputs are asked for, so no weight gradient is formed.
-    """
-    if not logits.requires_grad:
-        raise RuntimeError("the relevance map needs gradients: call it with torch.enable_grad() and a graph")
-    score = logits.gather(1, labels[:, None]).sum()
-    used = taps[start_layer:]
-    grads = torch.autograd.grad(score, [tap.o for tap in used], retain_graph=True)
-    return relevance_cam(used, grads)
+            target = encode_masked(teacher, teacher.embed(images), mask, draw.donors, self.strategy)
+        masked = encode_masked(self.student.backbone, tokens, mask, draw.donors, self.strategy)
+        return feature_loss(masked, target)
 
 
 def encode_masked(

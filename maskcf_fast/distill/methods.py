@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._precision import autocast
 from ..models import ImageClassifier, VisionTransformer
 
 
@@ -22,12 +24,22 @@ class StepOutput(NamedTuple):
     mask: Tensor | None = None  # [N, L] bool
 
 
+def run(compute: Callable[[], Tensor]) -> Tensor:
+    """Nothing but ``compute()``."""
+    return compute()
+
+
 class Method(nn.Module):
     """A student, perhaps a frozen teacher, and the losses of one batch.
 
-    Subclasses give ``forward(images, labels, *, generator=None) -> StepOutput``, with images as
+    Subclasses give ``losses(images, labels, *, generator=None) -> StepOutput``, with images as
     `VisionTransformer.embed` takes them, labels int64 ``[N]``, and ``generator`` on the images' device.
+
+    Attributes:
+        precision: "fp32", or "bf16": bfloat16 with float32 weights, losses and statistics.
     """
+
+    precision = "fp32"
 
     def __init__(self, student: ImageClassifier, teacher: nn.Module | None = None, weight: float = 0.0) -> None:
         super().__init__()
@@ -47,6 +59,53 @@ class Method(nn.Module):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    def losses(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
+        """The batch's losses, at the precision of the caller."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, labels: Tensor, **options: Any) -> StepOutput:
+        """Losses of a batch, at the method's precision; ``loss.backward()`` gives every parameter's gradient.
+
+        Args:
+            images: uint8 ``[N, S, S, 3]`` or float ``[N, 3, S, S]`` in [0, 1].
+            labels: int64 ``[N]``.
+            options: ``generator=``, on the images' device, where the method draws anything; further ones as
+                the method has them.
+        """
+        with autocast(images.device, self.precision):
+            return self.losses(images, labels, **options)
+
+    def backward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        scale: float = 1.0,
+        last: Callable[[Callable[[], Tensor]], Tensor] = run,
+    ) -> StepOutput:
+        """``(scale * forward(...).loss).backward()``: adds to every parameter's ``grad``.
+
+        Args:
+            images: As `forward` takes them.
+            labels: int64 ``[N]``.
+            generator: As `forward` takes it.
+            scale: Factor of the gradient.
+            last: Calls the function it is given, which computes the loss whose backward pass is the step's last
+                and reaches every parameter that is trained: the place to reduce gradients between processes.
+
+        Returns:
+            The losses, detached.
+        """
+        out: list[StepOutput] = []
+
+        def compute() -> Tensor:
+            out.append(self(images, labels, generator=generator))
+            return scale * out[0].loss
+
+        last(compute).backward()
+        return out[0]._replace(loss=out[0].loss.detach())
 
 
 def step_output(
@@ -77,7 +136,7 @@ class FineTuning(Method):
         if probe:
             student.backbone.requires_grad_(False)
 
-    def forward(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
+    def losses(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
         """Losses of a batch."""
         logits = self.student(images)
         return step_output(task_loss(logits, labels), logits)
@@ -89,7 +148,7 @@ class FeatureDistillation(Method):
     def __init__(self, student: ImageClassifier, teacher: VisionTransformer, weight: float = 30.0) -> None:
         super().__init__(student, teacher, weight)
 
-    def forward(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
+    def losses(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
         """Losses of a batch; the clean forward is shared by both."""
         assert self.teacher is not None
         feature = self.student.features(images)
@@ -117,7 +176,7 @@ class KnowledgeDistillation(Method):
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature
 
-    def forward(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
+    def losses(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
         """Losses of a batch; the mean of the divergence is over the N images."""
         assert self.teacher is not None
         t = self.temperature

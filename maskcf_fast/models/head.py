@@ -36,8 +36,9 @@ class CosineClassifier(nn.Module):
         return head
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features ``[N, D]`` to logits ``[N, classes]``."""
-        return F.linear(F.normalize(features, dim=-1), self.weight, self.bias)
+        """Features ``[N, D]`` to logits ``[N, classes]``, in the weights' dtype also under autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(F.normalize(features.to(self.weight.dtype), dim=-1), self.weight, self.bias)
 
 
 class ImageClassifier(nn.Module):

@@ -7,14 +7,17 @@ patches can be refilled or dropped without embedding them again.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_tensor
+from .._precision import compute_dtype
 from ..ops.patchify import patchify
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -87,6 +90,7 @@ class Tap(NamedTuple):
     k: Tensor  # [N, H, T, d]
     v: Tensor  # [N, H, T, d]
     o: Tensor  # [N, H, Tq, d], before the output projection
+    x: Tensor  # [N, T, D], the layer's normalised input
 
 
 class Attention(nn.Module):
@@ -109,7 +113,30 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         mask = None if key_mask is None else key_mask[:, None, None, :]
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(o.transpose(1, 2).flatten(2)), Tap(q, k, v, o)
+        return self.out(o.transpose(1, 2).flatten(2)), Tap(q, k, v, o, x)
+
+
+# What lies between the matrix products. Compiled (`VisionTransformer.compile_pointwise`), each is one kernel; a
+# LayerNorm takes its statistics in float32 and gives the dtype that came in.
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x + y``, and its LayerNorm."""
+    x = x + y
+    return x, norm(x, weight, bias, eps)
+
+
+def activate(hidden: Tensor, quick: bool) -> Tensor:
+    """GELU, or OpenAI's quick approximation of it."""
+    return hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden)
+
+
+POINTWISE: tuple[Callable[..., Any], ...] = (norm, add_norm, activate)
 
 
 class Block(nn.Module):
@@ -123,14 +150,15 @@ class Block(nn.Module):
         self.fc = nn.Linear(config.width, 4 * config.width)
         self.proj = nn.Linear(4 * config.width, config.width)
         self.quick = config.activation == "quick_gelu"
+        self.pointwise = POINTWISE
 
     def forward(self, x: Tensor, cls_only: bool = False, key_mask: Tensor | None = None) -> tuple[Tensor, Tap]:
         """``x [N, T, D]`` → ``[N, Tq, D]`` (the class token alone if ``cls_only``) and the tap."""
-        attended, tap = self.attn(self.ln_1(x), cls_only, key_mask)
-        x = (x[:, :1] if cls_only else x) + attended
-        hidden = self.fc(self.ln_2(x))
-        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick else F.gelu(hidden)
-        return x + self.proj(hidden), tap
+        norm, add_norm, activate = self.pointwise
+        first, second = self.ln_1, self.ln_2
+        attended, tap = self.attn(norm(x, first.weight, first.bias, first.eps), cls_only, key_mask)
+        x, normed = add_norm(x[:, :1] if cls_only else x, attended, second.weight, second.bias, second.eps)
+        return x + self.proj(activate(self.fc(normed), self.quick)), tap
 
 
 class VisionTransformer(nn.Module):
@@ -158,6 +186,7 @@ class VisionTransformer(nn.Module):
         self.projection = (
             None if config.output_dim is None else nn.Parameter(torch.randn(width, config.output_dim) * scale)
         )
+        self.recompute = False  # activation checkpointing: keep each block's input, recompute the rest
         self._init_blocks()
 
     def _init_blocks(self) -> None:
@@ -189,28 +218,50 @@ class VisionTransformer(nn.Module):
             check_tensor("images", images, ["N", side, side, 3])
         else:
             check_tensor("images", images, ["N", 3, side, side])
-        rows = patchify(images, config.patch_size, mean=config.mean, std=config.std, dtype=self.patch_weight.dtype)
+        dtype = compute_dtype(self.patch_weight)
+        rows = patchify(images, config.patch_size, mean=config.mean, std=config.std, dtype=dtype)
         patches = F.linear(rows, self.patch_weight.flatten(1))
         cls_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        return self.ln_pre(torch.cat([cls_token, patches], dim=1) + self.position_embedding)
+        return self.ln_pre(torch.cat([cls_token, patches], dim=1) + self.position_embedding).to(patches.dtype)
 
-    def encode(self, tokens: Tensor, *, key_mask: Tensor | None = None) -> tuple[Tensor, list[Tap]]:
+    def encode(
+        self, tokens: Tensor, *, key_mask: Tensor | None = None, record: bool = False
+    ) -> tuple[Tensor, list[Tap]]:
         """Tokens to the class token's feature. In the last block only the class token is computed.
 
         Args:
             tokens: ``[N, T, width]``, class token first; any number of patches may have been left out.
             key_mask: ``[N, T]`` bool, False where a token is hidden from all others.
+            record: Whether to return the taps.
 
         Returns:
-            The feature ``[N, D]``, and each layer's `Tap` (references to what attention computed anyway).
+            The feature ``[N, D]``, and each layer's `Tap` (references to what attention computed anyway), or none.
         """
         taps = []
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            tokens, tap = block(tokens, layer == last, key_mask)
-            taps.append(tap)
+            inputs = (tokens, layer == last, key_mask)
+            keep_all = not (self.recompute and torch.is_grad_enabled())
+            tokens, tap = block(*inputs) if keep_all else checkpoint(block, *inputs, use_reentrant=False)
+            if record:
+                taps.append(tap)
+            del tap  # else a layer's keys and values live on through the next
         feature = self.ln_post(tokens[:, 0])
         return feature if self.projection is None else feature @ self.projection, taps
+
+    def compile_pointwise(self, enabled: bool = True) -> None:
+        """Compile what lies between the matrix products into one kernel each (or undo it).
+
+        The products stay with the vendor's library, which a compiled block would call as well. And a compiled
+        block's backward pass always forms the weights' gradients, of which a relevance map needs none.
+        """
+        if enabled:
+            import torch._functorch.config as config
+
+            config.donated_buffer = False  # the map's backward pass keeps the graph for the task loss's
+        functions = [torch.compile(f, fullgraph=True) for f in POINTWISE] if enabled else POINTWISE
+        for block in cast(list[Block], self.blocks):
+            block.pointwise = tuple(functions)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (as `embed` takes them) to features ``[N, D]``."""

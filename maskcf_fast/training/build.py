@@ -97,7 +97,13 @@ def build_method(config: MethodConfig, student: ImageClassifier) -> Method:
     if config.name == "fd":
         return FeatureDistillation(student, teacher, config.weight)
     return CounterfactualDistiller(
-        student, teacher, config.mask_strategy(), config.weight, start_layer=config.start_layer
+        student,
+        teacher,
+        config.mask_strategy(),
+        config.weight,
+        cam=config.cam,
+        cam_target=config.cam_target,
+        start_layer=config.start_layer,
     )
 
 

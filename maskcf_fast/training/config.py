@@ -77,6 +77,11 @@ class MethodConfig:
     """Weight of the distillation loss."""
     temperature: float = 10.0
     """Softening of the logits in kd."""
+    cam: Literal["relevance", "gradcam"] = "relevance"
+    """The map that masks are cut from: attention relevance, or Grad-CAM on the last block."""
+    cam_target: Literal["logit", "logprob"] = "logit"
+    """What the map explains: the label's logit, as the paper; or its log-probability, which sets it against its
+    rivals and costs no backward pass."""
     start_layer: int = 0
     """First layer that counts in the relevance map; negative counts from the last."""
 
@@ -125,7 +130,13 @@ class TrainConfig:
     seed: int = 0
     """Of the order of the images, the donors and random masks, and random weights."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast, with float32 weights."""
+    """bf16: bfloat16 with float32 weights, losses and statistics."""
+    compile: bool = False
+    """Compile what lies between the matrix products."""
+    cuda_graph: bool = False
+    """Capture the step's forward and backward passes as one CUDA graph."""
+    recompute: bool = False
+    """Activation checkpointing: keep each block's input only, for less memory and more arithmetic."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     log_every: int = 20
@@ -201,7 +212,7 @@ def changed_settings(config: TrainConfig, path: Path) -> list[str]:
         return items
 
     new, old = flat(yaml.safe_load(to_yaml(config))), flat(yaml.safe_load(path.read_text()))
-    free = ("out", "resume", "data.threads", "log_every")
+    free = ("out", "resume", "data.threads", "log_every", "compile", "cuda_graph", "recompute")
     return [
         f"--{name.replace('_', '-')} (was {old.get(name)}, is {new.get(name)})"
         for name in {**new, **old}

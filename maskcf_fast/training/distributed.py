@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..distill.methods import run
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,25 @@ class Processes:
             # DistributedDataParallel keeps gloo's threads alive. One that still lets go of a tensor while the
             # interpreter ends would abort the process.
             time.sleep(0.5)
+
+
+class _Deferred(nn.Module):
+    """Calls what it is given: what `DistributedDataParallel` waits for is a module's forward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        return compute()
+
+
+def reduce_gradients(module: nn.Module, processes: Processes) -> Callable[[Callable[[], Tensor]], Tensor]:
+    """What computes a loss such that its backward pass averages ``module``'s gradients over the processes.
+
+    What ``grad`` already holds is averaged along with it, while the rest of the backward pass still runs.
+    """
+    if processes.world_size == 1:
+        return run
+    ids = [processes.device.index] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(_Deferred(module), device_ids=ids, gradient_as_bucket_view=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .._precision import autocast
 from ..data import Loader
 from .distributed import Processes
 
@@ -23,8 +24,3 @@ def evaluate(model: nn.Module, loader: Loader, processes: Processes, precision: 
     model.train(was_training)
     correct, seen = processes.sum(counts).tolist()
     return 100 * correct / seen
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a model runs at ``precision`` ("fp32" or "bf16")."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..data import Batch
-from ..distill import StepOutput
+from ..distill.methods import run
 from .build import build_loaders, build_method, build_model, build_optimizer, scan
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model
 from .config import TrainConfig, changed_settings
-from .distributed import Processes
-from .evaluate import autocast, evaluate
+from .distributed import Processes, reduce_gradients
+from .evaluate import evaluate
 from .log import RunLog, write_run_files
+from .speed import Backward, GraphedBackward, compile_pointwise, why_no_graph
 
 
 class TrainingDiverged(RuntimeError):
@@ -84,14 +83,14 @@ class Trainer:
 
         device = self.processes.device
         self.method = build_method(config.method, model).to(device).train()
-        self.module: nn.Module = self.method
-        if self.processes.world_size > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.method, device_ids=ids, gradient_as_bucket_view=True)
+        self.method.precision = config.precision
+        self.reduced = reduce_gradients(self.method, self.processes)
+        model.backbone.recompute = config.recompute
         self.steps_per_epoch = -(-len(self.loader) // config.optim.accumulate)
         self.total_steps = self.steps_per_epoch * config.optim.epochs
         self.optimizer, self.schedule = build_optimizer(config.optim, self.method.parameters(), self.total_steps)
         self.generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + self.processes.rank)
+        self.backward = self._faster()
 
         self.step = 0
         self.best = float("-inf")
@@ -161,24 +160,32 @@ class Trainer:
     def _optimizer_step(self, micro: list[Batch]) -> None:
         """Gradients of the micro-batches, averaged; clip; update. Reads precision and clip."""
         for i, (images, labels) in enumerate(micro):
-            with self._gradient_sync(last=i == len(micro) - 1):
-                with autocast(self.processes.device, self.config.precision):
-                    out: StepOutput = self.module(images, labels, generator=self.generator)
-                (out.loss / len(micro)).backward()
-            self._sums += torch.stack([out.loss.detach(), out.task, out.distill]) / len(micro)
+            last = self.reduced if i == len(micro) - 1 else run
+            out = self.backward(images, labels, scale=1 / len(micro), last=last, generator=self.generator)
+            self._sums += torch.stack([out.loss, out.task, out.distill]) / len(micro)
         norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip, foreach=True)
-        self._watch(out.loss.detach() + norm)
+        self._watch(out.loss + norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.backward == self.method.backward)
         self.step += 1
         if self.step < self.total_steps:
             self.schedule.step()
 
-    def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
-        """Processes average their gradients on the last micro-batch only."""
-        if isinstance(self.module, DistributedDataParallel) and not last:
-            return self.module.no_sync()
-        return nullcontext()
+    def _faster(self) -> Backward:
+        """The method's backward pass, as fast as the settings ask for. Reads compile and cuda_graph."""
+        config, device = self.config, self.processes.device
+        messages = []
+        if config.compile:
+            messages.append(compile_pointwise(self.method, device))
+        backward: Backward = self.method.backward
+        if config.cuda_graph:
+            messages.append(why_no_graph(device, self.processes.world_size, self.method))
+            if messages[-1] is None:
+                backward = GraphedBackward(self.method, self.generator)
+        for message in messages:
+            if message and self.processes.main:
+                print(message)
+        return backward
 
     def _watch(self, value: Tensor) -> None:
         """Remember the first step that was not finite, without waiting for the device."""

@@ -1,6 +1,7 @@
 """The fast step is the same function as the paper's order."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from maskcf_fast.distill import (
     MaskStrategy,
     paper_order_step,
 )
-from maskcf_fast.distill.counterfactual import label_relevance
+from maskcf_fast.distill.label_map import LabelMap
+from maskcf_fast.distill.paper_order import paper_cam
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
 
 SIZES = {
@@ -64,6 +66,173 @@ def test_top_k_equals_the_paper_order(region, fill):
     check_against_paper(student, teacher, images, labels, MaskStrategy(region, fill, top_k=20), seed=0)
 
 
+@pytest.mark.parametrize("name", PAPER_CUTS)
+def test_two_passes_are_the_same_sums(name):
+    student, teacher, images, labels = make(SIZES["8×8 patches"])
+    method = CounterfactualDistiller(student, teacher, name)
+    draw = method.strategy.draw(6, 64)
+    one = method(images, labels, draw=draw)
+    expected = gradients(0.25 * one.loss, student)
+    student.zero_grad()
+    computed = []
+    two = method.backward(
+        images, labels, draw=draw, scale=0.25, last=lambda compute: computed.append(compute()) or computed[0]
+    )
+    for field, value in one._asdict().items():
+        got = getattr(two, field)
+        assert got is value is None or torch.equal(got, value), field
+        assert got is None or not got.requires_grad
+    torch.testing.assert_close(computed[0], 0.25 * 30 * two.distill)
+    for name, p in student.named_parameters():
+        assert relative(p.grad, expected[name]) < 1e-6, name
+
+
+def test_the_last_pass_reaches_every_parameter():
+    """What `DistributedDataParallel` needs: between the last loss and the end, every gradient is touched once."""
+    student, teacher, images, labels = make(SIZES["8×8 patches"])
+    touched = []
+
+    def last(compute):
+        for name, p in student.named_parameters():
+            p.register_post_accumulate_grad_hook(lambda _, name=name: touched.append(name))
+        return compute()
+
+    CounterfactualDistiller(student, teacher, "object-single").backward(images, labels, last=last)
+    assert sorted(touched) == sorted(name for name, _ in student.named_parameters())
+
+
+def test_two_passes_with_a_frozen_embedding_and_head():
+    student, teacher, images, labels = make(SIZES["8×8 patches"])
+    method = CounterfactualDistiller(student, teacher, "object-single")
+    draw = method.strategy.draw(6, 64)
+    frozen = [n for n, _ in student.named_parameters() if "blocks" not in n and "ln_post" not in n]
+    expected = gradients(method(images, labels, draw=draw).loss, student)
+    student.zero_grad()
+    for name in frozen:
+        student.get_parameter(name).requires_grad_(False)
+    method.backward(images, labels, draw=draw)
+    for name, p in student.named_parameters():
+        assert p.grad is None if name in frozen else relative(p.grad, expected[name]) < 1e-6, name
+
+
+def test_two_passes_take_less_memory():
+    """Bytes that autograd keeps for later, at their highest."""
+    student, teacher, images, labels = make(VisionTransformerConfig(32, 4, 64, 8, 4, 48))
+    method = CounterfactualDistiller(student, teacher, "random-single")
+    with KeptBytes() as one:
+        method(images, labels).loss.backward()
+    with KeptBytes() as two:
+        method.backward(images, labels)
+    assert two.peak < 0.6 * one.peak
+
+
+class KeptBytes:
+    """Counts the bytes of distinct storages that graphs hold."""
+
+    def __enter__(self):
+        self.held, self.peak = {}, 0
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda kept: kept.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *args):
+        self.hooks.__exit__(*args)
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        return Kept(self, tensor.detach(), storage.data_ptr(), storage.nbytes())
+
+
+class Kept:
+    def __init__(self, counter, tensor, key, size):
+        self.counter, self.tensor, self.key = counter, tensor, key
+        uses, _ = counter.held.get(key, (0, size))
+        counter.held[key] = (uses + 1, size)
+        counter.peak = max(counter.peak, sum(size for _, size in counter.held.values()))
+
+    def __del__(self):
+        uses, size = self.counter.held.pop(self.key)
+        if uses > 1:
+            self.counter.held[self.key] = (uses - 1, size)
+
+
+@pytest.mark.parametrize("target", ["logit", "logprob"])
+@pytest.mark.parametrize("kind", ["relevance", "gradcam"])
+def test_maps_against_their_definition(kind, target):
+    """Computed with the attention maps at hand, and alike in one pass and in two."""
+    student, teacher, images, labels = make(SIZES["8×8 patches"])
+    if kind == "relevance":
+        head = student.head if target == "logit" else lambda feature: student.head(feature).log_softmax(dim=1)
+        expected = paper_cam(SimpleNamespace(backbone=student.backbone, head=head), images, labels)
+    else:
+        block = student.backbone.blocks[-1]
+        seen = []
+        hook = block.attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        logits = student(images)
+        hook.remove()
+        scores = logits if target == "logit" else torch.log_softmax(logits, dim=1)
+        (grad,) = torch.autograd.grad(scores[range(6), labels].sum(), seen)
+        expected = torch.einsum("nc,nlc->nl", grad.sum(dim=1), seen[0])[:, 1:].clamp(min=0)
+    assert expected.max() > 0
+    method = CounterfactualDistiller(student, teacher, "object-single", cam=kind, cam_target=target)
+    one = method(images, labels, generator=torch.Generator().manual_seed(0))
+    two = method.backward(images, labels, scale=0.5, generator=torch.Generator().manual_seed(0))
+    assert relative(one.cam, expected) < 1e-5
+    assert relative(two.cam, expected) < 1e-5
+    assert torch.equal(one.mask, two.mask)
+
+
+def test_logprob_map_costs_no_backward_pass():
+    student, teacher, images, labels = make(SIZES["8×8 patches"], batch=8)
+    flops = {}
+    for target, name in (("logit", "object-single"), ("logprob", "object-single"), ("logit", "random-single")):
+        method = CounterfactualDistiller(student, teacher, name, cam_target=target)
+        with FlopCounterMode(display=False) as counter:
+            method.backward(images, labels, draw=method.strategy.draw(8, 64))
+        counts = counter.get_flop_counts()["Global"]
+        names = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        flops[target, name] = sum(counts.get(name, 0) for name in names)
+    assert flops["logprob", "object-single"] == flops["logit", "random-single"] < flops["logit", "object-single"]
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    student, teacher, images, labels = make(SIZES["8×8 patches"])
+    method = CounterfactualDistiller(student, teacher, "object-single")
+    draw = method.strategy.draw(6, 64)
+    results = []
+    for recompute in (False, True):
+        student.backbone.recompute = recompute
+        student.zero_grad()
+        with KeptBytes() as kept:
+            out = method.backward(images, labels, draw=draw)
+        results.append((out, [p.grad.clone() for p in student.parameters()], kept.peak))
+    (plain, plain_grads, plain_peak), (again, again_grads, again_peak) = results
+    assert torch.equal(plain.cam, again.cam)
+    assert torch.equal(plain.loss, again.loss)
+    assert all(torch.equal(a, b) for a, b in zip(plain_grads, again_grads, strict=True))
+    assert again_peak < 0.5 * plain_peak
+
+
+def test_bfloat16_is_close_and_keeps_float32_where_it_matters():
+    student, teacher, images, labels = make(SIZES["8×8 patches"])
+    method = CounterfactualDistiller(student, teacher, "random-single")
+    draw = method.strategy.draw(6, 64)
+    exact = method(images, labels, draw=draw)
+    expected = gradients(exact.loss, student)
+    method.precision = "bf16"
+    student.zero_grad()
+    out = method.backward(images, labels, draw=draw)
+    assert out.loss.dtype == out.logits.dtype == torch.float32
+    assert 0 < abs(out.task - exact.task) < 0.02 * exact.task
+    assert 0 < abs(out.distill - exact.distill) < 0.02 * exact.distill
+    for name, p in student.named_parameters():
+        assert p.grad.dtype == torch.float32
+        assert relative(p.grad, expected[name]) < 0.1, name
+    with torch.autocast("cpu", torch.bfloat16):
+        feature, taps = student.backbone.encode(student.backbone.embed(images), record=True)
+    assert {t.dtype for t in (feature, *taps[0])} == {torch.bfloat16}
+
+
 def check_against_paper(student, teacher, images, labels, strategy, seed):
     draw = strategy.draw(
         len(images), student.backbone.config.num_patches, generator=torch.Generator().manual_seed(seed)
@@ -98,8 +267,8 @@ def test_uint8_images_are_the_same_images():
 def test_start_layer_is_passed_on():
     student, teacher, images, labels = make(SIZES["8×8 patches"])
     method = CounterfactualDistiller(student, teacher, "object-single", start_layer=-1)
-    feature, taps = student.backbone.encode(student.backbone.embed(images))
-    expected = label_relevance(student.head(feature), labels, taps[-1:])
+    feature, taps = student.backbone.encode(student.backbone.embed(images), record=True)
+    expected = LabelMap("relevance", "logit", 0, 1)(student.head(feature), labels, taps[-1:])
     assert torch.equal(method(images, labels).cam, expected)
     with pytest.raises(ValueError, match=r"start_layer must lie in \[-4, 3\], got 4"):
         CounterfactualDistiller(student, teacher, "object-single", start_layer=4)
@@ -109,10 +278,10 @@ def test_the_map_costs_no_weight_gradient():
     """Its backward pass costs as much as the forward one, attention aside, not twice as much."""
     student, _, images, labels = make(SIZES["8×8 patches"])
     with FlopCounterMode(display=False) as forward:
-        feature, taps = student.backbone.encode(student.backbone.embed(images))
+        feature, taps = student.backbone.encode(student.backbone.embed(images), record=True)
         logits = student.head(feature)
     with FlopCounterMode(display=False) as backward:
-        label_relevance(logits, labels, taps)
+        LabelMap("relevance", "logit", 0, 4)(logits, labels, taps)
 
     def linear_flops(counter):
         names = (torch.ops.aten.mm, torch.ops.aten.addmm)

@@ -13,7 +13,7 @@ import zoo
 from torch import nn
 
 import maskcf_fast as mf
-from maskcf_fast.distill.counterfactual import label_relevance
+from maskcf_fast.distill.label_map import LabelMap
 from maskcf_fast.explain import explain, record_attention
 
 sdpa = F.scaled_dot_product_attention
@@ -206,8 +206,9 @@ def test_own_model():
     model = mf.ImageClassifier(mf.VisionTransformer("tiny"), mf.CosineClassifier(64, 3))
     images = torch.rand(2, 3, 32, 32)
     labels = torch.tensor([2, 0])
-    feature, taps = model.backbone.encode(model.backbone.embed(images))
-    assert_close(explain(model, images, labels), label_relevance(model.head(feature), labels, taps))
+    feature, taps = model.backbone.encode(model.backbone.embed(images), record=True)
+    own = LabelMap("relevance", "logit", 0, len(taps))
+    assert_close(explain(model, images, labels), own(model.head(feature), labels, taps))
 
 
 def test_explain_works_under_no_grad():

@@ -9,7 +9,7 @@ def test_class_token_only_last_block_and_taps():
     model = VisionTransformer("tiny")
     images = torch.rand(3, 3, 32, 32)
     tokens = model.embed(images)
-    feature, taps = model.encode(tokens)
+    feature, taps = model.encode(tokens, record=True)
     expected, maps = plain_forward(model, images)
     torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-6)
     assert [t.q.shape[2] for t in taps] == [17, 17, 17, 1]

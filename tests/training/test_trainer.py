@@ -271,7 +271,7 @@ def test_settings_reach_what_they_are_for(change):
     method = build_method(
         MethodConfig(strategy="object-multi", weight=1.5, top_k=3, start_layer=2), trainer.method.student
     )
-    assert (method.weight, method.start_layer) == (1.5, 2)
+    assert (method.weight, method.map.start_layer) == (1.5, 2)
     assert method.strategy == MaskStrategy("object", "multi", top_k=3)
 
 

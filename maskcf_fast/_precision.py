@@ -1,0 +1,19 @@
+"""The number format that a model computes in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The context in which a model runs at ``precision``: "fp32", or "bf16" with float32 weights."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a matrix product with ``tensor`` computes in here: its own, or autocast's."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype

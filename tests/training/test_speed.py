@@ -1,0 +1,87 @@
+"""Options for speed and memory change no result."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+
+from maskcf_fast.distill import CounterfactualDistiller
+from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
+from maskcf_fast.training import Trainer
+from maskcf_fast.training.speed import compile_pointwise, why_no_graph
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+
+
+@pytest.fixture
+def method():
+    torch.manual_seed(0)
+    student = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 5))
+    method = CounterfactualDistiller(student, copy.deepcopy(student.backbone), "object-single")
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    return method
+
+
+def step(method):
+    """Outcome, gradients, and the shapes of all matrix products of one step."""
+    torch.manual_seed(1)
+    images, labels = torch.rand(6, 3, 32, 32), torch.randint(5, (6,))
+    draw = method.strategy.draw(6, 16, generator=torch.Generator().manual_seed(0))
+    method.zero_grad()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        out = method.backward(images, labels, draw=draw)
+    products = Counter((e.name, str(e.input_shapes)) for e in profile.events() if e.name in PRODUCTS)
+    return out, {name: p.grad.clone() for name, p in method.student.named_parameters()}, products
+
+
+def test_compiled_equals_eager_and_forms_no_weight_gradient_for_the_map(method):
+    out, grads, products = step(method)
+    assert compile_pointwise(method, torch.device("cpu")) is None
+    assert hasattr(method.student.backbone.blocks[0].pointwise[0], "_torchdynamo_orig_callable")
+    step(method)  # compiles
+    compiled, compiled_grads, compiled_products = step(method)
+    assert compiled_products == products
+    assert products.total() > 100
+    torch.testing.assert_close(compiled.loss, out.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(compiled.cam, out.cam, rtol=1e-4, atol=1e-7)
+    assert torch.equal(compiled.mask, out.mask)
+    for name, grad in grads.items():
+        assert (compiled_grads[name] - grad).norm() < 1e-5 * grad.norm(), name
+    assert any(not torch.equal(compiled_grads[name], grad) for name, grad in grads.items()), "nothing was compiled"
+
+
+def test_without_a_compiler(method, monkeypatch):
+    def broken(function, **_):
+        def raises(*args):
+            raise RuntimeError("no C++ compiler\nand a long story")
+
+        return raises
+
+    monkeypatch.setattr(torch, "compile", broken)
+    message = compile_pointwise(method, torch.device("cpu"))
+    assert message == "--compile is left out, the compiler failed: no C++ compiler"
+    step(method)
+
+
+def test_why_no_graph(method):
+    assert "it is for a GPU, and the device is cpu" in why_no_graph(torch.device("cpu"), 1, method)
+    assert "one process, and there are 2" in why_no_graph(torch.device("cuda"), 2, method)
+    assert why_no_graph(torch.device("cuda"), 1, method) is None
+    student, teacher = method.student, method.teacher
+    lengths = CounterfactualDistiller(student, teacher, "object-none")
+    assert "object-none by threshold" in why_no_graph(torch.device("cuda"), 1, lengths)
+    assert why_no_graph(torch.device("cuda"), 1, CounterfactualDistiller(student, teacher, "random-none")) is None
+
+
+def test_a_run_with_all_options_is_the_same_run(change, tmp_path, capsys):
+    states = []
+    for name, options in {"plain": {}, "fast": {"cuda_graph": True, "recompute": True}}.items():
+        Trainer(change(out=tmp_path / name, **options), quiet=True).run()
+        states.append(torch.load(tmp_path / name / "last.pt", weights_only=True)["student"])
+    assert "--cuda-graph is left out: it is for a GPU" in capsys.readouterr().out
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+    assert any(not torch.equal(states[0][name], p) for name, p in Trainer(
+        change(out=tmp_path / "start"), quiet=True).method.student.state_dict().items())  # fmt: skip
