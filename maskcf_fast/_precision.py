@@ -13,7 +13,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The context in which tensors on ``device`` keep their dtype, whatever the caller has switched on."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that a matrix product with ``tensor`` computes in here: its own, or autocast's."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type) if _autocasts(tensor.device) else tensor.dtype
+
+
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

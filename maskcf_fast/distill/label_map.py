@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._precision import no_autocast
 from ..models import Tap
 from ..ops import relevance_cam
 
@@ -57,7 +58,7 @@ class LabelMap:
 
     def from_gradients(self, taps: Sequence[Tap], grads: Sequence[Tensor]) -> Tensor:
         """The map from the gradients of what was `read`."""
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with no_autocast(grads[0].device):
             if self.kind == "relevance":
                 return relevance_cam(taps[self.start_layer :], grads)
             activations, channels = taps[-1].x.detach().float(), grads[0].float().sum(dim=1)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import FLOATS, check_tensor
+from .._precision import no_autocast
 from .vit import VisionTransformer
 
 
@@ -37,7 +38,7 @@ class CosineClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features ``[N, D]`` to logits ``[N, classes]``, in the weights' dtype also under autocast."""
-        with torch.autocast(features.device.type, enabled=False):
+        with no_autocast(features.device):
             return F.linear(F.normalize(features.to(self.weight.dtype), dim=-1), self.weight, self.bias)
 
 

@@ -318,6 +318,25 @@ def test_generator_decides_the_draw():
 
 
 @pytest.mark.parametrize("name", PAPER_CUTS)
+def test_a_step_reads_nothing_back_from_the_device(name):
+    """On the "meta" device, whose tensors hold no values, whatever would wait for a GPU raises."""
+    student, teacher, images, labels = make(SIZES["8×8 patches"])
+    method = CounterfactualDistiller(student, teacher, name).to("meta")
+    images, labels = images.to("meta"), labels.to("meta")
+
+    def step():
+        method.backward(images, labels)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+
+    if name in ("object-none", "context-none"):  # by threshold, the number of kept patches is in the mask
+        with pytest.raises(RuntimeError, match="item"):
+            step()
+        method.strategy = MaskStrategy(name.split("-")[0], "none", top_k=20)
+    step()
+    assert all(p.grad is not None for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", PAPER_CUTS)
 def test_draws_follow_the_strategy(name):
     strategy = MaskStrategy.from_name(name)
     draw = strategy.draw(400, 49, generator=torch.Generator().manual_seed(0))

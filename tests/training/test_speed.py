@@ -1,6 +1,9 @@
 """Options for speed and memory change no result."""
 
+import ast
 import copy
+import inspect
+import textwrap
 from collections import Counter
 
 import pytest
@@ -85,3 +88,18 @@ def test_a_run_with_all_options_is_the_same_run(change, tmp_path, capsys):
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
     assert any(not torch.equal(states[0][name], p) for name, p in Trainer(
         change(out=tmp_path / "start"), quiet=True).method.student.state_dict().items())  # fmt: skip
+
+
+READING = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "float", "int", "bool", "print"}
+
+
+def test_the_loop_reads_nothing_back_from_the_device():
+    """Of the trainer's own lines in a step; the method's are run on the "meta" device in tests/distill."""
+    for function in (Trainer._optimizer_step, Trainer._watch):
+        names = {
+            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))
+            if isinstance(node, ast.Call)
+        }
+        assert names, function
+        assert not names & READING, function
