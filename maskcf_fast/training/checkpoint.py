@@ -10,7 +10,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._cache import atomic_write
 
@@ -41,10 +41,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or no checkpoint ({error}): start the run again elsewhere") from error
 
 
-def save_model(path: Path, model: nn.Module) -> None:
-    """Write a model's weights as safetensors, whole or not at all; errors as `save_checkpoint`."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _write(path, safetensors.torch.save(state))
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Write a model's ``state_dict()`` as safetensors, whole or not at all; errors as `save_checkpoint`."""
+    cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    _write(path, safetensors.torch.save(cpu))
 
 
 def fingerprint(module: nn.Module) -> str:

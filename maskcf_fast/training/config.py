@@ -135,6 +135,8 @@ class TrainConfig:
     """Compile what lies between the matrix products."""
     cuda_graph: bool = False
     """Capture the step's forward and backward passes as one CUDA graph."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: a whole model in each, or (fsdp) its parameters divided among them."""
     recompute: bool = False
     """Activation checkpointing: keep each block's input only, for less memory and more arithmetic."""
     device: str = "auto"

@@ -21,6 +21,9 @@ def evaluate(model: nn.Module, loader: Loader, processes: Processes, precision: 
             logits = model(images)
         counts[0] += (logits.argmax(dim=1) == labels).sum()
         counts[1] += len(labels)
+    # Where parameters are divided among the processes, all must run the model equally often.
+    for _ in range(max(processes.gather(len(loader))) - len(loader) if len(loader) else 0):
+        model(images)
     model.train(was_training)
     correct, seen = processes.sum(counts).tolist()
     return 100 * correct / seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from tqdm import tqdm
 from ..data import Batch
 from ..distill.methods import run
 from .build import build_loaders, build_method, build_model, build_optimizer, scan
-from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model
+from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_weights
 from .config import TrainConfig, changed_settings
 from .distributed import Processes, reduce_gradients
 from .evaluate import evaluate
 from .log import RunLog, write_run_files
+from .sharding import load_model_state, load_optimizer_state, shard, whole
 from .speed import Backward, GraphedBackward, compile_pointwise, why_no_graph
 
 
@@ -84,13 +86,23 @@ class Trainer:
         device = self.processes.device
         self.method = build_method(config.method, model).to(device).train()
         self.method.precision = config.precision
-        self.reduced = reduce_gradients(self.method, self.processes)
         model.backbone.recompute = config.recompute
+        self.generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + self.processes.rank)
+        self.backward = self._faster()
+        self.reduced: Callable[[Callable[[], Tensor]], Tensor] = run
+        if self.processes.world_size > 1 and config.parallel == "fsdp":
+            for name, manifest in tests.items():
+                if len(manifest) < self.processes.world_size:
+                    raise ValueError(
+                        f"--parallel fsdp needs an image for each of the {self.processes.world_size} processes, the "
+                        f"test set {name} has {len(manifest)}"
+                    )
+            shard(self.method, self.processes)
+        else:
+            self.reduced = reduce_gradients(self.method, self.processes)
         self.steps_per_epoch = -(-len(self.loader) // config.optim.accumulate)
         self.total_steps = self.steps_per_epoch * config.optim.epochs
         self.optimizer, self.schedule = build_optimizer(config.optim, self.method.parameters(), self.total_steps)
-        self.generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + self.processes.rank)
-        self.backward = self._faster()
 
         self.step = 0
         self.best = float("-inf")
@@ -117,8 +129,9 @@ class Trainer:
                 if self.step == self.total_steps or (every and epoch % every == 0):
                     self._evaluate()
                 self._save()
+            student = whole(self.method.student.state_dict())
             if self.processes.main:
-                save_model(self.folder / "model.safetensors", self.method.student)
+                save_weights(self.folder / "model.safetensors", student)
             return self.accuracy
         finally:
             if self.log is not None:
@@ -164,7 +177,7 @@ class Trainer:
             out = self.backward(images, labels, scale=1 / len(micro), last=last, generator=self.generator)
             self._sums += torch.stack([out.loss, out.task, out.distill]) / len(micro)
         norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip, foreach=True)
-        self._watch(out.loss + norm)
+        self._watch(out.loss + whole(norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.backward == self.method.backward)
         self.step += 1
@@ -244,25 +257,27 @@ class Trainer:
         chosen = next((name for name in ("holdout", "id") if name in self.accuracy), None)
         if chosen is not None and self.accuracy[chosen] > self.best:
             self.best = self.accuracy[chosen]
+            weights = whole(student.state_dict())
             if self.processes.main:
-                save_model(self.folder / "best.safetensors", student)
+                save_weights(self.folder / "best.safetensors", weights)
 
     def _save(self) -> None:
         """Write ``last.pt``, unless the run has diverged."""
         self._check()
         # An update may have ruined the weights although the loss before it was finite.
         size = torch.stack(torch._foreach_norm(list(self.method.student.parameters()))).sum()
-        if not size.isfinite():
+        if not whole(size).isfinite():
             raise self._diverged(f"the weights are NaN or infinite after step {self.step}")
         states = self.processes.gather((self.loader.state_dict(), self.generator.get_state()))
+        student, optimizer = whole((self.method.student.state_dict(), self.optimizer.state_dict()))
         if self.processes.main:
             state = {
                 "step": self.step,
                 "best": self.best,
                 "accuracy": self.accuracy,
                 "initial": self.initial,
-                "student": self.method.student.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "student": student,
+                "optimizer": optimizer,
                 "schedule": self.schedule.state_dict(),
                 "sums": self._sums,
                 "loaders": [loader for loader, _ in states],
@@ -296,8 +311,8 @@ class Trainer:
                 f"{where} was written by {len(state['loaders'])} process(es), now there are {self.processes.world_size}"
             )
         try:
-            self.method.student.load_state_dict(state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_model_state(self.method.student, state["student"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.generator.set_state(state["generators"][self.processes.rank])
             self._sums.copy_(state["sums"])

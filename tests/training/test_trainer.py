@@ -286,13 +286,13 @@ def test_best_is_the_best_epoch_not_the_last(change, monkeypatch):
     config = replace(config, data=replace(config.data, ood=()))
     trainer = Trainer(config, quiet=True)
     seen = {}
-    real = trainer_module.save_model
+    real = trainer_module.save_weights
 
-    def spy(path, model):
+    def spy(path, state):
         seen.setdefault(path.name, []).append(trainer.step)
-        real(path, model)
+        real(path, state)
 
-    monkeypatch.setattr(trainer_module, "save_model", spy)
+    monkeypatch.setattr(trainer_module, "save_weights", spy)
     trainer.run()
     assert seen == {"best.safetensors": [0, 5], "model.safetensors": [15]}
     assert checkpoint_module.load_checkpoint(config.out / "last.pt")["best"] == 50.0
