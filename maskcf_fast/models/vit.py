@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_tensor
-from .._precision import compute_dtype
+from .._precision import compute_dtype, no_autocast
 from ..ops.patchify import patchify
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -93,6 +93,15 @@ class Tap(NamedTuple):
     x: Tensor  # [N, T, D], the layer's normalised input
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Fused attention."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # There, forward and backward passes in float32 take 0.45 (50 tokens) to 0.88 (257 tokens) of the time.
+        with no_autocast(q.device):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Attention(nn.Module):
     """Self-attention with packed query, key and value projections."""
 
@@ -112,7 +121,7 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        o = attend(q, k, v, mask)
         return self.out(o.transpose(1, 2).flatten(2)), Tap(q, k, v, o, x)
 
 
