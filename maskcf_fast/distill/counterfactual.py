@@ -5,7 +5,7 @@ Per batch, with F one student forward (multiply by images for FLOPs):
     clean forward    1 F    shared by the relevance map and the task loss
     relevance map    1 F    a backward pass for data gradients only, and one row per layer
     masked student   1 F    tokens refilled or dropped after the embedding, which is not repeated
-    teacher          1 F    likewise from its own embedding of the clean pixels
+    teacher          1 F    likewise from its own embedding of the clean pixels, which are normalised once
     backward         4 F    of the clean and the masked branch
 """
 
@@ -66,6 +66,9 @@ class CounterfactualDistiller(Method):
                     f"student and teacher differ in {field}: {getattr(ours, field)} and {getattr(theirs, field)}"
                 )
         self.strategy = MaskStrategy.from_name(strategy) if isinstance(strategy, str) else strategy
+        self.same_rows = all(
+            getattr(ours, field) == getattr(theirs, field) for field in ("image_size", "patch_size", "mean", "std")
+        )
         self.map = LabelMap(cam, cam_target, start_layer, ours.depth)
 
     def losses(
@@ -85,11 +88,12 @@ class CounterfactualDistiller(Method):
             draw: Randomness drawn beforehand (`MaskStrategy.draw`), instead of ``generator``.
         """
         draw = draw or self._draw(images, generator)
-        tokens = self.student.backbone.embed(images)
+        rows = self.student.backbone.rows(images)
+        tokens = self.student.backbone.embed_rows(rows)
         logits, taps = self._clean(tokens, labels)
         cam = self.map(logits, labels, taps) if taps else None
         mask = self.strategy.mask(cam, draw)
-        distill = self._distill(tokens, images, mask, draw)
+        distill = self._distill(tokens, rows if self.same_rows else images, mask, draw)
         return step_output(task_loss(logits, labels), logits, distill, self.weight, cam=cam, mask=mask)
 
     def backward(
@@ -109,7 +113,8 @@ class CounterfactualDistiller(Method):
         """
         draw = draw or self._draw(images, generator)
         with autocast(images.device, self.precision):
-            tokens = self.student.backbone.embed(images)
+            rows = self.student.backbone.rows(images)
+            tokens = self.student.backbone.embed_rows(rows)
             shared = tokens.detach().requires_grad_()  # where the two branches meet
             logits, taps = self._clean(shared, labels)
             task = task_loss(logits, labels)
@@ -132,7 +137,7 @@ class CounterfactualDistiller(Method):
 
         def compute() -> Tensor:
             with autocast(images.device, self.precision):
-                distill.append(self._distill(tokens, images, mask, draw))
+                distill.append(self._distill(tokens, rows if self.same_rows else images, mask, draw))
             return scale * self.weight * distill[0]
 
         loss = last(compute)
@@ -162,11 +167,16 @@ class CounterfactualDistiller(Method):
         feature, taps = self.student.backbone.encode(tokens, record=self.strategy.needs_cam)
         return self.student.head(feature), taps
 
-    def _distill(self, tokens: Tensor, images: Tensor, mask: Tensor, draw: Draw) -> Tensor:
-        """The distillation loss on the counterfactual images, made of the student's clean tokens."""
+    def _distill(self, tokens: Tensor, pixels: Tensor, mask: Tensor, draw: Draw) -> Tensor:
+        """The distillation loss on the counterfactual images.
+
+        They are made of the clean images' tokens: the student's, and the teacher's from the same rows of pixels, or
+        from the images where it normalises them otherwise.
+        """
         teacher = cast(VisionTransformer, self.teacher)
         with torch.no_grad():
-            target = encode_masked(teacher, teacher.embed(images), mask, draw.donors, self.strategy)
+            clean = teacher.embed_rows(pixels) if self.same_rows else teacher.embed(pixels)
+            target = encode_masked(teacher, clean, mask, draw.donors, self.strategy)
         masked = encode_masked(self.student.backbone, tokens, mask, draw.donors, self.strategy)
         return feature_loss(masked, target)
 

@@ -221,6 +221,10 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: ``S`` is not the model's ``image_size``.
         """
+        return self.embed_rows(self.rows(images))
+
+    def rows(self, images: Tensor) -> Tensor:
+        """The first part of `embed`, which has no parameters: normalised patches ``[N, L, 3 * P * P]``."""
         config = self.config
         side = config.image_size
         if images.dtype == torch.uint8:
@@ -228,7 +232,10 @@ class VisionTransformer(nn.Module):
         else:
             check_tensor("images", images, ["N", 3, side, side])
         dtype = compute_dtype(self.patch_weight)
-        rows = patchify(images, config.patch_size, mean=config.mean, std=config.std, dtype=dtype)
+        return patchify(images, config.patch_size, mean=config.mean, std=config.std, dtype=dtype)
+
+    def embed_rows(self, rows: Tensor) -> Tensor:
+        """The rest of `embed`."""
         patches = F.linear(rows, self.patch_weight.flatten(1))
         cls_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         return self.ln_pre(torch.cat([cls_token, patches], dim=1) + self.position_embedding).to(patches.dtype)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..data import Loader, LoaderConfig, Manifest, build_loader, scan_image_folder
+from ..data import Loader, LoaderConfig, Manifest, build_loader, scan_images
 from ..distill import (
     CounterfactualDistiller,
     FeatureDistillation,
@@ -134,14 +134,14 @@ def scan(config: DataConfig, processes: Processes) -> tuple[Manifest, dict[str, 
         processes.barrier()
     options: dict[str, Any] = {"on_bad_image": config.on_bad_image, "verify": config.verify}
     assert config.train is not None
-    train = scan_image_folder(config.train, progress=processes.main, **options)
+    train = scan_images(config.train, progress=processes.main, **options)
     tests = {}
     folders = {"id": config.id} if config.id is not None else {}
     for folder in config.ood:
         folders[_unused_name(folder, folders)] = folder
     for name, folder in folders.items():
         assert folder is not None
-        tests[name] = scan_image_folder(folder, progress=processes.main, **options)
+        tests[name] = scan_images(folder, progress=processes.main, **options)
         train.require_same_classes(tests[name])
     if processes.main:
         processes.barrier()
@@ -155,6 +155,8 @@ def scan(config: DataConfig, processes: Processes) -> tuple[Manifest, dict[str, 
 
 
 def _unused_name(folder: Path, taken: Iterable[str]) -> str:
+    if folder.suffix == ".tar":  # a pattern, such as ood/{000..009}.tar
+        folder = folder.parent
     name = folder.resolve().name
     if name in (*taken, "id", "holdout"):
         name = "/".join(folder.resolve().parts[-2:])
@@ -192,6 +194,7 @@ def build_loaders(
         "world_size": processes.world_size,
         "threads": config.data.threads,
         "device": str(processes.device),
+        "cache": config.data.cache,
     }
     train_config = LoaderConfig(train=True, augment=config.data.augment, **common)
     test_config = LoaderConfig(train=False, **common)

@@ -36,14 +36,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images on disk, one folder per class."""
+    """Images on disk: a folder of class folders, or WebDataset tar shards (a folder or shards/{000..009}.tar)."""
 
     train: Path | None = None
     """Training images. Without it, the embedded demo runs."""
     id: Path | None = None
     """In-distribution test images."""
     ood: tuple[Path, ...] = ()
-    """Out-of-distribution test images, any number of folders."""
+    """Out-of-distribution test images, any number of sets."""
     holdout: int = 0
     """Training images held out, stratified by class, to choose the best epoch (the paper: 10240 of ImageNet)."""
     augment: Literal["none", "crop-flip"] = "none"
@@ -56,6 +56,8 @@ class DataConfig:
     """Decode every new image once before the run; what was found is remembered."""
     threads: int = 2
     """Decoding threads per process."""
+    cache: Literal["none", "disk", "device"] = "none"
+    """Decode every image once and keep its pixels: in files for all runs (disk), or in the device's memory."""
 
 
 @dataclass(frozen=True)

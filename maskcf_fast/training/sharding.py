@@ -32,7 +32,7 @@ def shard(method: Method, processes: Processes) -> None:
             for block in module.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(module, mesh=mesh)
-            for name in ("embed", "encode"):
+            for name in ("embed_rows", "encode"):
                 register_fsdp_forward_method(module, name)
     for module in list(method.modules()):
         if isinstance(module, ImageClassifier):

@@ -1,6 +1,7 @@
 """The fast step is the same function as the paper's order."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -262,6 +263,15 @@ def test_uint8_images_are_the_same_images():
     a = method(pixels.permute(0, 2, 3, 1).contiguous(), labels, draw=draw)
     b = method(pixels.float() / 255, labels, draw=draw)
     assert torch.equal(a.loss, b.loss)
+
+
+def test_a_teacher_may_normalise_otherwise():
+    student, teacher, images, labels = make(SIZES["8×8 patches"])
+    other = VisionTransformer(replace(teacher.config, mean=(0.1, 0.2, 0.3)))
+    other.load_state_dict(teacher.state_dict())
+    strategy = MaskStrategy.from_name("object-single")
+    check_against_paper(student, other, images, labels, strategy, seed=0)
+    assert not CounterfactualDistiller(student, other, strategy).same_rows
 
 
 def test_start_layer_is_passed_on():
