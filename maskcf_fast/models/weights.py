@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .vit import VisionTransformer
@@ -79,6 +77,9 @@ def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, T
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:

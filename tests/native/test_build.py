@@ -32,7 +32,7 @@ def pytest_with(python: str, library: Path, select: str, **environment: str) -> 
     """Run the ops' tests in a process of their own, with a library of our choice."""
     return subprocess.run(
         [python, "-m", "pytest", "-q", "-x", "-s", "--noconftest", "-p", "no:cacheprovider",
-         "tests/ops/test_native.py", "-k", select],
+         "tests/ops/test_implementations.py", "-k", select],
         cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "MASKCF_LIBRARY": str(library), "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip

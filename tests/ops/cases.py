@@ -169,6 +169,16 @@ def refill_case(
     return make
 
 
+def _off_by(elements: int) -> Callable[[Tensor], Tensor]:
+    """The same images behind ``elements`` others: no row starts where wide accesses may."""
+
+    def change(images: Tensor) -> Tensor:
+        storage = torch.zeros(images.numel() + elements, dtype=images.dtype)
+        return storage[elements:].view(images.shape).copy_(images)
+
+    return change
+
+
 def _widened(images: Tensor) -> Tensor:
     """The same images as a window of wider ones, off the start of the storage by one column."""
     wide = torch.cat([images[..., :1], images, images[..., :2]], dim=3)
@@ -187,6 +197,12 @@ REFILL_CASES: dict[str, Case] = {
     "p14_uint8": refill_case(3, 3, (2, 3), (14, 14), torch.uint8),
     "p14_uint8_nhwc": refill_case(3, 3, (2, 3), (14, 14), torch.uint8, channels_last=True),
     "p16_float16_nhwc": refill_case(3, 3, (2, 3), (16, 16), torch.float16, channels_last=True),
+    # Units of a wide access that straddle patches, and a last tile that is not full.
+    **{
+        f"tiles_p{patch}_{str(dtype)[6:]}": refill_case(3, 3, (7, 8), (patch, patch), dtype, "multi")
+        for patch in (14, 16)
+        for dtype in (torch.float32, torch.bfloat16, torch.uint8)
+    },
     "oblong": refill_case(grid=(2, 7), patch=(3, 5), fill="multi"),
     "one_patch": refill_case(grid=(1, 1), patch=(4, 4)),
     "one_pixel_patches": refill_case(2, 1, (5, 7), (1, 1), torch.uint8, "multi"),
@@ -201,6 +217,8 @@ REFILL_CASES: dict[str, Case] = {
     "repeated": refill_case(fill="repeated"),
     "window": refill_case(change=_widened),
     "window_uint8": refill_case(dtype=torch.uint8, change=_widened),
+    **{f"off_by_{i}": refill_case(2, 3, (2, 2), (16, 16), torch.uint8, change=_off_by(i)) for i in (1, 2, 3, 8)},
+    "off_by_1_bfloat16": refill_case(2, 3, (2, 2), (16, 16), torch.bfloat16, change=_off_by(1)),
     "sliced_batch": refill_case(change=lambda x: torch.cat([x, x])[::2][:5]),
     "transposed": refill_case(change=lambda x: x.transpose(2, 3)),
     "expanded": refill_case(change=lambda x: x[:1].expand(5, -1, -1, -1)),
@@ -355,7 +373,7 @@ def true_gather(tokens: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
 
 def true_gather_grad(grad_out: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
     """Gradient for ``tokens``, summed in float64: what a masked token passes on goes to its donor."""
-    grad = grad_out.double().clone()
+    grad = grad_out.to(torch.float64, copy=True)
     for n, p in mask.nonzero().tolist():
         grad[n, 1 + p] = 0
     for n, p in mask.nonzero().tolist():

@@ -1,0 +1,132 @@
+"""What one writes without this package: each op in plain PyTorch, as papers and repositories have it.
+
+Each takes the tensors that the op takes, in the same order, and gives the same result. Grids are square.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def select_threshold(
+    cam: Tensor,  # [N, L]
+    threshold: float,
+) -> Tensor:  # [N, L] bool
+    """Scores against a cut."""
+    return cam / (cam.amax(dim=1, keepdim=True) + 1e-8) > threshold
+
+
+def select_top_k(
+    cam: Tensor,  # [N, L]
+    k: int,
+) -> Tensor:  # [N, L] bool
+    """The indices of the highest scores, scattered; which of equal scores is taken is left open."""
+    return torch.zeros_like(cam, dtype=torch.bool).scatter(1, cam.topk(k, dim=1).indices, True)
+
+
+def pixel_mask(
+    mask: Tensor,  # [N, L] bool
+    images: Tensor,  # [N, C, S, S]
+) -> Tensor:  # [N, 1, S, S] bool
+    """Every patch's value at every of its pixels."""
+    side = math.isqrt(mask.shape[1])
+    patch = images.shape[-1] // side
+    return mask.view(-1, 1, side, side).repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)
+
+
+def donor_images(
+    images: Tensor,  # [N, C, S, S]
+    donors: Tensor,  # [N] or [N, L] int64
+) -> Tensor:  # [N, C, S, S]
+    """The images to take pixels from; with a donor per patch, put together from patches."""
+    if donors.ndim == 1:
+        return images[donors]
+    n, c, size, _ = images.shape
+    side = math.isqrt(donors.shape[1])
+    patch = size // side
+    patches = images.view(n, c, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # [N, L, C, P, P]
+    patches = patches[donors, torch.arange(side * side, device=images.device)]
+    return patches.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5).reshape(n, c, size, size)
+
+
+def refill_blend(
+    images: Tensor,  # [N, C, S, S]
+    mask: Tensor,  # [N, L] bool
+    donors: Tensor,  # [N] or [N, L] int64
+) -> Tensor:  # [N, C, S, S]
+    """The paper's formula: a mask of ones and zeros, multiplied."""
+    m = pixel_mask(mask, images).to(images.dtype)
+    return images * (1 - m) + donor_images(images, donors) * m
+
+
+def refill_where(
+    images: Tensor,  # [N, C, S, S]
+    mask: Tensor,  # [N, L] bool
+    donors: Tensor,  # [N] or [N, L] int64
+) -> Tensor:  # [N, C, S, S]
+    """The same by selection, which is faster."""
+    return torch.where(pixel_mask(mask, images), donor_images(images, donors), images)
+
+
+def counterfactual_blend(
+    images: Tensor,  # [N, C, S, S]
+    cam: Tensor,  # [N, L]
+    donors: Tensor,  # [N] or [N, L] int64
+    threshold: float,
+) -> tuple[Tensor, Tensor]:  # [N, C, S, S] and the mask [N, L]
+    """Selection, then the paper's formula."""
+    mask = select_threshold(cam, threshold)
+    return refill_blend(images, mask, donors), mask
+
+
+def counterfactual_where(
+    images: Tensor,  # [N, C, S, S]
+    cam: Tensor,  # [N, L]
+    donors: Tensor,  # [N] or [N, L] int64
+    threshold: float,
+) -> tuple[Tensor, Tensor]:  # [N, C, S, S] and the mask [N, L]
+    """Selection, then `refill_where`."""
+    mask = select_threshold(cam, threshold)
+    return refill_where(images, mask, donors), mask
+
+
+def patchify(
+    images: Tensor,  # [N, S, S, C] uint8
+    patch_size: int,
+    mean: Tensor,  # [C, 1, 1]
+    std: Tensor,  # [C, 1, 1]
+    dtype: torch.dtype,
+) -> Tensor:  # [N, L, C * P * P]
+    """To float, normalised, unfolded."""
+    pixels = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return F.unfold(pixels, patch_size, stride=patch_size).mT.to(dtype)
+
+
+def gather_tokens(
+    tokens: Tensor,  # [N, 1 + L, D]
+    mask: Tensor,  # [N, L] bool
+    donors: Tensor,  # [N] or [N, L] int64
+) -> Tensor:  # [N, 1 + L, D]
+    """Donor tokens by index, then selection; the class token stays."""
+    if donors.ndim == 1:
+        others = tokens[donors, 1:]
+    else:
+        others = tokens[donors, torch.arange(1, tokens.shape[1], device=tokens.device)]
+    return torch.cat([tokens[:, :1], torch.where(mask[..., None], others, tokens[:, 1:])], dim=1)
+
+
+def attention_relevance(
+    q: Tensor,  # [N, H, T, d]
+    k: Tensor,  # [N, H, T, d]
+    v: Tensor,  # [N, H, T, d]
+    grad_out: Tensor,  # [N, H, T, d]
+    relevance: Tensor,  # [N, T]
+) -> Tensor:  # [N, T]
+    """With the attention map and its gradient in memory."""
+    attention = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)  # [N, H, T, T]
+    weights = (attention * (grad_out @ v.mT)).clamp(min=0).mean(dim=1)  # [N, T, T]
+    return relevance + (relevance[:, None].to(weights.dtype) @ weights).squeeze(1)

@@ -1,0 +1,236 @@
+"""The benchmark of the ops, at a tiny size: its figures are counted here another way."""
+
+import dataclasses
+import importlib
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks
+ops, cases, measure, report, baselines = (
+    importlib.import_module(f"benchmarks.{name}") for name in ("ops", "cases", "measure", "ops_report", "baselines")
+)
+CPU = torch.device("cpu")
+# Images of 32×32 pixels, 16 patches, 17 tokens of 4 heads, 96 wide.
+TINY = {"device": "cpu", "sizes": ("tiny",), "batches": (4,), "compiled": False}
+BYTES = {
+    ("counterfactual_refill", "threshold, float32"): 4 * (2 * 3 * 32 * 32 * 4 + 16 * 4 + 8 + 16),
+    ("counterfactual_refill", "threshold, uint8"): 4 * (2 * 3 * 32 * 32 + 16 * 4 + 8 + 16),
+    ("refill_patches", "multi-fill, float32"): 4 * (2 * 3 * 32 * 32 * 4 + 16 + 16 * 8),
+    ("select_patches", "top-k"): 4 * 16 * (4 + 1),
+    ("patchify", "from uint8"): 4 * 3 * 32 * 32 * (1 + 4),
+    ("gather_tokens", "single-fill, forward and backward"): 4 * (4 * 17 * 96 * 4 + 16 + 8),
+    ("attention_relevance", "one layer"): 4 * (4 * 17 * 96 * 4 + 2 * 17 * 4),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "ROUNDS", (3, 4))
+        patch.setitem(measure.SAMPLE_SECONDS, "cpu", 1e-4)
+        patch.setattr(measure, "copy_bandwidth", partial(measure.copy_bandwidth, total=1 << 20, seconds=0.01))
+        yield
+
+
+@pytest.fixture(scope="module")
+def results(_quick):
+    return ops.measure(ops.Config(**TINY, minutes=1))
+
+
+def test_every_case_has_a_row_whose_results_are_right(results):
+    rows = results["rows"]
+    assert [(row["op"], row["case"]) for row in rows] == list(cases.CASES)
+    for row in rows:
+        variants = row["variants"]
+        assert variants[row["auto"]]["check"] == variants["reference"]["check"] == variants["eager"]["check"] == "ok"
+        assert ("paper" in variants) == ("refill" in row["op"])
+        assert "tensors on cuda" in variants["cuda"]["unavailable"]
+
+
+def test_figures_agree_with_each_other(results):
+    for row in results["rows"]:
+        assert 3 <= row["rounds"] <= 4
+        for found in row["variants"].values():
+            if "ms" in found:
+                assert found["gb_s"] * found["ms"] * 1e6 == pytest.approx(row["moved_bytes"])
+                assert found["peak_bytes"] is None or 0 <= found["peak_bytes"] < 20e6
+
+
+@pytest.mark.parametrize("key", BYTES)
+def test_bytes_that_must_move(results, key):
+    (row,) = (row for row in results["rows"] if (row["op"], row["case"]) == key)
+    assert row["moved_bytes"] == BYTES[key]
+
+
+def test_json_and_markdown(results):
+    loaded = json.loads(json.dumps(results))
+    assert loaded.keys() == {"environment", "settings", "copy_gb_s", "rows", "targets", "seconds"}
+    assert {"device", "threads", "versions", "command"} <= loaded["environment"].keys()
+    text = report.to_markdown(loaded)
+    assert text == report.to_markdown(results)
+    for op, case in cases.CASES:
+        section = text.split(f"## `{op}`: {case}\n")[1].split("##")[0]
+        assert len([line for line in section.splitlines() if line.startswith("| tiny")]) >= 3
+    assert f"torch {torch.__version__}" in text
+    assert "- triton of select_patches, refill_patches, counterfactual_refill, patchify" in text
+
+
+def measured(**settings):
+    return ops.measure(ops.Config(**TINY | {"ops": ("select_patches",), "minutes": 1} | settings))
+
+
+def test_a_wrong_variant_is_failed_and_has_no_figures(monkeypatch):
+    monkeypatch.setattr(baselines, "select_threshold", lambda cam, threshold: cam >= threshold * 2)
+    results = measured()
+    wrong, right = results["rows"]
+    assert wrong["variants"]["eager"].keys() == {"check"}
+    assert wrong["variants"]["eager"]["check"].startswith("FAILED: result 0 differs in ")
+    assert "eager" not in wrong["variants"]["reference"]["times_as_fast"]
+    assert "eager" in right["variants"]["reference"]["times_as_fast"]
+    (line,) = (line for line in report.to_markdown(results).splitlines() if "FAILED" in line)
+    assert [cell.strip() for cell in line.split("|")[1:4]] == ["tiny", "4", "eager"]
+    assert not any(cell.strip() for cell in line.split("|")[5:])
+
+
+def test_a_wrong_implementation_reaches_no_target(monkeypatch):
+    made = cases.make_case("counterfactual_refill", "threshold, float32", "tiny", 4, CPU)
+
+    def broken(images, cam, donors, *, threshold, impl):
+        if impl == "reference":
+            return made.op.func(images, cam, donors, threshold=threshold, impl=impl)
+        raise RuntimeError("\nno such kernel\nmore")
+
+    broken.__module__ = made.package
+    monkeypatch.setattr(ops, "resolve", lambda *_: "cpu")
+    monkeypatch.setattr(ops, "why_not", lambda op, impl, *_: None if impl in ("cpu", "reference") else "not here")
+    case = dataclasses.replace(made, op=partial(broken, **made.op.keywords))
+    row = ops.measure_case(case, CPU, 1.0, compiled=False)
+    assert row["variants"]["cpu"] == {"check": "FAILED: RuntimeError: no such kernel"}
+    (target,) = (
+        t
+        for t in report.targets([{"op": "counterfactual_refill", "size": "tiny", "batch": 4} | row], "cpu")
+        if "5 ×" in t["target"]
+    )
+    assert (target["state"], target["measured"]) == ("missed", "FAILED at tiny, N=4")
+
+
+def test_compare():
+    one, nan = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    assert ops.compare((one,), (one,), (0.0,)) == ops.compare((one + 1e-6,), (one,), (1e-5,)) == "ok"
+    for wrong, tolerance in ((one + 1e-4, 1e-5), (one + 1e-6, 0.0), (nan, 1e-5), (one.double(), 1.0), (one[:2], 1.0)):
+        assert ops.compare((one, wrong), (one, one), (0.0, tolerance)).startswith("FAILED: result 1 ")
+
+
+def test_a_compiler_that_fails_is_told(monkeypatch):
+    def compiler(function, dynamic):
+        def call(*_):
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    results = measured(compiled=True)
+    assert results["rows"][0]["variants"]["compiled"] == {"unavailable": "RuntimeError: no C++ compiler"}
+    assert "- torch.compile of select_patches (threshold, tiny, N=4)" in report.to_markdown(results)
+
+
+def test_what_does_not_fit_the_time_is_named():
+    results = measured(minutes=1e-9)
+    assert all("minutes were over" in row["not_measured"] for row in results["rows"])
+    assert "- select_patches (threshold, tiny, N=4), select_patches (top-k" in report.to_markdown(results)
+
+
+def test_no_memory_for_the_maps(monkeypatch):
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
+    (row,) = measured(ops=("attention_relevance",))["rows"]
+    assert row["variants"]["eager"] == row["variants"]["reference"]
+    assert "GB of memory" in row["variants"]["eager"]["unavailable"]
+
+
+def test_maps_too_large_for_a_cpu_take_fewer_images(monkeypatch):
+    monkeypatch.setattr(ops, "MAPS_ON_CPU", 5 * 2 * 4 * 17 * 17 * 4)  # of two images
+    (row,) = measured(ops=("attention_relevance",))["rows"]
+    assert row["batch"] == 2
+    assert row["moved_bytes"] == BYTES["attention_relevance", "one layer"] // 2
+
+
+def figures(**changes):
+    return {"ms": 1.0, "copy_share": 0.95, "times_as_fast": {"paper": 6.0, "eager": 2.0}, "peak_bytes": 10} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "states"),
+    [
+        ({}, "met met met met"),
+        ({"peak_bytes": 11, "copy_share": 0.89}, "missed met missed met"),
+        ({"times_as_fast": {"paper": 4.9, "eager": 0.9}}, "met missed met missed"),
+    ],
+)
+def test_targets(changes, states):
+    def row(op, size, n, best):
+        variants = {"cuda": best, "eager": {"peak_bytes": 100}}
+        return {"op": op, "size": size, "batch": n, "dtype": "float32", "auto": "cuda", "variants": variants}
+
+    two = ("counterfactual_refill", "attention_relevance")
+    rows = [row(op, "ViT-L/14", 1024, figures(**changes)) for op in two]
+    rows += [row(op, "ViT-L/14@336", 1024, figures()) for op in two]  # every size counts
+    rows.append(row(two[0], "ViT-L/14", 64, figures(copy_share=0.1)))  # smaller batches do not, for the refill
+    assert [t["state"] for t in report.targets(rows, "cuda")] == states.split()
+    assert report.targets(rows, "cpu")[0]["state"] == "not measured"
+    assert {t["state"] for t in report.targets([], "cuda")} == {"not measured"}
+
+
+@pytest.mark.skipif(measure.peak_memory(lambda: None, CPU) is None, reason="the system has no resettable mark")
+def test_peak_memory_counts_what_was_freed_and_only_once():
+    def call():
+        first = torch.ones(16 << 20)  # 64 MB
+        del first
+        return torch.ones(12 << 20)
+
+    for _ in range(2):
+        assert 63 << 20 < measure.peak_memory(call, CPU) < 72 << 20
+
+
+def test_rounds_take_turns():
+    order = []
+    calls = {name: partial(order.append, name) for name in "ab"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(measure.SAMPLE_SECONDS, "cpu", 0.0)
+        samples = measure.interleaved(calls, CPU, seconds=0, rounds=(3, 9))
+    assert "".join(order) == "ab" + 3 * "aabb"  # each is timed after a call of its own
+    assert [len(times) for times in samples.values()] == [3, 3]
+    assert measure.ratio([2.0, 30.0, 6.0], [1.0, 3.0, 2.0]) == 3.0  # of the ratios, not of the times
+    assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": ("ViT-B/8",)}, "ViT-B/8"),
+        ({"ops": ("refill",)}, "refill"),
+        ({"batches": (1,)}, "another image"),
+        ({"minutes": 0}, "minutes must be positive"),
+        ({"device": "mps"}, "cpu or cuda"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        measured(**changes)
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    arguments = f"ops --device cpu --sizes tiny --batch 4 --ops select_patches --no-compile --out {tmp_path / 'x'}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    ops.main()
+    found = json.loads((tmp_path / "x" / "ops.json").read_text())
+    assert len(found["rows"]) == 2
+    assert capsys.readouterr().out == (tmp_path / "x" / "ops.md").read_text() + "\n"
+    monkeypatch.setattr(sys, "argv", ["ops", "--batch", "1"])
+    with pytest.raises(SystemExit):
+        ops.main()
+    assert "another image" in capsys.readouterr().err

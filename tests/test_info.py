@@ -1,0 +1,85 @@
+"""What runs here, what does not, and why."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+
+import maskcf_fast as mf
+from maskcf_fast import _native
+from maskcf_fast.ops import _dispatch
+from maskcf_fast.ops._dispatch import ORDER, resolve, why_not
+
+CAM = torch.rand(2, 16)
+
+
+def info() -> str:
+    done = subprocess.run([sys.executable, "-m", "maskcf_fast.info"], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return done.stdout
+
+
+def test_it_names_versions_the_extension_and_every_implementation():
+    text = info()
+    assert f"torch                  {torch.__version__}" in text
+    assert str(_native.library_path()) in text
+    for device, impls in ORDER.items():
+        part = text.split(f"Implementations for tensors on {device}")[1].split("Implementations")[0]
+        for op in ("select", "refill", "patchify", "gather", "relevance"):
+            lines = [line.split(maxsplit=2) for line in part.splitlines() if line.split()[:1] == [op]]
+            answers = {impl: answer for _, impl, answer in lines}
+            assert set(answers) == set(impls)
+            assert answers["reference"].startswith("yes")
+            assert sum(answer == "yes (auto)" for answer in answers.values()) == 1
+            chosen = resolve(f"maskcf_fast.ops.{op}", "auto", torch.device(device))
+            assert answers[chosen] == "yes (auto)"
+
+
+def test_it_can_be_cut_short():
+    script = f"{sys.executable} -m maskcf_fast.info | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "Versions"
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_implementation():
+    with pytest.raises(ValueError, match=r"impl must be one of 'auto', 'cuda', .*got 'tritn'; did you mean 'triton'\?"):
+        mf.select_patches(CAM, threshold=0.3, impl="tritn")
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_the_wrong_device(impl, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=f"select cannot run with impl='{impl}' on cpu: it is for tensors on cuda"):
+        mf.select_patches(CAM, threshold=0.3, impl=impl)
+
+
+def test_an_extension_that_is_not_built(monkeypatch):
+    """Without it, "auto" goes on to the next; to ask for it is an error that says what to do."""
+    monkeypatch.setattr(_native, "why_not", lambda impl: "the extension is not built: python -m maskcf_fast.build")
+    with pytest.raises(RuntimeError, match=r"impl='cpu' on cpu: the extension is not built: python -m maskcf_fast.b"):
+        mf.select_patches(CAM, threshold=0.3, impl="cpu")
+    assert resolve("maskcf_fast.ops.select", "auto", torch.device("cpu")) == "reference"
+    assert mf.select_patches(CAM, threshold=0.3).dtype == torch.bool
+
+
+def test_without_triton(monkeypatch):
+    real = _dispatch.util.find_spec
+    monkeypatch.setattr(_dispatch.util, "find_spec", lambda name: None if name == "triton" else real(name))
+    package, gpu = "maskcf_fast.ops.refill", torch.device("cuda")
+    assert why_not(package, "triton", gpu) == "triton is not installed"
+    monkeypatch.setattr(_native, "why_not", lambda impl: "not built")
+    assert resolve(package, "auto", gpu) == "reference"
+
+
+def test_a_size_that_a_kernel_lacks(monkeypatch):
+    """Named when asked for; "auto" takes what can."""
+    package, gpu = "maskcf_fast.ops.relevance", torch.device("cuda")
+    lacks = import_module(f"{package}.triton").lacks
+    assert "float64" in lacks("cuda", torch.float64, 64)
+    assert lacks("cuda", torch.float16, 64) is None
+    monkeypatch.setattr(_native, "why_not", lambda impl: "not built")
+    assert resolve(package, "auto", gpu, ("cuda", torch.float64, 64)) == "reference"
+    assert resolve(package, "auto", gpu, ("cuda", torch.float16, 64)) == "triton"
