@@ -33,14 +33,14 @@ def _spread(values: Sequence[float]) -> float:
 def _draw(axes: Axes, name: str, points: Sequence[Point], colour: str, marker: str, line: str) -> None:
     x = [float(np.mean(p.id_accuracy)) for p in points]
     y = [float(np.mean(p.ood_accuracy)) for p in points]
-    size, z = (9, 4) if name in REFERENCES else (4, 3) if name == WISE else (6, 3)
+    size, z = (9, 4) if name in REFERENCES else (4, 3) if name.startswith(WISE) else (6, 3)
     axes.plot(x, y, linestyle=line, color=colour, marker=marker, markersize=size, label=name, zorder=z)
     dx, dy = [_spread(p.id_accuracy) for p in points], [_spread(p.ood_accuracy) for p in points]
     if any(dx + dy):
         axes.errorbar(x, y, xerr=dx, yerr=dy, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.4, zorder=2)
     for point, at in zip(points, zip(x, y, strict=True), strict=True):
         if point.label:
-            offset, side = ((-5, -9), "right") if name == WISE else ((5, 4), "left")
+            offset, side = ((-5, -9), "right") if name.startswith(WISE) else ((5, 4), "left")
             axes.annotate(
                 point.label, at, offset, textcoords="offset points", ha=side, color=colour, fontsize=7.5, zorder=5
             )
@@ -49,7 +49,8 @@ def _draw(axes: Axes, name: str, points: Sequence[Point], colour: str, marker: s
 def plot_tradeoff(path: Path, curves: Mapping[str, Sequence[Point]], title: str = "") -> None:
     """Draw ID accuracy (x) against OOD accuracy (y): one curve per method over its points, in their order.
 
-    "zero-shot" and "FT" are drawn as large marks, "WiSE-FT" as a dashed line. Points are means over the
+    "zero-shot" and "FT" are drawn as large marks, "WiSE-FT" as a dashed line, and "WiSE-FT x" as one in the
+    colour of the method x. Points are means over the
     seeds; with several seeds, error bars show one standard deviation.
 
     Args:
@@ -70,12 +71,14 @@ def plot_tradeoff(path: Path, curves: Mapping[str, Sequence[Point]], title: str 
 
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    tuned = [name for name in curves if name not in REFERENCES and name != WISE]
+    tuned = [name for name in curves if name not in REFERENCES and not name.startswith(WISE)]
     for name, points in curves.items():
         if name in REFERENCES:
             _draw(axes, name, points, "black", REFERENCES[name], "none")
-        elif name == WISE:
-            _draw(axes, name, points, "0.45", ".", "--")
+        elif name.startswith(WISE):
+            of = name.removeprefix(WISE).strip()
+            colour = COLOURS[tuned.index(of) % len(COLOURS)] if of in tuned else "0.45"
+            _draw(axes, name, points, colour, ".", "--")
         else:
             i = tuned.index(name)
             _draw(axes, name, points, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], "-")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,9 +32,51 @@ _CACHE_VERSION = 1  # to be raised whenever `_defect` becomes stricter
 _SERIAL_LIMIT = 2_000  # below this many files, starting processes costs more than it saves
 
 
-def find_bad_images(root: Path, paths: list[str], workers: int | None, progress: bool) -> dict[str, str]:
+Span = tuple[int, int]  # offset and size in bytes within a tar shard
+
+
+def image_file(root: Path, path: str, span: Span | None) -> str:
+    """The file that holds an image: itself, or its tar shard, whose name is what comes before the colon."""
+    return os.path.join(root, path if span is None else path[: path.index(".tar:") + 4])
+
+
+def image_source(root: Path, path: str, span: Span | None) -> str | io.BytesIO:
+    """What PIL can open to read an image."""
+    file = image_file(root, path, span)
+    return file if span is None else io.BytesIO(read_span(file, span))
+
+
+def read_span(file: str, span: Span) -> bytes:
+    """The bytes of an image in a tar shard.
+
+    Raises:
+        OSError: The shard is gone, or shorter than it was.
+    """
+    with open(file, "rb") as shard:
+        data = os.pread(shard.fileno(), span[1], span[0])
+    if len(data) < span[1]:
+        raise OSError(f"{file} ends within an image at byte {span[0]}: it has become shorter, scan it again")
+    return data
+
+
+def image_stamps(root: Path, paths: Sequence[str], spans: Sequence[Span] | None) -> list[list[int] | None]:
+    """What changes when an image does: its size and its file's time of change; None for an unreadable file."""
+    if spans is None:
+        return [_stamp(os.path.join(root, path)) for path in paths]
+    shards = [image_file(root, path, span) for path, span in zip(paths, spans, strict=True)]
+    times = {shard: _stamp(shard) for shard in dict.fromkeys(shards)}
+    return [
+        None if (stamp := times[shard]) is None else [*span, stamp[1]]
+        for shard, span in zip(shards, spans, strict=True)
+    ]
+
+
+def find_bad_images(
+    root: Path, paths: list[str], spans: Sequence[Span] | None, workers: int | None, progress: bool
+) -> dict[str, str]:
     """Return the reason for each of ``paths``, relative to ``root``, that is not a usable image."""
-    stamps = {path: _stamp(root / path) for path in paths}
+    stamps = dict(zip(paths, image_stamps(root, paths, spans), strict=True))
+    where = dict(zip(paths, spans, strict=True)) if spans is not None else {}
     known = _read_cache(root)
     todo = [path for path in paths if stamps[path] is None or known.get(path) != stamps[path]]
     good = {path: stamps[path] for path in paths if path in known and known[path] == stamps[path]}
@@ -41,7 +84,8 @@ def find_bad_images(root: Path, paths: list[str], workers: int | None, progress:
         return {}
     bad: dict[str, str] = {}
     try:
-        for path, defect in zip(todo, _progress(_defects(root, todo, workers), len(todo), progress), strict=True):
+        defects = _defects(root, todo, [where.get(path) for path in todo], workers)
+        for path, defect in zip(todo, _progress(defects, len(todo), progress), strict=True):
             if defect:
                 bad[path] = defect
             else:
@@ -53,23 +97,23 @@ def find_bad_images(root: Path, paths: list[str], workers: int | None, progress:
     return bad
 
 
-def _defects(root: Path, paths: list[str], workers: int | None) -> Iterator[str]:
-    full = [str(root / path) for path in paths]
+def _defects(root: Path, paths: list[str], spans: list[Span | None], workers: int | None) -> Iterator[str]:
+    roots = [root] * len(paths)
     if len(paths) <= _SERIAL_LIMIT or workers == 1:
-        yield from map(_defect, full)
+        yield from map(_defect, roots, paths, spans)
     else:
         # Not forked: the caller may have threads or a CUDA context.
         with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            yield from pool.map(_defect, full, chunksize=64)
+            yield from pool.map(_defect, roots, paths, spans, chunksize=64)
 
 
-def _defect(path: str) -> str:
-    """Return why ``path`` is not a usable image; empty if it is one."""
+def _defect(root: Path, path: str, span: Span | None) -> str:
+    """Return why ``path`` below ``root`` is not a usable image; empty if it is one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns about metadata that nobody reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(image_source(root, path, span)) as image:
                 if image.format not in _MODES:
                     return f"its format {image.format} is not supported ({', '.join(_MODES)} are)"
                 if image.mode not in _MODES[image.format]:
@@ -92,9 +136,9 @@ def _progress(items: Iterable[str], total: int, show: bool) -> Iterable[str]:
     return tqdm(items, total=total, desc="verifying images", unit="file")
 
 
-def _stamp(path: Path) -> list[int] | None:
+def _stamp(path: str) -> list[int] | None:
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError:  # such as a dangling link, which _defect then reports
         return None
     return [stat.st_size, stat.st_mtime_ns]

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 
-from .loader import Batch, EpochLoader, LoaderConfig
+from ._verify import image_file, read_span
+from .loader import Batch, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
 from .transforms import CROP_AREA, CROP_RATIO
+
+PREFETCH = 2  # batches that are ready, or being made, while the caller has one
 
 
 class DaliLoader(EpochLoader):
     """One DALI pipeline for training and evaluation, CPU and GPU. See :class:`~maskcf_fast.data.Loader`.
 
-    It runs the pipeline itself and counts the batches. DALI's own torch iterator, with uneven shards and
-    ``LastBatchPolicy.DROP``, leaves padding of one epoch in the next.
+    DALI is told which images to read by an external source. Its own readers know no order but their own:
+    ``readers.file`` leaves padding of one epoch in the next when shards are uneven, and ``readers.webdataset``
+    shuffles within a window only and shares out whole shards.
 
     Args:
         manifest: The images.
@@ -40,13 +47,7 @@ class DaliLoader(EpochLoader):
                 'or use the loader backend "torch"'
             ) from error
         super().__init__(manifest, config)
-        # The reader shares images out evenly, but for one, and fills up every rank's last batch by repeating an
-        # image. It reads as many batches on all ranks; in training they may be one more than are wanted.
-        shards = config.world_size if config.train else 1
-        read = -(-len(self._share) // (shards * config.batch_size))
-        self._surplus_batches = read - self._length
-        # Built when first needed: a restored loader would otherwise build, and fill, two of them.
-        self._pipeline: Any = None
+        self._pipeline: Any = None  # of a loader that augments: it has the state of the random numbers
         self._checkpoint: bytes | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -56,65 +57,90 @@ class DaliLoader(EpochLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # DALI itself would accept a checkpoint of other settings and silently continue with something else.
         super().load_state_dict(state)
-        self._pipeline, self._checkpoint = None, state["checkpoint"]
+        self._pipeline, self._checkpoint = None, state.get("checkpoint")
 
-    def _settings(self) -> dict[str, Any]:
-        # The checkpoint names the operators, and those of the CPU and of the GPU differ.
-        return {**super()._settings(), "device": self.device.type}
+    def settings(self) -> dict[str, Any]:
+        # The GPU's decoder rounds otherwise, and a checkpoint names the operators.
+        return {**super().settings(), "device": self.device.type}
 
-    def _next(self) -> Batch:
-        if self._pipeline is None:
-            self._pipeline = self._build_pipeline()
-        # The tensors own their memory: DALI's dynamic executor hands each buffer over with the output.
-        batch = Batch(*(torch.from_dlpack(output.as_tensor()) for output in self._pipeline.run()))
-        if self.config.train:
-            return batch
-        left = len(self._share) - self._batch * self.config.batch_size
-        return Batch(*(tensor[:left] for tensor in batch))
+    @property
+    def decoder(self) -> str:
+        return f"DALI {import_module('nvidia.dali').__version__} on {self.device.type}"
 
-    def _end_epoch(self) -> None:
-        for _ in range(self._surplus_batches):
-            self._pipeline.run()
+    def decode(self, batches: Iterator[Indices]) -> Iterator[Batch]:
+        pipeline = self.build_pipeline(batches)
+        if self.config.augment != "none":
+            self._pipeline = pipeline
+        # On a GPU the outputs belong to the caller's stream: nothing waits on the host, and DALI reuses their
+        # memory only after what that stream still has to do with it.
+        on_stream = {"cuda_stream": torch.cuda.current_stream(self.device)} if self.device.type == "cuda" else {}
+        while True:
+            try:
+                outputs = pipeline.run(**on_stream)
+            except StopIteration:
+                return
+            # The tensors own their memory: DALI's dynamic executor hands each buffer over with the output.
+            yield Batch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
 
-    def _build_pipeline(self) -> Any:
-        """Return a built pipeline of (images uint8 ``[N, S, S, 3]``, labels int64 ``[N]``)."""
+    def _read_ahead(self, batches: Iterator[Indices]) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+        """Yield the files' names and labels, or for tar shards the files' bytes and labels."""
+        root, paths, spans = self.manifest.root, self.manifest.paths, self.manifest.spans
+        labels = np.array(self.manifest.labels, dtype=np.int64)
+        if spans is None:
+            for _, indices in batches:
+                names = [np.frombuffer(os.fsencode(root / paths[i]), np.uint8) for i in indices]
+                yield names, labels[indices]
+            return
+
+        def read(i: int) -> np.ndarray:
+            return np.frombuffer(read_span(image_file(root, paths[i], spans[i]), spans[i]), np.uint8)
+
+        # DALI reads files in its threads, but can't read a part of one; Python's threads can, a batch ahead. Not in a
+        # with, which would wait for them wherever the garbage collector finds a forgotten generator.
+        threads = ThreadPoolExecutor(max(1, self.config.threads))
+        waiting = None
+        for _, indices in batches:
+            ready, waiting = waiting, (threads.map(read, indices), labels[indices])
+            if ready:
+                yield list(ready[0]), ready[1]
+        if waiting:
+            yield list(waiting[0]), waiting[1]
+
+    def build_pipeline(self, batches: Iterator[Indices]) -> Any:
+        """Return a built pipeline of (images uint8 ``[N, S, S, 3]``, labels int64 ``[N]``) of these batches."""
         dali: Any = import_module("nvidia.dali")  # as Any: its stubs lack much of what it has
         fn, types = dali.fn, dali.types
-        manifest, config = self.manifest, self.config
+        config = self.config
         on_gpu = self.device.type == "cuda"
         size = config.image_size
         cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+        crop = {"random_area": CROP_AREA, "random_aspect_ratio": CROP_RATIO}
+        random = config.augment != "none"
+        ahead = self._read_ahead(batches)
+
+        def source(_: Any) -> tuple[list[np.ndarray], np.ndarray]:  # DALI wants to tell it the batch's number
+            return next(ahead)
 
         @dali.pipeline_def(
             batch_size=config.batch_size,
             num_threads=max(1, config.threads),
             device_id=self.device.index if on_gpu else None,
             seed=int(np.random.SeedSequence([config.seed, config.rank]).generate_state(1)[0]),
-            enable_checkpointing=True,
-            checkpoint=self._checkpoint,
+            enable_checkpointing=random,
+            checkpoint=self._checkpoint if random else None,
+            prefetch_queue_depth=PREFETCH,
             exec_dynamic=True,
         )
         def pipeline() -> tuple[Any, Any]:
-            # Only shuffle_after_epoch truly shuffles the whole list; it needs the same seed on all ranks.
-            order = {
-                "shuffle_after_epoch": True,
-                "shuffle_after_epoch_seed": config.seed,
-                "shard_id": config.rank,
-                "num_shards": config.world_size,
-            }
-            encoded, labels = fn.readers.file(
-                files=[f"{manifest.root}/{manifest.paths[i]}" for i in self._share],
-                labels=[manifest.labels[i] for i in self._share],
-                pad_last_batch=True,
-                **(order if config.train else {}),
+            encoded, labels = fn.external_source(
+                source=source, batch=True, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
             )
-            images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
-            if config.augment == "crop-flip":
-                images = fn.random_resized_crop(
-                    images, size=[size, size], random_area=CROP_AREA, random_aspect_ratio=CROP_RATIO, **cubic
-                )
-                images = fn.flip(images, horizontal=fn.random.coin_flip())
-            else:
+            if self.manifest.spans is None:
+                encoded = fn.io.file.read(encoded)
+            # By default the share of the hardware decoder, on GPUs that have one, is 65 % of the images.
+            decoder = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB}
+            if not random:
+                images = fn.decoders.image(encoded, **decoder)
                 # Sizes and offsets in integers, as torchvision has them. DALI's resize_shorter and crop round
                 # differently, which moves the whole picture by up to a pixel.
                 shape = fn.slice(fn.peek_image_shape(encoded, dtype=types.INT32), start=0, shape=2, axes=0)
@@ -124,7 +150,13 @@ class DaliLoader(EpochLoader):
                 offset = half + (margin & half & 1)  # margin / 2, ties to even
                 images = fn.resize(images, size=fn.cast(resized, dtype=types.FLOAT), **cubic)
                 images = fn.slice(images, start=offset, shape=[size, size], axes=[0, 1])
-            labels = fn.squeeze(fn.cast(labels, dtype=types.INT64), axes=0)
+            else:
+                if on_gpu:  # the hardware decoder decodes whole images only
+                    images = fn.random_resized_crop(fn.decoders.image(encoded, **decoder), size=size, **crop, **cubic)
+                else:  # a tenth faster than decoding all of it
+                    images = fn.decoders.image_random_crop(encoded, **decoder, **crop)
+                    images = fn.resize(images, size=[size, size], **cubic)
+                images = fn.flip(images, horizontal=fn.random.coin_flip())
             return images, labels.gpu() if on_gpu else labels
 
         built = pipeline()

@@ -6,9 +6,11 @@ import importlib.util
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +45,9 @@ class LoaderConfig:
         world_size: Number of processes that share the data.
         threads: DALI's threads, or the torch loader's worker processes (0: decode in the calling process).
         device: Where the batches end up, such as "cpu", "cuda" or "cuda:1".
+        cache: "disk" decodes every image once and keeps the pixels in the package's cache folder, for all runs and
+            processes; "device" keeps them in the device's memory, decoded anew by every process. Only without
+            augmentation. The batches are the same.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -57,6 +62,7 @@ class LoaderConfig:
     world_size: int = 1
     threads: int = 2
     device: str = "cpu"
+    cache: Literal["none", "disk", "device"] = "none"
 
     def __post_init__(self) -> None:
         for name, low in (("batch_size", 1), ("image_size", 1), ("world_size", 1), ("threads", 0)):
@@ -70,6 +76,13 @@ class LoaderConfig:
             raise ValueError(f'augment must be "none" or "crop-flip", got {self.augment!r}')
         if self.augment != "none" and not self.train:
             raise ValueError(f'augment must be "none" unless train=True, got {self.augment!r}')
+        if self.cache not in ("none", "disk", "device"):
+            raise ValueError(f'cache must be "none", "disk" or "device", got {self.cache!r}')
+        if self.cache != "none" and self.augment != "none":
+            raise ValueError(
+                f'cache="{self.cache}" keeps one version of every image, but augment="{self.augment}" makes another '
+                'each time: use cache="none" or augment="none"'
+            )
         try:
             kind = torch.device(self.device).type
         except RuntimeError:
@@ -105,8 +118,16 @@ class Loader(Protocol):
         """
 
 
+# (epoch, indices of images): what a loader is to yield next.
+Indices = tuple[int, list[int]]
+
+
 class EpochLoader(ABC):
-    """Length, position and state: what both backends share."""
+    """Order, length, position and state: what all backends share.
+
+    The order depends on the seed and the epoch alone. In training, an epoch is as many full batches on all ranks as
+    there are images for, each image at most once; in evaluation, each rank has a fixed part.
+    """
 
     backend: str
 
@@ -126,11 +147,12 @@ class EpochLoader(ABC):
                 raise RuntimeError(f'device="{config.device}", but torch finds no usable GPU: use device="cpu"')
             if self.device.index is None:
                 self.device = torch.device("cuda", torch.cuda.current_device())
-        # Indices of the images that this rank reads: in evaluation a fixed part, in training another every epoch.
+        # Indices of the images that this rank may read: in training another part of them every epoch.
         n, rank, world = len(manifest), config.rank, config.world_size
-        self._share = range(n) if config.train else range(n * rank // world, n * (rank + 1) // world)
-        self._length = n // global_batch if config.train else -(-len(self._share) // config.batch_size)
+        self.share = range(n) if config.train else range(n * rank // world, n * (rank + 1) // world)
+        self._length = n // global_batch if config.train else -(-len(self.share) // config.batch_size)
         self._epoch = self._batch = 0
+        self._batches: Iterator[Batch] | None = None  # from the position on
 
     def __len__(self) -> int:
         return self._length
@@ -138,43 +160,79 @@ class EpochLoader(ABC):
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._epoch
         while self._epoch == epoch and self._length:
-            try:
-                batch = self._next()
-                self._batch += 1
-                if self._batch == self._length:
-                    self._epoch, self._batch = epoch + 1, 0
-                    self._end_epoch()
-            except RuntimeError as error:
-                raise LoadingError(
-                    f"loading a batch from {self.manifest.root} failed. If images were damaged or removed "
-                    f"since the folder was scanned, scan it again. {self.backend} says: {error}"
-                ) from error
+            with self.explained():
+                if self._batches is None:
+                    self._batches = self.decode(self._upcoming())
+                batch = next(self._batches)
+            self._batch += 1
+            if self._batch == self._length:
+                self._epoch, self._batch = epoch + 1, 0
+                if not self.config.train:
+                    self._batches = None
             # Only now, so that a state taken while the caller has the batch is the one after it.
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"settings": self._settings(), "epoch": self._epoch, "batch": self._batch}
+        return {"settings": self.settings(), "epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        settings = self._settings()
+        settings = self.settings()
         saved = state["settings"]
         if different := [name for name in settings if saved.get(name) != settings[name]]:
             detail = ", ".join(f"{name} (was {saved.get(name)!r}, is {settings[name]!r})" for name in different)
             raise ValueError(f"this loader cannot continue from the saved state, because of another {detail}")
         self._epoch, self._batch = state["epoch"], state["batch"]
+        self._batches = None
 
-    def _settings(self) -> dict[str, Any]:
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn what a decoder raises into a `LoadingError` with a remedy."""
+        try:
+            yield
+        except LoadingError:
+            raise
+        except (RuntimeError, OSError) as error:
+            self._batches = None
+            raise LoadingError(
+                f"loading a batch from {self.manifest.root} failed. If images were damaged or removed "
+                f"since the folder was scanned, scan it again. {self.backend} says: {error}"
+            ) from error
+
+    def settings(self) -> dict[str, Any]:
         """Everything that the order or the pixels depend on."""
         names = ("train", "batch_size", "image_size", "augment", "seed", "rank", "world_size")
         settings = {name: getattr(self.config, name) for name in names}
         return {"backend": self.backend, "images": self.manifest.fingerprint, **settings}
 
-    @abstractmethod
-    def _next(self) -> Batch:
-        """Return the batch at the current position."""
+    def _upcoming(self) -> Iterator[Indices]:
+        """Yield what comes from the current position on: in training without end, else to the end of the epoch.
 
-    def _end_epoch(self) -> None:  # noqa: B027 (optional)
-        """Called when the position has moved to the start of an epoch."""
+        What reads it is ahead of the position, and in training goes into the next epoch without a pause. Between
+        evaluations nothing is kept: neither processes nor batches.
+        """
+        epoch, start, size = self._epoch, self._batch, self.config.batch_size
+        while True:
+            mine = self._order(epoch)
+            for i in range(start, self._length):
+                yield epoch, mine[i * size : (i + 1) * size]
+            if not self.config.train:
+                return
+            epoch, start = epoch + 1, 0
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self.config.train:
+            return list(self.share)
+        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.manifest))
+        return order[self.config.rank :: self.config.world_size].tolist()
+
+    @property
+    @abstractmethod
+    def decoder(self) -> str:
+        """What turns a file into pixels, with its version."""
+
+    @abstractmethod
+    def decode(self, batches: Iterator[Indices]) -> Iterator[Batch]:
+        """Yield the batches of these images, in this order, reading ahead; of any size up to ``batch_size``."""
 
 
 def build_loader(
@@ -186,27 +244,37 @@ def build_loader(
         manifest: The images.
         config: The settings.
         backend: "dali" decodes on the GPU if that is the device; "torch" decodes with PIL in worker processes;
-            "auto" is DALI where it is installed.
+            "auto" is DALI where it is installed. The order is the same.
 
     Returns:
-        The loader, at the start of its first epoch.
+        The loader, at the start of its first epoch. With a cache, all images have been decoded.
 
     Raises:
         ImportError: "dali" was asked for and is not installed.
+        LoadingError: An image could not be read or decoded for the cache.
+        OSError: The cache cannot be written, or does not fit on the disk.
         RuntimeError: The device is a GPU and there is none.
-        ValueError: An unknown backend, or fewer training images than one batch on each rank.
+        ValueError: An unknown backend, fewer training images than one batch on each rank, or a "device" cache
+            that does not fit in the device's memory.
     """
     if backend not in ("auto", "dali", "torch"):
         raise ValueError(f'backend must be "auto", "dali" or "torch", got {backend!r}')
+    loader: EpochLoader
     if backend == "dali" or (backend == "auto" and _has_dali()):
         from .dali import DaliLoader
 
-        return DaliLoader(manifest, config)
-    if backend == "auto" and config.rank == 0:
-        print("NVIDIA DALI is not installed: images are decoded with PIL, which is slower.", file=sys.stderr)
-    from .torch_loader import TorchLoader
+        loader = DaliLoader(manifest, config)
+    else:
+        if backend == "auto" and config.rank == 0:
+            print("NVIDIA DALI is not installed: images are decoded with PIL, which is slower.", file=sys.stderr)
+        from .torch_loader import TorchLoader
 
-    return TorchLoader(manifest, config)
+        loader = TorchLoader(manifest, config)
+    if config.cache == "none":
+        return loader
+    from .cached_loader import CachedLoader
+
+    return CachedLoader(loader)
 
 
 def _has_dali() -> bool:

@@ -1,10 +1,10 @@
-"""The list of images of a folder-per-class data set: scanned, verified once, and split."""
+"""The list of images of a data set: of a folder per class scanned, verified once, and split."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,11 @@ class Manifest:
 
     Attributes:
         root: Folder that ``paths`` are relative to.
-        classes: Class folder names, sorted as strings; a label is an index into them.
-        paths: Image files, with ``/`` between folders.
+        classes: Names of the classes, of class folders sorted as strings; a label is an index into them.
+        paths: Image files, with ``/`` between folders; in tar shards ``shard.tar:key.jpg``.
         labels: Class index of each image.
         skipped: (relative path, reason) of every file that was left out because it is not a usable image.
+        spans: (offset, size) in bytes of each image within its tar shard; None where images are files.
     """
 
     root: Path
@@ -32,6 +33,7 @@ class Manifest:
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    spans: tuple[tuple[int, int], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -70,13 +72,13 @@ class Manifest:
         for label in range(len(self.classes)):
             members = np.flatnonzero(labels == label)
             held_out[np.random.default_rng([seed, label]).permutation(members)[: share[label]]] = True
-        return self._subset(np.flatnonzero(~held_out)), self._subset(np.flatnonzero(held_out))
+        return self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
 
     def require_same_classes(self, other: Manifest) -> None:
         """Check that a label means the same class in both manifests.
 
         Raises:
-            ValueError: The class folders differ; names the ones that ``other`` lacks or has too many.
+            ValueError: The classes differ; names the ones that ``other`` lacks or has too many.
         """
         missing = sorted(set(self.classes) - set(other.classes))
         extra = sorted(set(other.classes) - set(self.classes))
@@ -85,12 +87,19 @@ class Manifest:
             raise ValueError(
                 f"{other.root} must have the class folders of {self.root}, but it {' and '.join(differences)}"
             )
+        if self.classes != other.classes:  # possible only with a classes.txt
+            raise ValueError(
+                f"{other.root} has the classes of {self.root} in another order: give it the same classes.txt"
+            )
 
-    def _subset(self, indices: np.ndarray) -> Manifest:
+    def subset(self, indices: Iterable[int]) -> Manifest:
+        """The images of these indices, in this order; the classes stay."""
+        indices = [int(i) for i in indices]
         return replace(
             self,
             paths=tuple(self.paths[i] for i in indices),
             labels=tuple(self.labels[i] for i in indices),
+            spans=self.spans and tuple(self.spans[i] for i in indices),
         )
 
 
@@ -126,8 +135,6 @@ def scan_image_folder(
         ValueError: ``root`` has no class folders, one of them is empty (or lost all its files by skipping), or
             a file is not a usable image and ``on_bad_image`` is "error".
     """
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f'on_bad_image must be "error" or "skip", got {on_bad_image!r}')
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"there is no data set folder {root}: check the path")
@@ -144,13 +151,8 @@ def scan_image_folder(
         raise ValueError(f"no images in the class folder(s) {_some(empty)} of {root}: fill or remove them")
     bad: dict[str, str] = {}
     if verify:
-        bad = find_bad_images(root, [path for name in classes for path in files[name]], workers, progress)
-    if bad and on_bad_image == "error":
-        shown = "\n".join(f"  {path}: {reason}" for path, reason in list(bad.items())[:5])
-        raise ValueError(
-            f"{len(bad)} file(s) below {root} are not usable images:\n{shown}{_ellipsis(bad)}\n"
-            "Repair or remove them; --data.on-bad-image skip drops them."
-        )
+        bad = find_bad_images(root, [path for name in classes for path in files[name]], None, workers, progress)
+    report_bad_images(root, bad, on_bad_image)
     kept = [(path, label) for label, name in enumerate(classes) for path in files[name] if path not in bad]
     if lost := [name for name in classes if all(path in bad for path in files[name])]:
         raise ValueError(f"no usable image is left in the class folder(s) {_some(lost)} of {root}")
@@ -161,6 +163,18 @@ def scan_image_folder(
         labels=tuple(label for _, label in kept),
         skipped=tuple(bad.items()),
     )
+
+
+def report_bad_images(root: Path, bad: dict[str, str], on_bad_image: str) -> None:
+    """Raise a ValueError that lists unusable images by path and reason, unless they are to be skipped."""
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f'on_bad_image must be "error" or "skip", got {on_bad_image!r}')
+    if bad and on_bad_image == "error":
+        shown = "\n".join(f"  {path}: {reason}" for path, reason in list(bad.items())[:5])
+        raise ValueError(
+            f"{len(bad)} file(s) below {root} are not usable images:\n{shown}{_ellipsis(bad)}\n"
+            "Repair or remove them; --data.on-bad-image skip drops them."
+        )
 
 
 def _files_below(folder: Path, prefix: str) -> Iterator[str]:

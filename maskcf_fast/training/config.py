@@ -216,7 +216,7 @@ def changed_settings(config: TrainConfig, path: Path) -> list[str]:
         return items
 
     new, old = flat(yaml.safe_load(to_yaml(config))), flat(yaml.safe_load(path.read_text()))
-    free = ("out", "resume", "data.threads", "log_every", "compile", "cuda_graph", "recompute")
+    free = ("out", "resume", "data.threads", "data.cache", "log_every", "compile", "cuda_graph", "recompute")
     return [
         f"--{name.replace('_', '-')} (was {old.get(name)}, is {new.get(name)})"
         for name in {**new, **old}

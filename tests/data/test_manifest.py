@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ def verified(monkeypatch) -> list[str]:
     calls: list[str] = []
     original = _verify._defect
 
-    def spy(path: str) -> str:
+    def spy(root: Path, path: str, span: tuple[int, int] | None) -> str:
         calls.append(os.path.basename(path))
-        return original(path)
+        return original(root, path, span)
 
     monkeypatch.setattr(_verify, "_defect", spy)
     return calls
@@ -175,7 +176,7 @@ def test_results_survive_an_interruption(make_folder, monkeypatch, verified):
     root = make_folder({"a": 3})
     with monkeypatch.context() as patch:
 
-        def interrupt(path):
+        def interrupt(root, path, span):
             if path.endswith("002.jpg"):
                 raise KeyboardInterrupt
             return ""

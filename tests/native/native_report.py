@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -64,6 +64,14 @@ def accesses(sass: str) -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
+def find_cuobjdump() -> str | None:
+    """The disassembler of the CUDA toolkit, or the one that Triton brings."""
+    import triton
+
+    beside = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return shutil.which("cuobjdump") or (str(beside) if beside.is_file() else None)
+
+
 def report(folder: Path, cuobjdump: str | None) -> dict[str, list[dict[str, Any]]]:
     """Compile the CUDA files for every architecture and read what came out."""
     table: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -80,9 +88,9 @@ def report(folder: Path, cuobjdump: str | None) -> dict[str, list[dict[str, Any]
 
 
 def main() -> None:
-    """Print a table in Markdown; the arguments are an optional path of cuobjdump."""
+    """Print a table in Markdown."""
     with tempfile.TemporaryDirectory() as folder:
-        table = report(Path(folder), sys.argv[1] if len(sys.argv) > 1 else "cuobjdump")
+        table = report(Path(folder), find_cuobjdump())
     print("| kernel | arch | registers | shared | spills | load | store | tensor cores |")
     print("|---" * 8 + "|")
     for arch, kernels in table.items():

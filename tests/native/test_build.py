@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -105,18 +104,10 @@ def test_loads_under_another_pytorch():
     assert_passed(pytest_with(other, _native.library_path(), "cpu and eager"), 300)
 
 
-def find_cuobjdump() -> str | None:
-    """The disassembler of the CUDA toolkit, or the one that Triton brings."""
-    import triton
-
-    beside = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return shutil.which("cuobjdump") or (str(beside) if beside.is_file() else None)
-
-
 @pytest.fixture(scope="module")
 def cuda_report() -> dict[str, list[dict]]:
     """Per architecture, the kernels with their registers, spills and widest accesses."""
-    from native_report import report
+    from native_report import find_cuobjdump, report
 
     try:
         _build.find_nvcc()

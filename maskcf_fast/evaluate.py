@@ -1,0 +1,36 @@
+"""``python -m maskcf_fast.evaluate``: accuracy of fine-tuned models on any number of test sets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    import tyro
+
+    from .evaluation.config import EvaluateConfig
+    from .train import report_errors
+
+    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m maskcf_fast.evaluate")
+
+    def evaluate() -> int:
+        from .evaluation.session import Evaluation
+        from .training.distributed import Processes
+
+        processes = Processes.start(config.device)
+        try:
+            Evaluation(config, processes).run()
+        except KeyboardInterrupt:
+            print("interrupted: the same command continues with what is missing", file=sys.stderr)
+            return 130
+        finally:
+            processes.stop()
+        return 0
+
+    return report_errors(evaluate)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

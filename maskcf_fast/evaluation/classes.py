@@ -1,0 +1,98 @@
+"""What the columns of a classifier's output stand for: the names of its classes, in their order."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+WNID = re.compile(r"n\d{8}")  # a WordNet id, which is what ImageNet's class folders are called
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """The WordNet ids of ImageNet's 1000 classes in their usual order, which is the sorted one.
+
+    Raises:
+        ImportError: timm, whose list it is, is not installed.
+    """
+    try:
+        from timm.data import ImageNetInfo
+    except ImportError as error:
+        raise ImportError(
+            "ImageNet's class list comes with timm, which is not installed: pip install timm, or pass --classes FILE "
+            "with one folder name per line in the order of the model's outputs"
+        ) from error
+    return tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+def numbered_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """What ImageNet's class numbers 0 to 999 mean: ``classes`` themselves where they are 1000 sorted WordNet ids."""
+    if len(classes) == 1000 and all(map(WNID.fullmatch, classes)) and list(classes) == sorted(classes):
+        return tuple(classes)
+    return imagenet_classes()
+
+
+def read_classes(source: str) -> tuple[str, ...]:
+    """Class names from a text file, one per line; "imagenet" stands for `imagenet_classes`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No names, or a name twice.
+    """
+    if source == "imagenet":
+        return imagenet_classes()
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f'--classes {source}: no such file (one class per line, or "imagenet")')
+    names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    if not names:
+        raise ValueError(f"{path} holds no class names: write one per line, in the order of the model's outputs")
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"{path} names {some(twice)} more than once")
+    return names
+
+
+def classes_of_run(train: Path | None, outputs: int, source: str | None = None) -> tuple[str, ...]:
+    """The classes of a run's model.
+
+    Args:
+        train: Folder that the run was trained on, whose class folders they are.
+        outputs: Outputs of the model.
+        source: What `read_classes` reads instead.
+
+    Returns:
+        ``outputs`` names.
+
+    Raises:
+        ImportError, OSError, ValueError: There is no source of names, or it has another number of them.
+    """
+    if source is not None:
+        names, where = read_classes(source), f"--classes {source}"
+    elif train is not None and train.is_dir():
+        names, where = folders_in(train), f"the training folder {train}"
+    elif outputs == 1000:
+        names, where = imagenet_classes(), "ImageNet's list"
+    else:
+        raise FileNotFoundError(
+            f"the names of the model's {outputs} classes are not known, because its training folder {train} is not "
+            "there: pass --classes FILE with one folder name per line in the order of the model's outputs"
+        )
+    if len(names) != outputs:
+        raise ValueError(
+            f"the model has {outputs} outputs, but {where} has {len(names)} classes: pass --classes FILE with one "
+            "folder name per line in the order of the model's outputs"
+        )
+    return names
+
+
+def folders_in(root: Path) -> tuple[str, ...]:
+    """Names of the visible folders in ``root``, sorted as `scan_image_folder` sorts classes."""
+    return tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of many, for a message."""
+    listed = list(names)
+    return ", ".join(map(repr, listed[:5])) + (f" … and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -1,0 +1,211 @@
+"""How the published test sets lie on disk, and reading each into a `Benchmark`.
+
+Class numbers and subsets follow the data sets' papers: ImageNet-V2 (Recht et al., ICML 2019), ImageNet-R
+(Hendrycks et al., ICCV 2021), ImageNet-A (Hendrycks et al., CVPR 2021), ImageNet-Sketch (Wang et al., NeurIPS 2019)
+and ObjectNet (Barbu et al., NeurIPS 2019).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..data import scan_image_folder
+from .benchmark import Benchmark, Reader
+from .classes import WNID, folders_in, numbered_classes, some
+from .disk import read_disk_images
+from .objectnet import BORDER, find_objectnet, objectnet_meanings
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way for a data set to lie on disk.
+
+    Attributes:
+        expects: What must be found, for messages.
+        fits: Whether the folders with these names are of this kind.
+        read: Reads a data set of this layout.
+        restricted: Whether predictions are chosen from the classes of the data set only.
+        complete: Numbers of classes and images of the whole data set, where they are known.
+    """
+
+    expects: str
+    fits: Callable[[Sequence[str]], bool]
+    read: Callable[[Spec, Reader], Benchmark]
+    restricted: bool = False
+    complete: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A data set as it is asked for: ``[NAME=][LAYOUT:]PATH``."""
+
+    name: str
+    layout: str | None
+    path: Path
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """Read one argument of ``--data``.
+
+        A name that is a layout's stands for that layout too. Without a name, a published data set is called by its
+        layout, and any other by its folder.
+
+        Raises:
+            ValueError: Not of that form, or an unknown layout (the nearest is suggested).
+        """
+        # A name holds no "/", so that a path may hold "=" and ":".
+        match = re.fullmatch(r"(?:([^=/]+)=)?(?:([^:/]+):)?(.+)", text)
+        if match is None:
+            raise ValueError(f"--data {text!r} is not of the form [NAME=][LAYOUT:]PATH")
+        name, layout, path = match.groups()
+        if layout is not None and layout not in LAYOUTS:
+            near = difflib.get_close_matches(layout.lower(), LAYOUTS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"--data {text}: unknown data set {layout!r} (there are {', '.join(LAYOUTS)}){hint}")
+        if layout is None and name in LAYOUTS:
+            layout = name
+        published = layout is not None and LAYOUTS[layout].complete is not None
+        return cls(name or (layout if published and layout else Path(path).resolve().name), layout, Path(path))
+
+
+def read_benchmark(spec: Spec, reader: Reader) -> Benchmark:
+    """Read a data set, of the layout given or found out.
+
+    Raises:
+        ImportError: ``datasets`` or timm is needed and not installed.
+        FileNotFoundError, NotADirectoryError: No such folder.
+        ValueError: Another layout than expected, bad images, or classes that the model does not know.
+    """
+    if not spec.path.exists():
+        raise FileNotFoundError(f"there is no data set folder {spec.path} (for {spec.name}): check the path")
+    if not spec.path.is_dir():
+        raise NotADirectoryError(f"{spec.path} (for {spec.name}) is a file: pass the data set's folder")
+    found = spec.layout or detect(spec.path, reader.classes)
+    layout = LAYOUTS[found]
+    benchmark = layout.read(replace(spec, layout=found), reader)
+    if spec.layout is None and found == "folder" and benchmark.num_classes < len(reader.classes):
+        note = (
+            f"{spec.name} has {benchmark.num_classes:,} classes, and predictions are chosen from all "
+            f"{len(reader.classes):,} of the model; subset:{spec.path} chooses from its own."
+        )
+        benchmark = replace(benchmark, notes=(*benchmark.notes, note))
+    if layout.complete and (benchmark.num_classes, len(benchmark)) != layout.complete:
+        note = (
+            f"{spec.name} has {len(benchmark):,} images of {benchmark.num_classes:,} classes here, the complete "
+            f"{found} {layout.complete[1]:,} of {layout.complete[0]:,}: not comparable with published results."
+        )
+        benchmark = replace(benchmark, notes=(*benchmark.notes, note))
+    return benchmark
+
+
+def detect(root: Path, classes: Sequence[str]) -> str:
+    """The layout of a folder. ImageNet's variants have the same folders, so they are told by the folder's name."""
+    if find_objectnet(root):
+        return "objectnet"
+    if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+        return "hf"
+    folders = folders_in(root)
+    if folders and set(folders) <= set(classes):
+        if not _wnids(folders):
+            return "folder"
+        plain = re.sub(r"[^a-z0-9]", "", root.resolve().name.lower())
+        for name in ("imagenet-r", "imagenet-a", "imagenet-sketch"):
+            if plain == name.replace("-", ""):
+                return name
+        return "imagenet-sketch" if plain == "sketch" else "folder"
+    return "imagenet-v2" if folders and _numbers(folders) else "folder"
+
+
+def _wnids(folders: Sequence[str]) -> bool:
+    return all(map(WNID.fullmatch, folders))
+
+
+def _numbers(folders: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"\d{1,4}", name) and int(name) < 1000 for name in folders)
+
+
+def _check_layout(spec: Spec) -> None:
+    """Raise if the folders have other names than the layout's, saying where or what they may be."""
+    assert spec.layout is not None
+    layout, folders = LAYOUTS[spec.layout], folders_in(spec.path)
+    if folders and layout.fits(folders):
+        return
+    hint = ""
+    for inner in folders[:50]:
+        below = folders_in(spec.path / inner)
+        if below and layout.fits(below):
+            hint = f"; did you mean {spec.path / inner}?"
+            break
+    else:
+        others = [name for name, other in LAYOUTS.items() if other.complete and folders and other.fits(folders)]
+        hint = f"; these are the folders of {' or '.join(others)}" if others else ""
+    found = f"folders {some(folders)}" if folders else "no folders"
+    raise ValueError(f"{spec.path} is not laid out as {spec.layout}: expected {layout.expects}, found {found}{hint}")
+
+
+def _read_folders(spec: Spec, reader: Reader) -> Benchmark:
+    """Class folders, called as the model's classes are."""
+    assert spec.layout is not None
+    layout = LAYOUTS[spec.layout]
+    if layout.complete:
+        _check_layout(spec)
+    source = scan_image_folder(
+        spec.path, on_bad_image=reader.on_bad_image, verify=reader.verify, progress=reader.progress
+    )
+    if spec.layout == "imagenet-v2":
+        # By number: folder readers sort "10" before "2".
+        numbered = numbered_classes(reader.classes)
+        meanings: list[tuple[str, ...]] = [(numbered[int(name)],) for name in source.classes]
+    else:
+        meanings = reader.translate(source.classes)
+    notes = [f"{len(source.skipped)} files of {spec.name} are no usable images and left out."] if source.skipped else []
+    return reader.benchmark(spec.name, spec.layout, source, meanings, restricted=layout.restricted, notes=notes)
+
+
+def _read_objectnet(spec: Spec, reader: Reader) -> Benchmark:
+    found = find_objectnet(spec.path)
+    if found is None:
+        raise ValueError(
+            f"{spec.path} is not laid out as objectnet: expected {LAYOUTS['objectnet'].expects}, found "
+            f"folders {some(folders_in(spec.path)) or 'none'}"
+        )
+    images, mappings = found
+    # Most classes are not ImageNet's: a look into all files would take longer than the evaluation.
+    source = scan_image_folder(images, verify=False)
+    meanings = objectnet_meanings(mappings, source.classes, numbered_classes(reader.classes))
+    left_out = sum(not meaning for meaning in meanings)
+    notes = [f"{left_out} of {len(meanings)} classes of {spec.name} are not ImageNet's: their images are left out."]
+    return reader.benchmark(
+        spec.name, "objectnet", source, meanings, restricted=True, border=BORDER, notes=notes if left_out else []
+    )
+
+
+def _read_hugging_face(spec: Spec, reader: Reader) -> Benchmark:
+    if not (spec.path / "state.json").is_file() and not (spec.path / "dataset_dict.json").is_file():
+        raise ValueError(
+            f"{spec.path} is not laid out as hf: expected {LAYOUTS['hf'].expects}, found "
+            f"{some(sorted(path.name for path in spec.path.iterdir())) or 'an empty folder'}"
+        )
+    source = read_disk_images(spec.path)
+    return reader.benchmark(spec.name, "hf", source, reader.translate(source.classes), restricted=False)
+
+
+_WNID_FOLDERS = "class folders called by WordNet id, such as n01440764"
+LAYOUTS = {
+    "imagenet": Layout(_WNID_FOLDERS, _wnids, _read_folders, complete=(1000, 50_000)),
+    "imagenet-v2": Layout("class folders called by number, 0 to 999", _numbers, _read_folders, complete=(1000, 10_000)),
+    "imagenet-r": Layout(_WNID_FOLDERS, _wnids, _read_folders, restricted=True, complete=(200, 30_000)),
+    "imagenet-a": Layout(_WNID_FOLDERS, _wnids, _read_folders, restricted=True, complete=(200, 7_500)),
+    "imagenet-sketch": Layout(_WNID_FOLDERS, _wnids, _read_folders, complete=(1000, 50_889)),
+    "objectnet": Layout(
+        "the folders images (class folders such as alarm_clock) and mappings", lambda _: False, _read_objectnet,
+        restricted=True, complete=(113, 18_574),
+    ),
+    "folder": Layout("one folder per class", lambda _: True, _read_folders),
+    "subset": Layout("one folder per class", lambda _: True, _read_folders, restricted=True),
+    "hf": Layout("state.json, as datasets' save_to_disk writes it", lambda _: False, _read_hugging_face),
+}  # fmt: skip

@@ -1,0 +1,79 @@
+"""ObjectNet (Barbu et al., NeurIPS 2019): its own class names, of which some mean several ImageNet classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BORDER = 2  # every image has a red frame of this many pixels, put there to tell it from training data
+FILES = (
+    "folder_to_objectnet_label.json",
+    "objectnet_to_imagenet_1k.json",
+    "imagenet_to_label_2012_v2",
+    "pytorch_to_imagenet_2012_id.json",
+)
+
+
+def find_objectnet(root: Path) -> tuple[Path, Path] | None:
+    """The folders of images and of mappings, given either the data set's folder or its ``images``; None if absent."""
+    for base in (root, root.parent):
+        images, mappings = base / "images", base / "mappings"
+        if images.is_dir() and mappings.is_dir() and root in (base, images):
+            return images, mappings
+    return None
+
+
+def objectnet_meanings(mappings: Path, folders: Sequence[str], numbered: Sequence[str]) -> list[tuple[str, ...]]:
+    """The ImageNet classes of each of ObjectNet's folders.
+
+    Args:
+        mappings: Folder ``mappings`` of the data set, with its four files. ``folder_to_objectnet_label.json``
+            names a folder's class; ``objectnet_to_imagenet_1k.json`` lists that class's ImageNet labels, separated
+            by "; "; line n of ``imagenet_to_label_2012_v2`` is the label of ImageNet class n in the order of 2012,
+            and ``pytorch_to_imagenet_2012_id.json`` gives n for the usual class numbers.
+        folders: Names of the image folders.
+        numbered: Class of each ImageNet class number, 0 to 999.
+
+    Returns:
+        For each folder the classes that are right; none for a class that ImageNet lacks.
+
+    Raises:
+        FileNotFoundError: A mapping file is missing.
+        ValueError: A mapping is damaged, lacks a folder, or names an unknown or ambiguous ImageNet class.
+    """
+    if missing := [name for name in FILES if not (mappings / name).is_file()]:
+        raise FileNotFoundError(f"{mappings} lacks {', '.join(missing)}: they come with ObjectNet, extract them again")
+    labels, translations, _, lines_of = (_read(mappings / name) for name in FILES)
+    lines = (mappings / FILES[2]).read_text().splitlines()
+    numbers: dict[str, list[int]] = {}
+    for number, line in lines_of.items():
+        if not 0 <= line < len(lines) or not 0 <= int(number) < len(numbered):
+            raise ValueError(f"{mappings / FILES[3]}: class {number} is said to be in line {line} of {len(lines)}")
+        numbers.setdefault(lines[line].strip(), []).append(int(number))
+
+    def classes(folder: str) -> tuple[str, ...]:
+        if folder not in labels:
+            raise ValueError(f"the folder {folder!r} of ObjectNet is not in {mappings / FILES[0]}")
+        wanted = [name.strip() for name in translations.get(labels[folder], "").split(";") if name.strip()]
+        for name in wanted:
+            if (count := len(numbers.get(name, []))) != 1:
+                raise ValueError(
+                    f"{mappings / FILES[1]}: {count} ImageNet classes are called {name!r} ({labels[folder]}), not one"
+                )
+        return tuple(numbered[numbers[name][0]] for name in wanted)
+
+    return [classes(folder) for folder in folders]
+
+
+def _read(path: Path) -> Any:
+    if path.suffix != ".json":
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file ({error}): extract it from ObjectNet again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object: extract it from ObjectNet again")
+    return content

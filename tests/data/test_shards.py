@@ -1,0 +1,78 @@
+import io
+
+import pytest
+from pictures import picture
+from shards import write_tar
+
+from maskcf_fast.data import scan_images
+from maskcf_fast.data import shards as module
+
+
+def jpeg(seed: int = 0) -> bytes:
+    file = io.BytesIO()
+    picture(40, 30, seed=seed).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_lists_images_with_labels_of_cls_and_json(tmp_path):
+    write_tar(tmp_path / "s" / "01.tar", {"d/b.x.png": jpeg(), "d/b.json": b'{"label": 2}', ".hidden.jpg": b""})
+    write_tar(tmp_path / "s" / "00.tar", {"a.cls": b"1\n", "a.jpg": jpeg(3), "a.txt": b"caption"})
+    manifest = scan_images(tmp_path / "s")
+    assert manifest.paths == ("00.tar:a.jpg", "01.tar:d/b.x.png")
+    assert manifest.labels == (1, 2)
+    assert manifest.classes == ("0", "1", "2")
+    [(offset, size), _] = manifest.spans
+    assert (tmp_path / "s" / "00.tar").read_bytes()[offset : offset + size] == jpeg(3)
+    assert scan_images(tmp_path / "s" / "{00..01}.tar") == manifest
+    assert scan_images(tmp_path / "s" / "01.tar").paths == ("01.tar:d/b.x.png",)
+    (tmp_path / "s" / "classes.txt").write_text("cat\ndog\nfox\n")
+    assert scan_images(tmp_path / "s").classes == ("cat", "dog", "fox")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "s").mkdir()
+    return tmp_path / "s"
+
+
+def test_class_names(folder):
+    write_tar(folder / "0.tar", {"a.jpg": jpeg(), "a.cls": b"dog", "b.jpg": jpeg(), "b.cls": b"cat"})
+    assert scan_images(folder).labels == (1, 0)
+    (folder / "classes.txt").write_text("dog\ncat\n")
+    assert scan_images(folder).labels == (0, 1)
+    (folder / "classes.txt").write_text("cat\n")
+    with pytest.raises(ValueError, match=r"0\.tar:a\.jpg has the class 'dog', which is not one of the 1 in"):
+        scan_images(folder)
+
+
+def test_bad_samples_are_errors_or_skipped(folder):
+    files = {"a.jpg": jpeg(), "a.cls": b"0", "b.jpg": b"junk", "b.cls": b"0", "c.jpg": jpeg(), "d.cls": b"0"}
+    write_tar(folder / "0.tar", files)
+    with pytest.raises(ValueError, match=r"3 file\(s\) below .*\n(.|\n)*0\.tar:b\.jpg: not an image"):
+        scan_images(folder)
+    manifest = scan_images(folder, on_bad_image="skip")
+    assert manifest.paths == ("0.tar:a.jpg",)
+    assert {path for path, _ in manifest.skipped} == {"0.tar:b.jpg", "0.tar:c.jpg", "0.tar:d"}
+
+
+def test_bad_shards(folder):
+    with pytest.raises(FileNotFoundError, match=r"2 of 2 tar shard\(s\) are missing, first .*08\.tar"):
+        scan_images(folder / "{08..09}.tar")
+    (folder / "0.tar").write_bytes(b"junk" * 500)
+    with pytest.raises(ValueError, match=r"0\.tar is no complete, uncompressed tar file"):
+        scan_images(folder)
+    write_tar(folder / "0.tar", {"a.cls": b"0", "a.jpg": jpeg()})
+    whole = (folder / "0.tar").read_bytes()
+    (folder / "0.tar").write_bytes(whole[:1800])
+    with pytest.raises(ValueError, match=r"0\.tar is cut short within a\.jpg"):
+        scan_images(folder)
+
+
+def test_an_index_is_built_once(folder, monkeypatch):
+    write_tar(folder / "0.tar", {"a.cls": b"0", "a.jpg": jpeg()})
+    manifest = scan_images(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_read_shard", lambda *_: pytest.fail("read again"))
+        assert scan_images(folder) == manifest
+    write_tar(folder / "0.tar", {"a.cls": b"0", "a.jpg": jpeg(), "b.cls": b"0", "b.jpg": jpeg(1)})
+    assert len(scan_images(folder)) == 2

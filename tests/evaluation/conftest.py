@@ -1,0 +1,34 @@
+"""Measuring a stub on a data set."""
+
+import pytest
+import torch
+from coloured import SIZE, ByColour
+
+from maskcf_fast.data import LoaderConfig, build_loader
+from maskcf_fast.evaluation import Reader, Spec, measure, read_benchmark
+from maskcf_fast.evaluation.classes import imagenet_classes
+from maskcf_fast.evaluation.disk import DiskImages, DiskLoader
+from maskcf_fast.training.distributed import Processes
+
+
+@pytest.fixture(scope="session")
+def wnids():
+    pytest.importorskip("timm")
+    return imagenet_classes()
+
+
+@pytest.fixture
+def score(wnids):
+    """``score("imagenet-r:PATH", seconds=(…))``: benchmark and results of `ByColour`."""
+
+    def scored(text, *, classes=wnids, seconds=(), **options):
+        benchmark = read_benchmark(Spec.parse(text), Reader(classes, **options))
+        config = LoaderConfig(batch_size=4, image_size=SIZE, train=False, threads=0)
+        if isinstance(benchmark.source, DiskImages) or benchmark.border:
+            batches = DiskLoader(benchmark.source, config, benchmark.border)
+        else:
+            batches = build_loader(benchmark.source, config, "torch")
+        processes = Processes(0, 1, torch.device("cpu"))
+        return benchmark, measure(ByColour(len(classes), seconds), benchmark, batches, processes)
+
+    return scored
