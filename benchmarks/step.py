@@ -1,136 +1,269 @@
-"""``python -m benchmarks.step``: one training step, in arithmetic and in time, against the paper's order.
+"""One training step in all its variants: time, arithmetic and memory, against the paper's order (`benchmarks.report`).
 
-F is one plain forward pass of the student, every token in every block; arithmetic is counted by
-`torch.utils.flop_counter`, time is the median over rounds that take the variants in turn.
+A step is zeroing, backward, clipping and fused AdamW. The learning rate is 0, so that every variant does the same work
+on the same weights. Variants of a model and batch size are timed in turns, in the same rounds.
 """
 
 from __future__ import annotations
 
-import copy
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
-import tyro
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
-
-from maskcf_fast import _native
-from maskcf_fast.distill import (
-    CounterfactualDistiller,
-    FeatureDistillation,
-    FineTuning,
-    MaskStrategy,
-    paper_order_step,
+from torch.utils.flop_counter import (
+    FlopCounterMode,
 )
-from maskcf_fast.distill.paper_order import plain_forward
-from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
-from maskcf_fast._precision import autocast
-from maskcf_fast.training.log import cpu_name
+
+from maskcf_fast.models import preset
+
+from . import measure as m
+from .flops import complete_flop_counter, forward_flops
+from .workload import STRATEGIES, Variant, Workload
+
+ROUNDS = (3, 15)
+RUNS_PER_CELL = 3 + ROUNDS[0]  # warm-up with the FLOP counter, peak memory, first timing, and the rounds
+HALF_OF_PEAK = 0.5  # share of the matrix rate that a step is assumed to reach, before one was timed
+TOGETHER = 2  # a group's first variants: a baseline and what is held against it
 
 
 @dataclass(frozen=True)
-class Config:
-    """One training step against the paper's order of computation."""
+class Group:
+    """Variants of one model and batch size, the most important first."""
 
-    arch: str = "ViT-B/32"
-    """Preset of the model; random weights."""
-    batch: int = 16
-    """Images per step."""
-    strategy: str = "object-single"
-    """Masking strategy of the counterfactual step."""
-    rounds: int = 7
-    """Timed steps per variant."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run."""
+    arch: str
+    batch: int
+    variants: tuple[Variant, ...]
 
 
-def count_relevance() -> None:
-    """Tell the FLOP counter about the compiled relevance op: two products of [Tq, d] and [d, T] per head."""
-    if _native.loading_error() is None:
-
-        @register_flop_formula(torch.ops.maskcf.attention_relevance)
-        def flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
-            n, heads, queries, width = q
-            return 2 * 2 * n * heads * queries * k[2] * width
-
-
-def variants(config: Config) -> dict[str, Callable[[], Tensor]]:
-    """Each variant's loss, ready for ``backward``."""
-    torch.manual_seed(0)
-    backbone = VisionTransformer(config.arch)
-    student = ImageClassifier(backbone, CosineClassifier(backbone.config.feature_dim, 1000)).to(config.device)
-    teacher = copy.deepcopy(student.backbone).requires_grad_(False)
-    side = backbone.config.image_size
-    images = torch.rand(config.batch, 3, side, side, device=config.device)
-    labels = torch.randint(1000, (config.batch,), device=config.device)
-    masked = MaskStrategy.from_name(config.strategy)
-    random = MaskStrategy.from_name(f"random-{masked.fill}")
-    draws = {s: s.draw(config.batch, backbone.config.num_patches, device=config.device) for s in (masked, random)}
-
-    def step(method: torch.nn.Module, **draw: object) -> Callable[[], Tensor]:
-        return lambda: method(images, labels, **draw).loss
-
-    return {
-        f"{masked.name}, paper's order": lambda: (
-            paper_order_step(student, teacher, masked, images, labels, draws[masked]).loss
-        ),
-        masked.name: step(CounterfactualDistiller(student, teacher, masked), draw=draws[masked]),
-        random.name: step(CounterfactualDistiller(student, teacher, random), draw=draws[random]),
-        "feature distillation": step(FeatureDistillation(student, teacher)),
-        "fine-tuning": step(FineTuning(student)),
-        "forward, plain": lambda: plain_forward(student.backbone, images)[0],
-    }
+def matrix_rate(device: torch.device, size: int | None = None, seconds: float = 2.0) -> dict[str, float]:
+    """FLOP/s of a large square product, by precision: what utilisation is measured against."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    calls = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        calls[name] = lambda a=a, b=b: a @ b
+        calls[name]()
+    samples = m.interleaved(calls, device, seconds=seconds)
+    return {name: 2 * size**3 / min(times) for name, times in samples.items()}
 
 
-def main(config: Config) -> None:
-    """Measure and print the table."""
-    device = torch.device(config.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{config.arch}, {config.batch} images, {config.precision}\n")
-    count_relevance()
-    losses = variants(config)
+def plan(kind: str) -> list[Group]:
+    """What to measure, the most important first; what the time does not allow is dropped from the end."""
+    low = "bf16" if kind == "cuda" else "fp32"
+    main = [
+        Variant("object-single", "paper"),
+        Variant("object-single"),
+        Variant("random-single"),
+        Variant("object-single", precision="bf16"),
+        Variant("object-single", "paper", precision="bf16"),
+        Variant("random-single", precision="bf16"),
+    ]
+    more = [
+        *(Variant("object-single", run=run, precision=low) for run in ("compiled", "graphed")),
+        *(Variant("random-single", run=run, precision=low) for run in ("compiled", "graphed")),
+        *(Variant(name, precision=low) for name in ("FT", "FD")),
+        Variant("object-single", "one graph", precision=low),
+    ]
+    nine = [Variant(name, precision=low) for name in STRATEGIES if name not in ("object-single", "random-single")]
+    paper = Variant("object-single", "paper", "compiled", low)
+    if kind == "cpu":
+        rest = [Variant("object-single", "paper"), Variant("object-single"), *nine]
+        return [
+            Group("ViT-B/32", 16, (*main[:5], *more)),
+            Group("ViT-L/14", 4, tuple(main[:3])),
+            Group("ViT-B/32", 8, (*rest, paper)),
+            Group("ViT-B/16", 8, tuple(main[:3])),
+            Group("ViT-B/32", 64, tuple(main[:3])),
+            Group("ViT-L/14", 2, tuple(main)),
+        ]
+    every = (*main, *more)
+    return [
+        Group("ViT-B/16", 256, every),
+        Group("ViT-L/14", 64, every),
+        Group("ViT-B/32", 256, (*every, *nine, paper)),
+        Group("ViT-B/16", 64, every),
+        Group("ViT-L/14", 256, tuple(v for v in every if v.order != "paper")),
+        Group("ViT-B/32", 64, every),
+        Group("ViT-B/32", 1024, tuple(v for v in every if v.order != "paper")),
+    ]
 
-    def run(key: str) -> None:
-        with autocast(device, config.precision):
-            loss = losses[key]()
-        if key != "forward, plain":
-            loss.backward()
 
-    flops: dict[str, int] = {}
-    seconds: dict[str, list[float]] = {key: [] for key in losses}
-    for key in losses:  # this also warms up
-        with FlopCounterMode(display=False) as counter:
-            run(key)
-        flops[key] = counter.get_total_flops()
-    for _ in range(config.rounds):
-        for key, times in seconds.items():
-            _wait(device)
+def measure(
+    device: torch.device,
+    seconds: float,
+    groups: Sequence[Group] | None = None,
+    failed: Callable[[Variant], str | None] = lambda variant: None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure groups of variants within about ``seconds``.
+
+    Args:
+        device: Where.
+        seconds: Time to spend.
+        groups: What to measure; by default `plan`.
+        failed: Why a variant's correctness check failed, if it did: it is timed, and has no speed-up.
+        progress: Called with a line before each group.
+
+    Returns:
+        ``matrix_rate`` (FLOP/s by precision) and ``cells``: one per variant, with figures or ``not_measured``.
+    """
+    complete_flop_counter()
+    end = time.perf_counter() + seconds
+    rate = matrix_rate(device)
+    reached = {name: HALF_OF_PEAK * value for name, value in rate.items()}
+    cells: list[dict[str, Any]] = []
+    for group in plan(device.type) if groups is None else groups:
+        group, dropped = _fit(group, end - time.perf_counter(), reached)
+        cells += dropped
+        if group.variants:
+            progress(f"step: {group.arch}, N={group.batch}, {len(group.variants)} variants")
+            measured = measure_group(group, device, end, rate, failed, progress)
+            cells += measured
+            for cell in measured:
+                if "ms" in cell and cell["run"] == "eager":
+                    reached[cell["precision"]] = cell["flops"] / cell["ms"] * 1e3
+    return {"matrix_rate": rate, "cells": cells}
+
+
+def _fit(group: Group, seconds: float, reached: dict[str, float]) -> tuple[Group, list[dict[str, Any]]]:
+    """What of a group fits into the time, and cells for what does not.
+
+    The batch is halved, down to 2, until the first variants fit: a comparison without its baseline is none.
+    """
+    forward = forward_flops(preset(group.arch))
+
+    def takes(variant: Variant, batch: int) -> float:
+        return RUNS_PER_CELL * variant.cost * batch * forward / reached[variant.precision]
+
+    batch = group.batch
+    first = group.variants[:TOGETHER]
+    while batch >= 4 and sum(takes(variant, batch) for variant in first) > seconds:
+        batch //= 2
+    kept: list[Variant] = []
+    cells: list[dict[str, Any]] = []
+    left = seconds
+    for variant in group.variants:
+        needed = takes(variant, batch)
+        if cells or needed > left:  # nothing less important instead
+            reason = f"needs about {needed:.0f} s, {left:.0f} s left"
+            cells.append(_absent(Group(group.arch, batch, ()), variant, reason))
+        else:
+            left -= needed
+            kept.append(variant)
+    if len(kept) < min(TOGETHER, len(group.variants)):
+        reason = f"needs about {sum(takes(variant, batch) for variant in first):.0f} s, {seconds:.0f} s left"
+        return Group(group.arch, batch, ()), [_absent(group, variant, reason) for variant in group.variants]
+    return Group(group.arch, batch, tuple(kept)), cells
+
+
+def measure_group(
+    group: Group,
+    device: torch.device,
+    end: float,
+    rate: dict[str, float],
+    failed: Callable[[Variant], str | None],
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Count, weigh, and time in turns; what runs over ``end`` (of `time.perf_counter`) is given up."""
+    work = Workload(preset(group.arch), group.batch, device)
+    cells: dict[Variant, dict[str, Any]] = {}
+    calls: dict[Variant, Callable[[], None]] = {}
+    ahead = 0.0  # seconds that the variants accepted so far need in the rounds
+    for variant in group.variants:
+        start = time.perf_counter()
+        if start + ahead > end:
+            cells[variant] = _absent(group, variant, "the time was over")
+            continue
+        progress(f"  {variant}")
+        try:
+            backward = work.backward(variant)
+            call = work.step(backward)
+            flops = None
+            if variant.run == "eager":
+                with FlopCounterMode(display=False) as counter:
+                    call()
+                flops = counter.get_total_flops()
+            else:
+                call()
+            work.optimizer.zero_grad(set_to_none=False)
             start = time.perf_counter()
-            run(key)
-            _wait(device)
-            times.append(time.perf_counter() - start)
+            peak = None if variant.run == "graphed" else m.peak_memory(work.step(backward, keep=True), device)
+            m.synchronize(device)
+            took = time.perf_counter() - start
+        except Exception as error:  # one variant must not cost the others their figures
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            cells[variant] = _absent(group, variant, reason[:200])
+            work.optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        ahead += took * (1 + ROUNDS[0])
+        if variant.run != "graphed" and calls and time.perf_counter() + ahead > end:
+            ahead -= took * (1 + ROUNDS[0])
+            cells[variant] = _absent(group, variant, "the time was over")
+            continue
+        calls[variant] = call
+        cells[variant] = _named(group, variant) | {"flops": flops, "peak_bytes": peak, "state_bytes": work.state_bytes}
+    if calls:
+        names = {str(variant): call for variant, call in calls.items()}
+        # The device's time is shared by groups: a group that is quick does not use it up on more rounds.
+        left = min(end - time.perf_counter(), 2 * ahead)
+        samples = m.interleaved(names, device, seconds=left, rounds=ROUNDS)
+        for variant in calls:
+            cells[variant] |= _figures(samples, variant, group, cells, rate, failed(variant))
+    work.optimizer.zero_grad(set_to_none=True)
+    return list(cells.values())
 
-    unit = flops["forward, plain"]
-    medians = {key: statistics.median(times) for key, times in seconds.items()}
-    base = next(iter(medians.values()))
-    print(f"{'step':34}{'arithmetic':>12}{'ms':>10}{'images/s':>11}{'× as fast':>11}")
-    for key, median in medians.items():
-        speed = f"{config.batch / median:11.1f}{base / median:11.2f}"
-        print(f"{key:34}{flops[key] / unit:10.2f} F{1000 * median:10.1f}{speed}")
+
+def _figures(
+    samples: dict[str, list[float]],
+    variant: Variant,
+    group: Group,
+    cells: dict[Variant, dict[str, Any]],
+    rate: dict[str, float],
+    failure: str | None,
+) -> dict[str, Any]:
+    times = samples[str(variant)]
+    median = statistics.median(times)
+    plain = cells.get(variant._replace(run="eager"), {})
+    flops = cells[variant]["flops"] or plain.get("flops") or _same_work(cells, variant)
+    found: dict[str, Any] = {
+        "rounds": len(times),
+        "ms": 1e3 * median,
+        "iqr_ms": 1e3 * m.spread(times),
+        "images_s": group.batch / median,
+        "flops": flops,
+        "forwards": flops and flops / (group.batch * forward_flops(preset(group.arch))),
+        "utilisation": flops and flops / median / rate[variant.precision],
+        "check": failure or "ok",
+    }
+    if failure is None:
+        found["times_as_fast"] = {
+            name: m.ratio(samples[str(other)], times)
+            for name, other in (
+                ("paper", variant.baseline),
+                ("paper fp32", variant.baseline._replace(precision="fp32")),
+                ("random", variant._replace(method=f"random-{variant.method.rpartition('-')[2]}")),
+            )
+            if str(other) in samples and other != variant
+        }
+    return found
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _same_work(cells: dict[Variant, dict[str, Any]], variant: Variant) -> int | None:
+    """FLOPs of a variant that computes the same products at another precision."""
+    for other, cell in cells.items():
+        if (other.method, other.order) == (variant.method, variant.order) and cell.get("flops"):
+            return cell["flops"]
+    return None
 
 
-if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+def _named(group: Group, variant: Variant) -> dict[str, Any]:
+    return {"arch": group.arch, "batch": group.batch} | variant._asdict()
+
+
+def _absent(group: Group, variant: Variant, reason: str) -> dict[str, Any]:
+    return _named(group, variant) | {"not_measured": reason}

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 
 from ._cache import atomic_write, cache_dir
+from .comparison import Evaluation, spread, train, train_or_reuse
 from .data.demo import DemoData, DemoSpec, build_demo_data
-from .distill import CounterfactualDistiller
+from .distill import CounterfactualDistiller, interpolate
+from .models import preset
 from .ops import refill_patches
 from .plots import Point, plot_counterfactuals, plot_tradeoff
 from .training.build import build_loaders, build_method, build_model, scan
 from .training.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, to_yaml
 from .training.distributed import Processes
-from .training.evaluate import evaluate
-from .training.trainer import Trainer
 
 # Weights of the distillation loss: the features of a tiny model are larger than CLIP's, for which 30 is meant.
 WEIGHTS = {
@@ -82,8 +82,7 @@ class Demo:
 
     def run(self) -> None:
         """Everything: data, pre-training, fine-tuning, table and pictures."""
-        self.data = self._build_data()
-        self.pretrained = self._pretrain()
+        self.prepare()
         rows = self._fine_tune_all()
         self.config.out.mkdir(parents=True, exist_ok=True)
         results = {"data": self.data.checksum, "rows": [dataclasses.asdict(row) for row in rows]}
@@ -94,6 +93,12 @@ class Demo:
         self._plot(rows)
         names = "results.json, table.md, tradeoff.png, counterfactuals.png"
         print(f"{names}: {self.config.out}  ({(time.perf_counter() - self.started) / 60:.1f} minutes)")
+
+    def prepare(self) -> tuple[TrainConfig, str]:
+        """The data and the pre-trained model: settings to fine-tune with, and the data's checksum."""
+        self.data = self._build_data()
+        self.pretrained = self._pretrain()
+        return dataclasses.replace(self._base(), model=ModelConfig("tiny", self.pretrained)), self.data.checksum
 
     def _build_data(self) -> DemoData:
         root = cache_dir("demo") / ("quick" if self.config.quick else "data")
@@ -125,16 +130,8 @@ class Demo:
             print(f"Pre-trained model: reused ({path})")
         else:
             print(f"Pre-trained model: trained once on images whose tint is independent of the class ({path})")
-            self._train(config, "pre-training")
+            train(config, self.processes, "pre-training")
         return path
-
-    def _train(self, config: TrainConfig, title: str) -> tuple[dict[str, float], float]:
-        """Train, or continue what was interrupted."""
-        assert config.out is not None
-        if (config.out / "last.pt").exists():
-            config = dataclasses.replace(config, resume=config.out)
-        trainer = Trainer(config, self.processes, quiet=True, title=title)
-        return trainer.run(), trainer.images_per_second
 
     def _fine_tune_all(self) -> list[Row]:
         plan = [("ft", 0.0), *((name, w) for name, weights in self.weights.items() for w in weights)]
@@ -161,34 +158,22 @@ class Demo:
 
     def _fine_tune(self, name: str, weight: float, seed: int, title: str) -> tuple[Row, bool]:
         config = self._config(name, weight, seed)
-        assert config.out is not None
-        path, settings = config.out / "result.json", key(config, self.data)
-        if path.exists():
-            saved = json.loads(path.read_text())
-            if saved["key"] != settings:
-                raise ValueError(f"{config.out} holds a run with other settings: choose another --out, or remove it")
-            return Row(**saved["row"]), True
-        accuracy, speed = self._train(config, title)
-        row = Row("FT" if name == "ft" else name, weight or None, seed, accuracy["id"], accuracy["ood_test"], speed)
-        atomic_write(path, json.dumps({"key": settings, "row": dataclasses.asdict(row)}).encode())
-        return row, False
+        accuracy, speed, reused = train_or_reuse(config, self.processes, title, self.data.checksum)
+        label = "FT" if name == "ft" else name
+        return Row(label, weight or None, seed, accuracy["id"], accuracy["ood_test"], speed), reused
 
-    @torch.no_grad()
     def _interpolate(self, seed: int) -> list[Row]:
-        """WiSE-FT (Wortsman et al., CVPR 2022): weights between the zero-shot and the fine-tuned model."""
+        """WiSE-FT: weights between the zero-shot and the fine-tuned model."""
         config = self._config("ft", 0.0, seed)
         assert config.out is not None
-        train, tests = scan(config.data, self.processes)
-        model = build_model(config.model, len(train.classes), seed)
-        tuned = build_model(
-            ModelConfig("tiny", config.out / "model.safetensors"), len(train.classes), seed
-        ).state_dict()
+        evaluation = Evaluation(config, self.processes)
+        model = evaluation.model()
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        tuned = evaluation.model(config.out / "model.safetensors").state_dict()
         rows = []
         for alpha in ALPHAS:
-            model.load_state_dict({name: torch.lerp(start[name], tuned[name], alpha) for name in start})
-            _, loaders = build_loaders(config, train, tests, model.backbone.config.image_size, self.processes)
-            accuracy = {name: evaluate(model, loader, self.processes) for name, loader in loaders.items()}
+            model.load_state_dict(interpolate(start, tuned, alpha))
+            accuracy = evaluation.accuracy(model, preset(config.model.arch).image_size)
             rows.append(Row("WiSE-FT", alpha, seed, accuracy["id"], accuracy["ood_test"]))
             if alpha == 0:
                 rows.append(Row("zero-shot", None, seed, accuracy["id"], accuracy["ood_test"]))
@@ -206,10 +191,10 @@ class Demo:
     def _plot_counterfactuals(self) -> None:
         """Training images as the first step of counterfactual fine-tuning sees them."""
         config = self._config(SHOWN, self.weights[SHOWN][0], self.config.seeds[0])
-        train, tests = scan(config.data, self.processes)
-        model = build_model(config.model, len(train.classes), config.seed)
+        manifest, tests = scan(config.data, self.processes)
+        model = build_model(config.model, len(manifest.classes), config.seed)
         vit = model.backbone.config
-        loader, _ = build_loaders(config, train, tests, vit.image_size, self.processes)
+        loader, _ = build_loaders(config, manifest, tests, vit.image_size, self.processes)
         images, labels = next(iter(loader))
         method = build_method(config.method, model)
         assert isinstance(method, CounterfactualDistiller)
@@ -219,7 +204,7 @@ class Demo:
         assert step.mask is not None
         assert draw.donors is not None
         refilled = refill_patches(images.permute(0, 3, 1, 2), step.mask, draw.donors).permute(0, 2, 3, 1)
-        captions = [train.classes[label].replace("_", " ") for label in labels[:6]]
+        captions = [manifest.classes[label].replace("_", " ") for label in labels[:6]]
         shown = (images[:6], step.cam[:6], step.mask[:6], refilled[:6])
         side = vit.image_size // vit.patch_size
         plot_counterfactuals(self.config.out / "counterfactuals.png", *shown, grid=side, captions=captions)
@@ -274,12 +259,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float], *, signed: bool = False) -> str:
-    """Mean ± standard deviation."""
-    mean = f"{statistics.mean(values):{'+' if signed else ''}.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def percent(parts: Sequence[float], low: Sequence[Row], high: Sequence[Row], name: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +17,7 @@ REFERENCES = {"zero-shot": "o", "FT": "s"}  # methods without a weight, and thei
 WISE = "WiSE-FT"
 MARKERS = "^Dv<P>Xph*"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by everyone
+MASKED = (230, 97, 1)  # the colour of a mask
 
 
 class Point(NamedTuple):
@@ -90,9 +92,42 @@ def plot_tradeoff(path: Path, curves: Mapping[str, Sequence[Point]], title: str 
     figure.savefig(path, dpi=150)
 
 
-def _upsample(values: NDArray[np.generic], grid: int, size: int) -> NDArray[np.generic]:
-    """Patch values ``[L]`` to pixels ``[S, S]``, without smoothing: a patch is what is masked."""
-    return values.reshape(grid, grid).repeat(size // grid, axis=0).repeat(size // grid, axis=1)
+def _upsample(values: NDArray[Any], size: int) -> NDArray[Any]:
+    """Patch values ``[N, L]`` to pixels ``[N, S, S]``, without smoothing: a patch is what is masked."""
+    n, grid = len(values), math.isqrt(values.shape[1])
+    return values.reshape(n, grid, grid).repeat(size // grid, axis=1).repeat(size // grid, axis=2)
+
+
+def heat_maps(images: ArrayLike, cams: ArrayLike) -> NDArray[np.uint8]:
+    """The images in grey under their maps, from black (not relevant) to yellow (each image's most relevant patch).
+
+    Args:
+        images: uint8 ``[N, S, S, 3]``.
+        cams: ``[N, L]`` of a square grid, not negative. A row with a NaN or an infinity is drawn as zeros.
+    """
+    from matplotlib import colormaps
+
+    pixels, cam = np.asarray(images), np.asarray(cams, dtype=np.float64)
+    cam = np.where(np.isfinite(cam).all(axis=1, keepdims=True), cam, 0)
+    score = np.clip(cam / (cam.max(axis=1, keepdims=True) + 1e-8), 0, 1)
+    heat = colormaps["inferno"](_upsample(score, pixels.shape[1]))[..., :3]
+    grey = pixels.mean(axis=3, keepdims=True)
+    return np.rint(0.4 * grey + 0.6 * 255 * heat).astype(np.uint8)
+
+
+def kept_patches(images: ArrayLike, masks: ArrayLike) -> NDArray[np.uint8]:
+    """The images ``[N, S, S, 3]`` (uint8) with the masked patches, of ``masks [N, L]`` (bool), in light grey."""
+    pixels = np.asarray(images)
+    hidden = _upsample(np.asarray(masks), pixels.shape[1])[..., None]
+    return np.where(hidden, np.uint8(230), pixels)
+
+
+def mask_maps(images: ArrayLike, masks: ArrayLike) -> NDArray[np.uint8]:
+    """The images ``[N, S, S, 3]`` (uint8), paled, with the masked patches, of ``masks [N, L]`` (bool), in orange."""
+    pixels = 0.45 * np.asarray(images) + 0.55 * 128
+    hidden = _upsample(np.asarray(masks), pixels.shape[1])[..., None]
+    orange = 0.25 * pixels + 0.75 * np.array(MASKED)
+    return np.rint(np.where(hidden, orange, pixels)).astype(np.uint8)
 
 
 def plot_counterfactuals(
@@ -135,16 +170,13 @@ def plot_counterfactuals(
 
     figure = Figure(figsize=(6.4, 1.6 * n + 0.3), layout="constrained")
     cells = figure.subplots(n, 4, squeeze=False)
+    pixels, filled = (a if a.dtype == np.uint8 else np.rint(255 * a).astype(np.uint8) for a in (originals, fills))
+    columns = (pixels, heat_maps(pixels, cam), kept_patches(pixels, mask.astype(bool)), filled)
     for i in range(n):
-        hidden = _upsample(mask[i].astype(bool), grid, size)
-        heat = _upsample(cam[i] / (cam[i].max() + 1e-8), grid, size)
-        grey = originals[i].astype(float).mean(axis=2) / (255 if originals.dtype == np.uint8 else 1)
-        kept = np.where(hidden[..., None], np.array(230 if originals.dtype == np.uint8 else 0.9), originals[i])
-        for axes, picture in zip(cells[i], (originals[i], grey, kept.astype(originals.dtype), fills[i]), strict=True):
-            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        for axes, pictures in zip(cells[i], columns, strict=True):
+            axes.imshow(pictures[i], interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-        cells[i][1].imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="nearest")
         if captions is not None:
             cells[i][0].set_ylabel(captions[i], fontsize=8.5)
     for axes, heading in zip(cells[0], ("original", "relevance (CAM)", "patches kept", "counterfactual"), strict=True):

@@ -1,11 +1,15 @@
 """Fine-tuning methods: strategies, the counterfactual step, and its neighbours."""
 
+from .averaging import OutputEnsemble, average, interpolate
 from .counterfactual import CounterfactualDistiller
+from .l2sp import L2SP
 from .methods import FeatureDistillation, FineTuning, KnowledgeDistillation, Method, StepOutput
+from .other_donors import OtherDonors
 from .paper_order import paper_order_step
 from .strategies import PAPER_CUTS, Draw, MaskStrategy
 
 __all__ = [
+    "L2SP",
     "PAPER_CUTS",
     "CounterfactualDistiller",
     "Draw",
@@ -14,6 +18,10 @@ __all__ = [
     "KnowledgeDistillation",
     "MaskStrategy",
     "Method",
+    "OtherDonors",
+    "OutputEnsemble",
     "StepOutput",
+    "average",
+    "interpolate",
     "paper_order_step",
 ]

@@ -22,7 +22,16 @@ from .._precision import autocast
 from ..models import ImageClassifier, Tap, VisionTransformer
 from ..ops import drop_tokens, gather_tokens
 from .label_map import LabelMap
-from .methods import Method, StepOutput, feature_loss, run, step_output, task_loss
+from .methods import (
+    Method,
+    StepOutput,
+    check_temperature,
+    feature_loss,
+    logit_loss,
+    run,
+    step_output,
+    task_loss,
+)
 from .strategies import Draw, MaskStrategy
 
 
@@ -34,13 +43,17 @@ class CounterfactualDistiller(Method):
 
     Args:
         student: The model to fine-tune.
-        teacher: The frozen pre-trained backbone, same patch grid; a copy, not the student's own.
+        teacher: The frozen pre-trained backbone, same patch grid; a copy, not the student's own. With its head (an
+            `ImageClassifier`) where ``temperature`` or ``cam_source="teacher"`` asks for its logits.
         strategy: A `MaskStrategy`, or its name such as ``"object-single"`` (the paper's settings).
         weight: Weight of the distillation loss.
         cam: ``"relevance"``, or ``"gradcam"`` on the last block (see `LabelMap`).
         cam_target: What the map explains: the label's ``"logit"``, as the paper, or its ``"logprob"``, which sets
             the label against its rivals; `backward` then takes the map's gradients from the task loss's own pass.
         start_layer: First layer that counts in the relevance.
+        cam_source: Whose map: the ``"student"``'s, as the paper, or the ``"teacher"``'s, which does not follow what
+            fine-tuning learns and costs a further clean forward.
+        temperature: Where given, softened logits are compared instead of features (KD on counterfactuals).
 
     Raises:
         ValueError: Unknown strategy (the nearest is suggested), map or target, a teacher with another patch grid
@@ -50,16 +63,24 @@ class CounterfactualDistiller(Method):
     def __init__(
         self,
         student: ImageClassifier,
-        teacher: VisionTransformer,
+        teacher: VisionTransformer | ImageClassifier,
         strategy: MaskStrategy | str,
         weight: float = 30.0,
         *,
         cam: str = "relevance",
         cam_target: str = "logit",
         start_layer: int = 0,
+        cam_source: str = "student",
+        temperature: float | None = None,
     ) -> None:
         super().__init__(student, teacher, weight)
-        ours, theirs = student.backbone.config, teacher.config
+        if cam_source not in ("student", "teacher"):
+            raise ValueError(f'cam_source must be "student" or "teacher", got {cam_source!r}')
+        if (temperature is not None or cam_source == "teacher") and not isinstance(teacher, ImageClassifier):
+            raise ValueError("the teacher's logits are asked for: give it a head (an ImageClassifier)")
+        self.cam_source = cam_source
+        self.temperature = None if temperature is None else check_temperature(temperature)
+        ours, theirs = student.backbone.config, self._teacher_backbone.config
         for field in ("num_patches", "feature_dim"):
             if getattr(ours, field) != getattr(theirs, field):
                 raise ValueError(
@@ -91,9 +112,10 @@ class CounterfactualDistiller(Method):
         rows = self.student.backbone.rows(images)
         tokens = self.student.backbone.embed_rows(rows)
         logits, taps = self._clean(tokens, labels)
-        cam = self.map(logits, labels, taps) if taps else None
+        pixels = rows if self.same_rows else images
+        cam = self.map(logits, labels, taps) if taps else self._teacher_cam(pixels, labels)
         mask = self.strategy.mask(cam, draw)
-        distill = self._distill(tokens, rows if self.same_rows else images, mask, draw)
+        distill = self._distill(tokens, pixels, mask, draw)
         return step_output(task_loss(logits, labels), logits, distill, self.weight, cam=cam, mask=mask)
 
     def backward(
@@ -128,7 +150,9 @@ class CounterfactualDistiller(Method):
             cam = self.map.from_gradients(taps, read)
             del read
         else:
-            cam = self.map(logits, labels, taps) if taps else None
+            with autocast(images.device, self.precision):
+                own = None if taps else self._teacher_cam(rows if self.same_rows else images, labels)
+            cam = self.map(logits, labels, taps) if taps else own
             (scale * task).backward()
         del logits, taps, task
         mask = self.strategy.mask(cam, draw)
@@ -164,7 +188,9 @@ class CounterfactualDistiller(Method):
         classes = len(self.student.head.bias)
         if value_checks(labels) and (labels.min() < 0 or labels.max() >= classes):
             raise ValueError(f"labels must lie between 0 and {classes - 1}, got {labels.min()} to {labels.max()}")
-        feature, taps = self.student.backbone.encode(tokens, record=self.strategy.needs_cam)
+        feature, taps = self.student.backbone.encode(
+            tokens, record=self.strategy.needs_cam and self.cam_source == "student"
+        )
         return self.student.head(feature), taps
 
     def _distill(self, tokens: Tensor, pixels: Tensor, mask: Tensor, draw: Draw) -> Tensor:
@@ -173,12 +199,34 @@ class CounterfactualDistiller(Method):
         They are made of the clean images' tokens: the student's, and the teacher's from the same rows of pixels, or
         from the images where it normalises them otherwise.
         """
-        teacher = cast(VisionTransformer, self.teacher)
+        teacher = self._teacher_backbone
         with torch.no_grad():
-            clean = teacher.embed_rows(pixels) if self.same_rows else teacher.embed(pixels)
+            clean = self._teacher_tokens(pixels)
             target = encode_masked(teacher, clean, mask, draw.donors, self.strategy)
         masked = encode_masked(self.student.backbone, tokens, mask, draw.donors, self.strategy)
-        return feature_loss(masked, target)
+        if self.temperature is None:
+            return feature_loss(masked, target)
+        with torch.no_grad():
+            wanted = cast(ImageClassifier, self.teacher).head(target)
+        return logit_loss(self.student.head(masked), wanted, self.temperature)
+
+    @property
+    def _teacher_backbone(self) -> VisionTransformer:
+        teacher = self.teacher
+        return teacher.backbone if isinstance(teacher, ImageClassifier) else cast(VisionTransformer, teacher)
+
+    def _teacher_tokens(self, pixels: Tensor) -> Tensor:
+        teacher = self._teacher_backbone
+        return teacher.embed_rows(pixels) if self.same_rows else teacher.embed(pixels)
+
+    def _teacher_cam(self, pixels: Tensor, labels: Tensor) -> Tensor | None:
+        """The teacher's map of the clean images, where it is the one that masks are cut from."""
+        if not self.strategy.needs_cam or self.cam_source == "student":
+            return None
+        # Its weights are frozen: without this there would be no graph to take gradients from.
+        tokens = self._teacher_tokens(pixels).detach().requires_grad_()
+        feature, taps = self._teacher_backbone.encode(tokens, record=True)
+        return self.map(cast(ImageClassifier, self.teacher).head(feature), labels, taps)
 
 
 def encode_masked(

@@ -37,9 +37,11 @@ class Method(nn.Module):
 
     Attributes:
         precision: "fp32", or "bf16": bfloat16 with float32 weights, losses and statistics.
+        ema_decay: Where positive, `update_teacher` moves the teacher after the student; 0 leaves it frozen.
     """
 
     precision = "fp32"
+    ema_decay = 0.0
 
     def __init__(self, student: ImageClassifier, teacher: nn.Module | None = None, weight: float = 0.0) -> None:
         super().__init__()
@@ -59,6 +61,16 @@ class Method(nn.Module):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    @torch.no_grad()
+    def update_teacher(self) -> None:
+        """``teacher ← ema_decay * teacher + (1 - ema_decay) * student``, after an optimiser step.
+
+        Source: Tarvainen, Valpola, "Mean teachers are better role models", NeurIPS 2017.
+        """
+        if self.ema_decay and self.teacher is not None:
+            source = self.student if isinstance(self.teacher, ImageClassifier) else self.student.backbone
+            torch._foreach_lerp_(list(self.teacher.parameters()), list(source.parameters()), 1 - self.ema_decay)
 
     def losses(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
         """The batch's losses, at the precision of the caller."""
@@ -127,6 +139,22 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.float(), teacher.float())
 
 
+def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T² KL(teacher ‖ student)`` of the softened logits ``[N, classes]``, mean over the N images, in float32.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+    """
+    ours, theirs = (F.log_softmax(x.float() / temperature, dim=-1) for x in (student, teacher))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def check_temperature(temperature: float) -> float:
+    """The temperature, if it is one."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return temperature
+
+
 class FineTuning(Method):
     """Cross-entropy alone (FT). With ``probe=True`` only the head learns (LP)."""
 
@@ -159,10 +187,7 @@ class FeatureDistillation(Method):
 
 
 class KnowledgeDistillation(Method):
-    """Cross-entropy, and ``T² KL(teacher ‖ student)`` on the softened logits of the clean images (KD).
-
-    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
-    """
+    """Cross-entropy, and the student's softened logits pulled to the teacher's on the clean images (KD)."""
 
     def __init__(
         self,
@@ -172,18 +197,12 @@ class KnowledgeDistillation(Method):
         temperature: float = 10.0,
     ) -> None:
         super().__init__(student, teacher, weight)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
 
     def losses(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
         """Losses of a batch; the mean of the divergence is over the N images."""
         assert self.teacher is not None
-        t = self.temperature
         logits = self.student(images)
         with torch.no_grad():
-            target = F.log_softmax(self.teacher(images).float() / t, dim=-1)
-        divergence = t**2 * F.kl_div(
-            F.log_softmax(logits.float() / t, dim=-1), target, reduction="batchmean", log_target=True
-        )
-        return step_output(task_loss(logits, labels), logits, divergence, self.weight)
+            target = self.teacher(images)
+        return step_output(task_loss(logits, labels), logits, logit_loss(logits, target, self.temperature), self.weight)

@@ -21,8 +21,7 @@ class CosineClassifier(nn.Module):
 
     def __init__(self, feature_dim: int, num_classes: int) -> None:
         super().__init__()
-        if feature_dim < 1 or num_classes < 1:
-            raise ValueError(f"a head needs positive sizes, got {feature_dim} features, {num_classes} classes")
+        _check_sizes(feature_dim, num_classes)
         # Rows of length 10: logits of unit features that a softmax can tell apart, and that still learn.
         self.weight = nn.Parameter(10 * F.normalize(torch.randn(num_classes, feature_dim), dim=1))
         self.bias = nn.Parameter(torch.zeros(num_classes))
@@ -42,6 +41,32 @@ class CosineClassifier(nn.Module):
             return F.linear(F.normalize(features.to(self.weight.dtype), dim=-1), self.weight, self.bias)
 
 
+class LinearClassifier(nn.Linear):
+    """``logits = W · f + b`` on the feature as it is: for models without a text tower.
+
+    Args:
+        feature_dim: Dimension of the feature, ``D``.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, feature_dim: int, num_classes: int) -> None:
+        _check_sizes(feature_dim, num_classes)
+        super().__init__(feature_dim, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features ``[N, D]`` to logits ``[N, classes]``, in the weights' dtype also under autocast."""
+        with no_autocast(features.device):
+            return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
+
+HEADS: dict[str, type[CosineClassifier | LinearClassifier]] = {"cosine": CosineClassifier, "linear": LinearClassifier}
+
+
+def _check_sizes(feature_dim: int, num_classes: int) -> None:
+    if feature_dim < 1 or num_classes < 1:
+        raise ValueError(f"a head needs positive sizes, got {feature_dim} features, {num_classes} classes")
+
+
 class ImageClassifier(nn.Module):
     """A vision transformer with a head: what is fine-tuned.
 
@@ -53,7 +78,7 @@ class ImageClassifier(nn.Module):
         ValueError: The head expects features of another size.
     """
 
-    def __init__(self, backbone: VisionTransformer, head: CosineClassifier) -> None:
+    def __init__(self, backbone: VisionTransformer, head: CosineClassifier | LinearClassifier) -> None:
         super().__init__()
         if head.weight.shape[1] != backbone.config.feature_dim:
             raise ValueError(

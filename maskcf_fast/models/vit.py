@@ -38,6 +38,11 @@ class VisionTransformerConfig:
         activation: ``"quick_gelu"`` (OpenAI's weights) or ``"gelu"``.
         mean: Per-channel mean that the input is normalised with.
         std: Per-channel standard deviation.
+        pre_norm: LayerNorm on the tokens before the first block (CLIP); plain ViTs have none.
+        patch_bias: Bias in the patch embedding; CLIP has none.
+        layer_scale: A learned scale per channel at the end of both residual branches (DINOv2, CaiT).
+        mlp_width: Hidden dimension of the blocks' MLPs; by default four times ``width``.
+        eps: What LayerNorms add to the variance.
     """
 
     image_size: int = 224
@@ -49,6 +54,11 @@ class VisionTransformerConfig:
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    pre_norm: bool = True
+    patch_bias: bool = False
+    layer_scale: bool = False
+    mlp_width: int | None = None
+    eps: float = 1e-5
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "depth", "heads"):
@@ -60,6 +70,8 @@ class VisionTransformerConfig:
             raise ValueError(f"width={self.width} does not divide into heads={self.heads}")
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"activation must be 'quick_gelu' or 'gelu', got {self.activation!r}")
+        if self.mlp_width is not None and self.mlp_width < 1:
+            raise ValueError(f"mlp_width must be at least 1, got {self.mlp_width}")
 
     @property
     def num_patches(self) -> int:
@@ -148,16 +160,25 @@ def activate(hidden: Tensor, quick: bool) -> Tensor:
 POINTWISE: tuple[Callable[..., Any], ...] = (norm, add_norm, activate)
 
 
+def scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    """A residual branch, times its scale if it has one."""
+    return branch if scale is None else branch * scale.to(branch.dtype)
+
+
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.width)
-        self.attn = Attention(config.width, config.heads)
-        self.ln_2 = nn.LayerNorm(config.width)
-        self.fc = nn.Linear(config.width, 4 * config.width)
-        self.proj = nn.Linear(4 * config.width, config.width)
+        width, hidden = config.width, config.mlp_width or 4 * config.width
+        self.ln_1 = nn.LayerNorm(width, config.eps)
+        self.attn = Attention(width, config.heads)
+        self.ln_2 = nn.LayerNorm(width, config.eps)
+        self.fc = nn.Linear(width, hidden)
+        self.proj = nn.Linear(hidden, width)
+        self.scale_1, self.scale_2 = (
+            nn.Parameter(torch.full((width,), 0.1)) if config.layer_scale else None for _ in range(2)
+        )
         self.quick = config.activation == "quick_gelu"
         self.pointwise = POINTWISE
 
@@ -166,12 +187,13 @@ class Block(nn.Module):
         norm, add_norm, activate = self.pointwise
         first, second = self.ln_1, self.ln_2
         attended, tap = self.attn(norm(x, first.weight, first.bias, first.eps), cls_only, key_mask)
+        attended = scaled(attended, self.scale_1)
         x, normed = add_norm(x[:, :1] if cls_only else x, attended, second.weight, second.bias, second.eps)
-        return x + self.proj(activate(self.fc(normed), self.quick)), tap
+        return x + scaled(self.proj(activate(self.fc(normed), self.quick)), self.scale_2), tap
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's vision transformer: image → feature of the class token, not L2-normalised.
+    """CLIP's vision transformer, or a plain one: image → feature of the class token, not L2-normalised.
 
     Args:
         config: A `VisionTransformerConfig` or the name of a preset ("ViT-B/32", "ViT-B/16", "ViT-L/14",
@@ -187,11 +209,12 @@ class VisionTransformer(nn.Module):
         width, scale = config.width, config.width**-0.5
         patch_shape = (width, 3, config.patch_size, config.patch_size)
         self.patch_weight = nn.Parameter(torch.randn(patch_shape) * (3 * config.patch_size**2) ** -0.5)
+        self.patch_bias = nn.Parameter(torch.zeros(width)) if config.patch_bias else None
         self.class_embedding = nn.Parameter(torch.randn(width) * scale)
         self.position_embedding = nn.Parameter(torch.randn(1 + config.num_patches, width) * scale)
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width, config.eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_post = nn.LayerNorm(width, config.eps)
         self.projection = (
             None if config.output_dim is None else nn.Parameter(torch.randn(width, config.output_dim) * scale)
         )
@@ -236,8 +259,8 @@ class VisionTransformer(nn.Module):
 
     def embed_rows(self, rows: Tensor) -> Tensor:
         """The rest of `embed`."""
-        patches = F.linear(rows, self.patch_weight.flatten(1))
-        cls_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        patches = F.linear(rows, self.patch_weight.flatten(1), self.patch_bias)
+        cls_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         return self.ln_pre(torch.cat([cls_token, patches], dim=1) + self.position_embedding).to(patches.dtype)
 
     def encode(

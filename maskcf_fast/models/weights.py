@@ -1,66 +1,46 @@
-"""Loading weights from safetensors: our own, Hugging Face CLIP vision models, and open_clip."""
+"""Loading weights: this package's own, and those of open_clip, Hugging Face and timm."""
 
 from __future__ import annotations
 
-import re
+import dataclasses
+import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .vit import VisionTransformer
+from .layouts import LAYOUTS, TIMM, State
+from .vit import VisionTransformer, VisionTransformerConfig
 
-OPEN_CLIP = [
-    (r"^conv1\.weight$", "patch_weight"),
-    (r"^positional_embedding$", "position_embedding"),
-    (r"^proj$", "projection"),
-    (r"^transformer\.resblocks\.(\d+)\.", r"blocks.\1."),
-    (r"\.attn\.in_proj_(weight|bias)$", r".attn.qkv.\1"),
-    (r"\.attn\.out_proj\.", ".attn.out."),
-    (r"\.mlp\.c_fc\.", ".fc."),
-    (r"\.mlp\.c_proj\.", ".proj."),
-]
-HUGGING_FACE = [
-    (r"^embeddings\.class_embedding$", "class_embedding"),
-    (r"^embeddings\.patch_embedding\.weight$", "patch_weight"),
-    (r"^embeddings\.position_embedding\.weight$", "position_embedding"),
-    (r"^pre_layrnorm\.", "ln_pre."),
-    (r"^post_layernorm\.", "ln_post."),
-    (r"^visual_projection\.weight$", "projection"),
-    (r"^encoder\.layers\.(\d+)\.", r"blocks.\1."),
-    (r"\.self_attn\.out_proj\.", ".attn.out."),
-    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.layer_norm([12])\.", r".ln_\1."),
-    (r"\.mlp\.fc1\.", ".fc."),
-    (r"\.mlp\.fc2\.", ".proj."),
-]
+PICKLES = (".bin", ".pt", ".pth")
 
 
 def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, Tensor]) -> VisionTransformer:
-    """Load the weights of a CLIP vision tower into ``model``.
+    """Load the weights of a vision tower into ``model``.
 
-    Recognised by their names: this package's own weights, a Hugging Face ``CLIPModel`` or
-    ``CLIPVisionModel(WithProjection)``, and an open_clip model or its ``visual`` part. Text towers and heads in
-    the same file are passed over. Only safetensors files are read: they cannot execute code.
+    Recognised by their names: this package's own weights, a Hugging Face ``CLIPModel``,
+    ``CLIPVisionModel(WithProjection)``, ``ViTModel`` or ``Dinov2Model``, an open_clip model or its ``visual`` part,
+    and a timm ViT. Text towers and heads in the same file are passed over. No file is read in a way that could
+    execute code.
 
     Args:
         model: The model to fill, in place.
-        weights: Path of a ``.safetensors`` file, or a state dict.
+        weights: Path of a ``.safetensors`` file (or of a pickled state dict), or a state dict.
 
     Returns:
         ``model``.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not a readable safetensors file, an unknown layout, or an architecture other than the
-            model's; every missing, unexpected and misshapen tensor is named.
+        ValueError: Not a readable file, an unknown layout, or an architecture other than the model's; every
+            missing, unexpected and misshapen tensor is named.
     """
-    state = _read(Path(weights)) if isinstance(weights, str | Path) else dict(weights)
-    state = _translate(state)
+    state = read_state(Path(weights)) if isinstance(weights, str | Path) else dict(weights)
+    state = _translate(state, model.config)
     own = model.state_dict()
-    if model.projection is None:
-        state.pop("projection", None)
     problems = [f"missing {name} {list(own[name].shape)}" for name in own if name not in state]
     problems += [f"unexpected {name} {list(state[name].shape)}" for name in state if name not in own]
     problems += [
@@ -76,61 +56,101 @@ def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, T
     return model
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> State:
+    """The tensors in a file, read without executing code.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Neither a complete safetensors file nor a pickle of tensors alone.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
+    if path.suffix not in PICKLES:
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is no complete safetensors file ({error}): convert or download it again"
+            ) from error
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error}): convert or download it again") from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors and would execute code when loaded: convert it to "
+            f"safetensors where you trust it ({str(error).splitlines()[0]})"
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state = {str(name).removeprefix("module."): t for name, t in content.items() if isinstance(t, Tensor)}
+    if not state:
+        raise ValueError(f"{path} holds no state dict")
+    return state
 
 
-def _translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename to this package's names; the layout is told by the prefix and by the class embedding's name."""
+def architecture_metadata(config: VisionTransformerConfig) -> dict[str, str]:
+    """What is stored beside this package's own weights, so that the file says what it holds."""
+    return {"architecture": json.dumps(dataclasses.asdict(config))}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What is stored in a safetensors file beside its tensors; nothing for other files."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def read_architecture(path: Path) -> VisionTransformerConfig | None:
+    """The architecture that a file of this package's weights names, if it does."""
+    stored = read_metadata(path).get("architecture")
+    if stored is None:
+        return None
+    try:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(stored).items()}
+        return VisionTransformerConfig(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} names an architecture that this version does not know: {error}") from error
+
+
+def _translate(state: State, config: VisionTransformerConfig) -> State:
+    """Rename to this package's names; the layout is told by its mark."""
     if any(name.startswith("backbone.") for name in state):  # an ImageClassifier
         return _strip(state, "backbone.")
-    if any(name.startswith("visual.") for name in state):
-        return _rename(_strip(state, "visual."), OPEN_CLIP)
-    if "vision_model.embeddings.class_embedding" in state:
-        vision = _strip(state, "vision_model.")
-        if "visual_projection.weight" in state:
-            vision["visual_projection.weight"] = state["visual_projection.weight"]
-        return _pack(_rename(vision, HUGGING_FACE))
-    if "embeddings.class_embedding" in state:
-        return _pack(_rename(state, HUGGING_FACE))
-    if "conv1.weight" in state:
-        return _rename(state, OPEN_CLIP)
+    for layout in LAYOUTS:
+        for prefix in layout.prefixes:
+            if prefix + layout.marks in state:
+                tower = _strip(state, prefix)
+                if prefix and "visual_projection.weight" in state:
+                    tower["visual_projection.weight"] = state["visual_projection.weight"]
+                if layout is TIMM:
+                    tower = _without_head(tower, config)
+                tower = layout.to_ours(tower)
+                if config.output_dim is None:
+                    tower.pop("projection", None)
+                return tower
     if "patch_weight" in state:
         return state
     raise ValueError(
-        "unknown weight layout: expected this package's, Hugging Face CLIP's or open_clip's names, "
-        f"got {', '.join(sorted(state)[:4]) or 'no tensors'}, …"
+        "unknown weight layout: expected this package's, open_clip's, timm's, or Hugging Face's CLIP, ViT or DINOv2 "
+        f"names, got {', '.join(sorted(state)[:4]) or 'no tensors'}, …"
     )
 
 
-def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-
-
-def _rename(state: dict[str, Tensor], rules: list[tuple[str, str]]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, new in rules:
-            name = re.sub(pattern, new, name)
-        renamed[name] = tensor
-    return renamed
-
-
-def _pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face keeps q, k and v apart, the projection transposed, and once stored position ids."""
-    state.pop("embeddings.position_ids", None)
-    if "projection" in state:
-        state["projection"] = state["projection"].T.contiguous()
-    for name in [name for name in state if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
-        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if all(part in state for part in parts):
-            state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
+def _without_head(state: State, config: VisionTransformerConfig) -> State:
+    """timm's ``head`` is CLIP's projection with a bias of zero, or else a classification head."""
+    state = dict(state)
+    bias = state.pop("head.bias", None)
+    if config.output_dim is None:
+        state.pop("head.weight", None)
+    elif bias is not None and bool(bias.any()):
+        raise ValueError("the head in these timm weights has a bias: it is a classifier, no projection of features")
     return state
+
+
+def _strip(state: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}

@@ -3,107 +3,176 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..data import Loader, LoaderConfig, Manifest, build_loader, scan_images
 from ..distill import (
+    L2SP,
     CounterfactualDistiller,
     FeatureDistillation,
     FineTuning,
     KnowledgeDistillation,
     Method,
 )
-from ..models import CosineClassifier, ImageClassifier, VisionTransformer, load_backbone
+from ..models import (
+    HEADS,
+    CosineClassifier,
+    ImageClassifier,
+    LinearClassifier,
+    VisionTransformer,
+    VisionTransformerConfig,
+    load_backbone,
+    load_source,
+    preset,
+)
+from ..models.layouts import State
+from ..models.weights import PICKLES, architecture_metadata, read_architecture, read_metadata, read_state
 from .config import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 from .distributed import Processes
 
 
-def build_model(config: ModelConfig, num_classes: int, seed: int) -> ImageClassifier:
+def build_model(
+    config: ModelConfig, num_classes: int, seed: int, classes: Sequence[str] | None = None
+) -> ImageClassifier:
     """The pre-trained classifier that fine-tuning starts from, on the CPU.
+
+    Args:
+        config: The model's settings.
+        num_classes: Outputs of the head.
+        seed: Of random weights.
+        classes: Names of the class folders; a head that says which classes it stands for must have the same.
 
     Raises:
         ValueError: No weights given, or weights or a head that do not fit.
         FileNotFoundError: A file is missing.
+        ImportError: The library that ``config.name`` names is not installed.
     """
-    if config.weights is None:
+    source = config.weights or config.name
+    if source is None:
         raise ValueError(
-            "fine-tuning starts from a pre-trained model: pass --model.weights FILE.safetensors "
-            '("random" starts from scratch)'
+            "fine-tuning starts from a pre-trained model: pass --model.name LIBRARY:MODEL, or --model.weights "
+            'FILE.safetensors ("random" starts from scratch)'
         )
+    architecture, state = _architecture(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = VisionTransformer(config.arch)
-        head = CosineClassifier(backbone.config.feature_dim, num_classes)
-    if str(config.weights) != "random":
-        load_backbone(backbone, config.weights)
-    state = _head_state(config)
+        backbone = VisionTransformer(architecture)
+        head = HEADS[config.head_kind](architecture.feature_dim, num_classes)
     if state is not None:
-        weight, bias = state
-        if weight.shape != head.weight.shape:
-            raise ValueError(
-                f"the head in {config.head or config.weights} is {list(weight.shape)}, but there are "
-                f"{num_classes} class folders and features of size {backbone.config.feature_dim}"
-            )
-        if bias is not None and bias.shape != head.bias.shape:
-            raise ValueError(
-                f"the head's bias in {config.head or config.weights} is {list(bias.shape)}, not [{num_classes}]"
-            )
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"the head in {config.head or config.weights} is {weight.dtype}, it must be of a float dtype"
-            )
-        with torch.no_grad():
-            head.weight.copy_(weight)
-            head.bias.copy_(torch.zeros_like(head.bias) if bias is None else bias)
+        load_backbone(backbone, state)
+    elif str(source) != "random":
+        load_backbone(backbone, source)
+    _load_head(config, head, classes)
     model = ImageClassifier(backbone, head)
     if bad := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise ValueError(f"the weights in {config.weights} hold NaN or infinity, first in {bad[0]}: get them again")
+        raise ValueError(f"the weights in {source} hold NaN or infinity, first in {bad[0]}: get them again")
     return model
 
 
-def _head_state(config: ModelConfig) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of the head, from its own file or from that of the whole classifier."""
+def _architecture(config: ModelConfig) -> tuple[VisionTransformerConfig, State | None]:
+    """The architecture, and the weights where they come with it from another library."""
+    if config.weights is None and config.name is not None:
+        return load_source(config.name)
+    stored = None if config.weights is None else read_architecture(config.weights)
+    if config.name is not None:  # a run's own weights, which started from that model
+        return stored or load_source(config.name)[0], None
+    wanted = preset(config.arch)
+    if stored is not None and stored != wanted:
+        ours, theirs = dataclasses.asdict(wanted), dataclasses.asdict(stored)
+        differing = [f"{k} is {theirs[k]}, not {ours[k]}" for k in ours if ours[k] != theirs[k]]
+        raise ValueError(
+            f"{config.weights} is of another architecture than --model.arch {config.arch}: {', '.join(differing)}"
+        )
+    return wanted, None
+
+
+def _load_head(config: ModelConfig, head: CosineClassifier | LinearClassifier, classes: Sequence[str] | None) -> None:
+    """Weight and bias from the head's own file or from that of the whole classifier, if it holds any."""
     path, prefix = (config.head, "") if config.head is not None else (config.weights, "head.")
-    assert path is not None
-    if str(path) == "random":
-        return None
+    if path is None or str(path) == "random":
+        return
     if not path.is_file():
         raise FileNotFoundError(f"no head at {path}")
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error})") from error
-    if f"{prefix}weight" in state:
-        return state[f"{prefix}weight"], state.get(f"{prefix}bias")
-    if config.head is not None:
-        raise ValueError(f'{path} must hold "weight" [classes, D], it holds {", ".join(sorted(state)[:4])}')
-    return None
+    if config.head is None and path.suffix in PICKLES:
+        return
+    state = read_state(path)
+    if f"{prefix}weight" not in state:
+        if config.head is not None:
+            raise ValueError(f'{path} must hold "weight" [classes, D], it holds {", ".join(sorted(state)[:4])}')
+        return
+    weight, bias = state[f"{prefix}weight"], state.get(f"{prefix}bias")
+    if weight.shape != head.weight.shape:
+        raise ValueError(
+            f"the head in {path} is {list(weight.shape)}, but there are {head.weight.shape[0]} class folders and "
+            f"features of size {head.weight.shape[1]}"
+        )
+    if bias is not None and bias.shape != head.bias.shape:
+        raise ValueError(f"the head's bias in {path} is {list(bias.shape)}, not {list(head.bias.shape)}")
+    if not weight.is_floating_point():
+        raise ValueError(f"the head in {path} is {weight.dtype}, it must be of a float dtype")
+    _check_metadata(path, config.head_kind, classes)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(torch.zeros_like(head.bias) if bias is None else bias)
+
+
+def _check_metadata(path: Path, kind: str, classes: Sequence[str] | None) -> None:
+    """What a head says of itself must be what it is used for."""
+    stored = read_metadata(path)
+    if (own := stored.get("head_kind", kind)) != kind:
+        raise ValueError(f"the head in {path} is a {own} one: pass --model.head-kind {own}, or another head")
+    names = json.loads(stored["classes"]) if "classes" in stored else None
+    if names is None or classes is None or list(names) == list(classes):
+        return
+    at = next(i for i, (name, folder) in enumerate(zip_longest(names, classes)) if name != folder)
+    name, folder = (items[at] if at < len(items) else None for items in (names, classes))
+    raise ValueError(
+        f"the head in {path} is of other classes than the training folders: output {at} is {name!r}, the folder "
+        f"{folder!r}; make it from these folders' names, in this order (python -m maskcf_fast.zeroshot)"
+    )
+
+
+def describe(model: ImageClassifier, classes: Sequence[str]) -> dict[str, str]:
+    """What a file with the model's weights says of them: architecture, kind of head, and names of the outputs."""
+    kind = next(name for name, head in HEADS.items() if type(model.head) is head)
+    return {**architecture_metadata(model.backbone.config), "head_kind": kind, "classes": json.dumps(list(classes))}
 
 
 def build_method(config: MethodConfig, student: ImageClassifier) -> Method:
-    """The method, with a frozen copy of the student as it is now for its teacher."""
+    """The method, with a copy of the student as it is now for its teacher."""
+    method = _method(config, student)
+    method.ema_decay = config.ema_teacher
+    return method
+
+
+def _method(config: MethodConfig, student: ImageClassifier) -> Method:
     if config.name in ("ft", "lp"):
         return FineTuning(student, probe=config.name == "lp")
+    if config.name == "l2-sp":
+        return L2SP(student, config.weight)
     if config.name == "kd":
         return KnowledgeDistillation(student, copy.deepcopy(student), config.weight, config.temperature)
-    teacher = copy.deepcopy(student.backbone)
     if config.name == "fd":
-        return FeatureDistillation(student, teacher, config.weight)
+        return FeatureDistillation(student, copy.deepcopy(student.backbone), config.weight)
+    with_head = config.name == "cf-kd" or config.cam_source == "teacher"
     return CounterfactualDistiller(
         student,
-        teacher,
+        copy.deepcopy(student if with_head else student.backbone),
         config.mask_strategy(),
         config.weight,
         cam=config.cam,
         cam_target=config.cam_target,
         start_layer=config.start_layer,
+        cam_source=config.cam_source,
+        temperature=config.temperature if config.name == "cf-kd" else None,
     )
 
 
@@ -180,7 +249,7 @@ def build_loaders(
             f"accumulate={config.optim.accumulate}"
         )
     method = config.method
-    refills = method.name == "counterfactual" and method.mask_strategy().fill != "none"
+    refills = method.name in ("counterfactual", "cf-kd") and method.mask_strategy().fill != "none"
     if refills and config.optim.batch_size == parts:
         raise ValueError(
             f"{method.strategy} needs a micro-batch of at least 2 images, got 1: no other image to draw from; "

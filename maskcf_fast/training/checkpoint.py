@@ -41,10 +41,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or no checkpoint ({error}): start the run again elsewhere") from error
 
 
-def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a model's ``state_dict()`` as safetensors, whole or not at all; errors as `save_checkpoint`."""
     cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    _write(path, safetensors.torch.save(cpu))
+    _write(path, safetensors.torch.save(cpu, metadata))
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
-from ..distill import MaskStrategy
-from ..models import preset
+from ..distill import MaskStrategy, OtherDonors
+from ..models import VisionTransformerConfig, preset
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class ModelConfig:
     head: Path | None = None
     """Zero-shot head (.safetensors with "weight" [classes, D], as CosineClassifier.from_text makes it). By
     default the head in the weights file, if there is one, or a random one."""
+    name: str | None = None
+    """In place of arch and weights, a model of another library with its own architecture and weights:
+    open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER (CLIP, ViT, DINOv2) or timm:MODEL.TAG."""
+    head_kind: Literal["cosine", "linear"] = "cosine"
+    """cosine: on the feature's direction, as CLIP's zero-shot classifier; linear: on the feature itself, for models
+    without a text tower."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,10 @@ class DataConfig:
 class MethodConfig:
     """What is trained on."""
 
-    name: Literal["counterfactual", "ft", "lp", "fd", "kd"] = "counterfactual"
-    """counterfactual; or ft (fine-tuning), lp (linear probe), fd (feature distillation on clean images), kd
-    (knowledge distillation)."""
+    name: Literal["counterfactual", "ft", "lp", "l2-sp", "fd", "kd", "cf-kd"] = "counterfactual"
+    """counterfactual; or ft (fine-tuning), lp (linear probe), l2-sp (a penalty on the distance from the initial
+    weights), fd (feature distillation on clean images), kd (knowledge distillation on clean images), cf-kd (kd on
+    counterfactual images)."""
     strategy: str = "object-single"
     """{object,context,random}-{single,multi,none}: which patches are masked, and what fills them."""
     threshold: float | None = None
@@ -76,9 +83,9 @@ class MethodConfig:
     rate: float | None = None
     """Share of patches that a random strategy masks; by default the paper's."""
     weight: float = 30.0
-    """Weight of the distillation loss."""
+    """Weight of the distillation loss, or of the penalty of l2-sp (for which 0.1 is usual)."""
     temperature: float = 10.0
-    """Softening of the logits in kd."""
+    """Softening of the logits in kd and cf-kd."""
     cam: Literal["relevance", "gradcam"] = "relevance"
     """The map that masks are cut from: attention relevance, or Grad-CAM on the last block."""
     cam_target: Literal["logit", "logprob"] = "logit"
@@ -86,10 +93,17 @@ class MethodConfig:
     rivals and costs no backward pass."""
     start_layer: int = 0
     """First layer that counts in the relevance map; negative counts from the last."""
+    cam_source: Literal["student", "teacher"] = "student"
+    """Whose map masks are cut from: the student's as it is now, as the paper, or the frozen teacher's."""
+    donors: Literal["permutation", "others"] = "permutation"
+    """Single-fill: a permutation of the batch, as the paper, in which an image may draw itself; or never itself."""
+    ema_teacher: float = 0.0
+    """The teacher follows the student as an exponential moving average with this decay, such as 0.999. 0: frozen."""
 
     def mask_strategy(self) -> MaskStrategy:
         """The strategy that the settings describe."""
-        return MaskStrategy.from_name(self.strategy, threshold=self.threshold, top_k=self.top_k, rate=self.rate)
+        kind = OtherDonors if self.donors == "others" else MaskStrategy
+        return kind.from_name(self.strategy, threshold=self.threshold, top_k=self.top_k, rate=self.rate)
 
 
 @dataclass(frozen=True)
@@ -181,11 +195,26 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not 0 <= self.optim.warmup < 1:
             raise ValueError(f"optim.warmup must lie in [0, 1), got {self.optim.warmup}")
-        model, strategy = preset(self.model.arch), self.method.mask_strategy()
+        if not 0 <= self.method.ema_teacher < 1:
+            raise ValueError(f"method.ema_teacher must lie in [0, 1), got {self.method.ema_teacher}")
+        if self.method.ema_teacher and self.method.name in ("ft", "lp", "l2-sp"):
+            raise ValueError(f"method.ema_teacher needs a method with a teacher, {self.method.name} has none")
+        if self.method.ema_teacher and self.parallel == "fsdp":
+            raise ValueError("method.ema_teacher does not go with --parallel fsdp: use --parallel ddp")
+        if self.model.name is None:
+            self.check_fits(preset(self.model.arch), self.model.arch)
+        elif self.model.weights is not None:
+            raise ValueError("--model.name brings its own weights: leave out --model.weights, or --model.name")
+
+    def check_fits(self, model: VisionTransformerConfig, name: str) -> None:
+        """Check the method's settings against an architecture.
+
+        Raises:
+            ValueError: More patches to mask, or another first layer, than the model has.
+        """
+        strategy = self.method.mask_strategy()
         if strategy.top_k is not None and strategy.top_k > model.num_patches:
-            raise ValueError(
-                f"method.top_k={strategy.top_k} exceeds the {model.num_patches} patches of {self.model.arch}"
-            )
+            raise ValueError(f"method.top_k={strategy.top_k} exceeds the {model.num_patches} patches of {name}")
         if not -model.depth <= self.method.start_layer < model.depth:
             raise ValueError(
                 f"method.start_layer must lie in [{-model.depth}, {model.depth - 1}], got {self.method.start_layer}"
@@ -215,7 +244,9 @@ def changed_settings(config: TrainConfig, path: Path) -> list[str]:
             items |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
         return items
 
-    new, old = flat(yaml.safe_load(to_yaml(config))), flat(yaml.safe_load(path.read_text()))
+    # A run of an earlier version lacks the settings that came later: it ran with their defaults.
+    default = flat(yaml.safe_load(to_yaml(TrainConfig())))
+    new, old = flat(yaml.safe_load(to_yaml(config))), default | flat(yaml.safe_load(path.read_text()))
     free = ("out", "resume", "data.threads", "data.cache", "log_every", "compile", "cuda_graph", "recompute")
     return [
         f"--{name.replace('_', '-')} (was {old.get(name)}, is {new.get(name)})"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._cache import atomic_write
 from .config import TrainConfig, to_yaml
@@ -42,6 +43,10 @@ class RunLog:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: Tensor) -> None:
+        """A picture for TensorBoard, uint8 ``[H, W, 3]``."""
+        self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write out what is buffered."""

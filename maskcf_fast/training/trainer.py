@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ..data import Batch
 from ..distill.methods import run
-from .build import build_loaders, build_method, build_model, build_optimizer, scan
+from ..visualization.board import board_images, rows_for_board
+from .build import build_loaders, build_method, build_model, build_optimizer, describe, scan
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_weights
 from .config import TrainConfig, changed_settings
 from .distributed import Processes, reduce_gradients
@@ -78,10 +79,13 @@ class Trainer:
 
         train, tests = scan(config.data, self.processes)
         self._report_data(train, tests)
-        model = build_model(config.model, len(train.classes), config.seed)
+        model = build_model(config.model, len(train.classes), config.seed, train.classes)
+        config.check_fits(model.backbone.config, config.model.name or config.model.arch)
+        self.metadata = describe(model, train.classes)
         self.initial = fingerprint(model)
         image_size = model.backbone.config.image_size
         self.loader, self.tests = build_loaders(self.config, train, tests, image_size, self.processes)
+        self.shown = board_images(next(iter(tests.values()), train), image_size)
 
         device = self.processes.device
         self.method = build_method(config.method, model).to(device).train()
@@ -131,7 +135,7 @@ class Trainer:
                 self._save()
             student = whole(self.method.student.state_dict())
             if self.processes.main:
-                save_weights(self.folder / "model.safetensors", student)
+                save_weights(self.folder / "model.safetensors", student, self.metadata)
             return self.accuracy
         finally:
             if self.log is not None:
@@ -179,6 +183,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip, foreach=True)
         self._watch(out.loss + whole(norm))
         self.optimizer.step()
+        self.method.update_teacher()
         self.optimizer.zero_grad(set_to_none=self.backward == self.method.backward)
         self.step += 1
         if self.step < self.total_steps:
@@ -259,7 +264,12 @@ class Trainer:
             self.best = self.accuracy[chosen]
             weights = whole(student.state_dict())
             if self.processes.main:
-                save_weights(self.folder / "best.safetensors", weights)
+                save_weights(self.folder / "best.safetensors", weights, self.metadata)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        images, labels = (x.to(self.processes.device) for x in self.shown)
+        rows = rows_for_board(self.method, images, labels, generator)
+        if self.log is not None:
+            self.log.picture(self.step, "counterfactuals", rows)
 
     def _save(self) -> None:
         """Write ``last.pt``, unless the run has diverged."""
@@ -283,6 +293,8 @@ class Trainer:
                 "loaders": [loader for loader, _ in states],
                 "generators": [generator for _, generator in states],
             }
+            if self.method.ema_decay and self.method.teacher is not None:
+                state["teacher"] = self.method.teacher.state_dict()
             save_checkpoint(self.folder / "last.pt", state)
         self.processes.barrier()
 
@@ -299,12 +311,13 @@ class Trainer:
         saved = {name: tensor.shape for name, tensor in state["student"].items()}
         if differing := [n for n in {**own, **saved} if n not in own or n not in saved or own[n].shape != saved[n]]:
             raise ValueError(
-                f"{where} is of another architecture than {self.config.model.arch}: it differs in "
-                f"{', '.join(differing[:3])}{'…' if len(differing) > 3 else ''}"
+                f"{where} is of another architecture than {self.config.model.name or self.config.model.arch}: it "
+                f"differs in {', '.join(differing[:3])}{'…' if len(differing) > 3 else ''}"
             )
         if state["initial"] != self.initial:
             raise ValueError(
-                f"{where} started from other weights than {self.config.model.weights} now holds: restore that file"
+                f"{where} started from other weights than {self.config.model.weights or self.config.model.name} now "
+                "holds: restore those"
             )
         if len(state["loaders"]) != self.processes.world_size:
             raise ValueError(
@@ -312,6 +325,8 @@ class Trainer:
             )
         try:
             load_model_state(self.method.student, state["student"])
+            if self.method.ema_decay and self.method.teacher is not None:
+                self.method.teacher.load_state_dict(state["teacher"])
             load_optimizer_state(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.generator.set_state(state["generators"][self.processes.rank])

@@ -6,7 +6,9 @@ Without a GPU, Triton's kernels are run by its interpreter, in a process that te
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
+import warnings
 
 import cases
 import pytest
@@ -38,7 +40,7 @@ COMPILED_CASES = {
 
 
 @pytest.fixture(autouse=True)
-def _poisoned():
+def poisoned():
     """Fresh memory holds NaN, or the largest integer: an element that nothing writes is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # what turns the filling on
     yield
@@ -260,13 +262,33 @@ def test_a_donor_outside_the_batch_cannot_reach_memory(op):
             getattr(torch.ops.maskcf, op)(*arguments[:2], torch.full((5,), wrong), *arguments[3:])
 
 
-@pytest.mark.skipif(_native.why_not("cpu") is not None, reason="extension not built")
-def test_storage_that_must_not_be_written(tmp_path):
-    """Inputs in a read-only mapping: a stray write would end the process."""
-    path = tmp_path / "images"
-    path.write_bytes(bytes(range(256)) * 12)
-    images = torch.from_file(str(path), shared=False, size=3072, dtype=torch.uint8).view(4, 3, 16, 16)
-    mask, donors = cases.random_mask(4, 16), cases.random_donors(4, 16, "single")
-    out = mf.refill_patches(images, mask, donors, impl="cpu")
-    assert torch.equal(out, cases.true_refill(images, mask, donors, (4, 4)))
-    assert path.read_bytes() == bytes(range(256)) * 12
+@pytest.mark.skipif(INTERPRETED or GPU, reason="for the ops on the CPU")
+@pytest.mark.parametrize("impl", IMPLS[:2])
+def test_storage_that_must_not_be_written(impl, tmp_path):
+    """Every input in a read-only mapping: a stray write would end the process."""
+
+    def locked(x: Tensor) -> Tensor:
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        path.write_bytes(x.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return torch.frombuffer(mapped, dtype=x.dtype).view(x.shape)
+
+    def agree(op, arguments, truth):
+        held = {name: locked(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        torch.testing.assert_close(op(**held, impl=impl), truth, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        image, tokens, layer = cases.refill_case()(), cases.gather_case()(), cases.relevance_case()()
+        pixels = cases.PATCHIFY_CASES["multi"]()
+        cam = cases.random_cam(5, 16)
+        mask = cases.true_mask(cam, region="object", threshold=0.3)
+        agree(mf.select_patches, {"cam": cam, "threshold": 0.3}, mask)
+        agree(mf.refill_patches, image, cases.true_refill(**image))
+        refilled = cases.true_refill(image["images"], mask, image["donors"], image["grid"])
+        both = {k: v for k, v in image.items() if k != "mask"} | {"cam": cam, "threshold": 0.3}
+        agree(mf.counterfactual_refill, both, (refilled, mask))
+        agree(mf.patchify, pixels, cases.true_patchify(**pixels))
+        agree(mf.gather_tokens, tokens, cases.true_gather(**tokens))
+        agree(mf.attention_relevance, layer, cases.true_relevance(**layer).float())

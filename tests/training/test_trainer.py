@@ -288,7 +288,7 @@ def test_best_is_the_best_epoch_not_the_last(change, monkeypatch):
     seen = {}
     real = trainer_module.save_weights
 
-    def spy(path, state):
+    def spy(path, state, metadata=None):
         seen.setdefault(path.name, []).append(trainer.step)
         real(path, state)
 

@@ -1,0 +1,217 @@
+"""A training step in one of its variants, ready to run: models, a batch, an optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskcf_fast._precision import autocast
+from maskcf_fast.distill import (
+    PAPER_CUTS,
+    CounterfactualDistiller,
+    Draw,
+    FeatureDistillation,
+    FineTuning,
+    MaskStrategy,
+    Method,
+    paper_order_step,
+)
+from maskcf_fast.distill.paper_order import paper_cam
+from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
+from maskcf_fast.models.vit import POINTWISE
+from maskcf_fast.training.speed import GraphedBackward, compile_pointwise, why_no_graph
+
+STRATEGIES = tuple(PAPER_CUTS)
+CLASSES = 1000
+COST = {"paper": 9.0, "FT": 3.0, "FD": 4.0, "random": 6.5, "cam": 7.5}  # in forwards, for planning only
+
+
+class Unavailable(Exception):
+    """A variant cannot be had on this machine; the text says why."""
+
+
+class Variant(NamedTuple):
+    """How a step is computed.
+
+    Attributes:
+        method: ``"FT"``, ``"FD"``, or a masking strategy.
+        order: ``"two passes"`` (`Method.backward`), ``"one graph"``, or ``"paper"`` (`paper_order_step`).
+        run: ``"eager"``, ``"compiled"`` or ``"graphed"``.
+        precision: ``"fp32"`` or ``"bf16"``.
+    """
+
+    method: str
+    order: str = "two passes"
+    run: str = "eager"
+    precision: str = "fp32"
+
+    @property
+    def baseline(self) -> Variant:
+        """The paper's order, written plainly, at the same precision."""
+        return Variant(self.method, "paper", "eager", self.precision)
+
+    @property
+    def cost(self) -> float:
+        """About how many forwards it takes."""
+        kind = "paper" if self.order == "paper" else self.method if self.method in COST else "cam"
+        return COST["random" if kind == "cam" and self.method.startswith("random") else kind]
+
+    def __str__(self) -> str:
+        return ", ".join(
+            (self.method, "paper's order" if self.order == "paper" else self.order, self.run, self.precision)
+        )
+
+
+class Workload:
+    """A student, a teacher of other random weights, a batch as the loader delivers it, and an optimiser.
+
+    Attributes:
+        method_arguments: What every variant shares.
+    """
+
+    def __init__(self, config: VisionTransformerConfig, batch: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.config, self.batch, self.device = config, batch, device
+        head = CosineClassifier(config.feature_dim, CLASSES)
+        self.student = ImageClassifier(VisionTransformer(config), head).to(device)
+        self.teacher = VisionTransformer(config).to(device).requires_grad_(False)
+        side = config.image_size
+        self.images = torch.randint(256, (batch, side, side, 3), dtype=torch.uint8, device=device)
+        self.pixels = (self.images.permute(0, 3, 1, 2).float() / 255).contiguous()
+        self.labels = torch.randint(CLASSES, (batch,), device=device)
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.1, fused=True)
+        self._compiled: tuple[Callable[..., Any], ...] | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return list(self.student.parameters())
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights of both models, gradients, and the optimiser's two moments."""
+        count = sum(p.numel() for p in self.parameters)
+        return 4 * (4 * count + sum(p.numel() for p in self.teacher.parameters()))
+
+    def method(self, variant: Variant) -> Method:
+        """The training method of a variant, at its precision."""
+        method: Method
+        if variant.method == "FT":
+            method = FineTuning(self.student)
+        elif variant.method == "FD":
+            method = FeatureDistillation(self.student, self.teacher)
+        else:
+            method = CounterfactualDistiller(self.student, self.teacher, variant.method)
+        method.precision = variant.precision
+        return method
+
+    def draw(self, strategy: MaskStrategy) -> Draw:
+        """Donors and random masks of one step."""
+        patches = self.config.num_patches
+        return strategy.draw(self.batch, patches, generator=self.generator, device=self.device)
+
+    def backward(self, variant: Variant) -> Callable[..., Any]:
+        """Adds a step's gradients to the parameters and returns its `StepOutput`; takes ``draw=`` or draws itself.
+
+        Raises:
+            Unavailable: This variant cannot be had here; says why.
+        """
+        if variant.order == "paper":
+            return self._paper(variant)
+        method = self.method(variant)
+        if variant.run == "graphed" and (reason := why_no_graph(self.device, 1, method)):
+            raise Unavailable(reason.partition("left out: ")[2])
+        if variant.run != "eager" and self._compiled is None:
+            self._compiled = self._compile(method)
+        if variant.run == "graphed":
+            return self._graphed(method)
+        pointwise = POINTWISE if variant.run == "eager" else self._compiled
+        images, labels, generator = self.images, self.labels, self.generator
+
+        def run(**given: Any) -> Any:
+            given = given or {"generator": generator}
+            with self._using(pointwise):
+                if variant.order == "two passes":
+                    return method.backward(images, labels, **given)
+                out = method(images, labels, **given)
+                out.loss.backward()
+                return out
+
+        return run
+
+    def _paper(self, variant: Variant) -> Callable[..., Any]:
+        strategy = MaskStrategy.from_name(variant.method)
+        if variant.run == "compiled" and strategy.fill == "none":
+            raise Unavailable("compiled for fills only")
+        compiled = torch.compile(paper_order_step, dynamic=False)
+        given = MaskStrategy("random", strategy.fill, rate=0.5)  # takes the mask that is drawn, whatever it is
+
+        def run(draw: Draw | None = None) -> Any:
+            draw = draw or self.draw(strategy)
+            models = (self.student, self.teacher)
+            with autocast(self.device, variant.precision):
+                if variant.run == "eager":
+                    out = paper_order_step(*models, strategy, self.pixels, self.labels, draw)
+                else:  # gradients of maps inside a compiled graph cannot be had: the map is taken outside
+                    cam = paper_cam(self.student, self.pixels, self.labels) if strategy.needs_cam else None
+                    draw = Draw(draw.donors, strategy.mask(cam, draw))
+                    out = compiled(*models, given, self.pixels, self.labels, draw)._replace(cam=cam)
+            out.loss.backward()
+            return out
+
+        return run
+
+    def _compile(self, method: Method) -> tuple[Callable[..., Any], ...]:
+        torch.compiler.reset()  # this model's shapes are the first: no limit on recompilations
+        if reason := compile_pointwise(method, self.device):
+            raise Unavailable(reason.partition("left out, ")[2])
+        block: Any = self.student.backbone.blocks[0]
+        compiled = block.pointwise
+        self._set(POINTWISE)
+        return compiled
+
+    def _set(self, pointwise: Any) -> None:
+        for backbone in (self.student.backbone, self.teacher):
+            for block in backbone.blocks:
+                block.pointwise = pointwise
+
+    @contextmanager
+    def _using(self, pointwise: Any) -> Iterator[None]:
+        self._set(pointwise)
+        try:
+            yield
+        finally:
+            self._set(POINTWISE)
+
+    def _graphed(self, method: Method) -> Callable[..., Any]:
+        graphed = GraphedBackward(method, self.generator)
+        grads: list[Tensor] = []
+
+        def run() -> Any:
+            if not grads:  # captured with these gradients, which the other variants take away
+                for p in self.parameters:
+                    p.grad = torch.zeros_like(p)
+                    grads.append(p.grad)
+            for p, grad in zip(self.parameters, grads, strict=True):
+                p.grad = grad
+            torch._foreach_zero_(grads)
+            with self._using(self._compiled):
+                return graphed(self.images, self.labels, generator=self.generator)
+
+        return run
+
+    def step(self, backward: Callable[[], Any], *, keep: bool = False) -> Callable[[], None]:
+        """A whole training step; ``keep`` leaves the gradients' memory in place between steps."""
+
+        def run() -> None:
+            self.optimizer.zero_grad(set_to_none=not keep)
+            backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+            self.optimizer.step()
+
+        return run

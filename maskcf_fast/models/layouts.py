@@ -1,0 +1,194 @@
+"""How other libraries name and shape the tensors of a vision transformer: one table each, read in both directions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One library's names and shapes.
+
+    Attributes:
+        library: What messages call it.
+        names: This package's name (or the start of one) → the library's; ``#`` stands for a block's number.
+        marks: A tensor that tells the layout from the others, by the library's name.
+        prefixes: What the names may begin with in a file that holds more than the vision tower.
+        token_rank: Dimensions of the class embedding: 1, or 3 where it is ``[1, 1, width]`` (and positions
+            ``[1, tokens, width]``).
+        transposed: The projection is a Linear layer's ``[output, width]``.
+        ignored: Pattern of the library's names that do not belong to the class token's feature.
+    """
+
+    library: str
+    names: Mapping[str, str]
+    marks: str
+    prefixes: tuple[str, ...] = ("",)
+    token_rank: int = 1
+    transposed: bool = False
+    ignored: str = r"$^"
+    inverse: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inverse", {theirs: ours for ours, theirs in self.names.items()})
+
+    def to_ours(self, state: Mapping[str, Tensor]) -> State:
+        """The library's tensors under this package's names and in its shapes; unknown names stay."""
+        ours = {_rename(name, self.inverse): t for name, t in state.items() if not re.match(self.ignored, name)}
+        for name in [name for name in ours if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
+            parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+            if all(part in ours for part in parts):
+                ours[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([ours.pop(part) for part in parts])
+        for name in ("class_embedding", "position_embedding"):
+            if name in ours and self.token_rank == 3:
+                ours[name] = ours[name].flatten(0, -2 if name == "position_embedding" else -1)
+        if "projection" in ours and self.transposed:
+            ours["projection"] = ours["projection"].mT.contiguous()
+        return ours
+
+    def to_theirs(self, state: Mapping[str, Tensor]) -> State:
+        """The inverse of `to_ours`."""
+        ours = dict(state)
+        if "blocks.#.attn.q" in self.names:
+            for name in [name for name in ours if ".attn.qkv." in name]:
+                parts = ours.pop(name).chunk(3)
+                ours |= {name.replace(".attn.qkv.", f".attn.{p}."): t for p, t in zip("qkv", parts, strict=True)}
+        for name in ("class_embedding", "position_embedding"):
+            if self.token_rank == 3:
+                ours[name] = ours[name].view(1, -1, ours[name].shape[-1])
+        if "projection" in ours and self.transposed:
+            ours["projection"] = ours["projection"].mT
+        return {_rename(name, self.names): tensor.contiguous() for name, tensor in ours.items()}
+
+
+def _rename(name: str, names: Mapping[str, str]) -> str:
+    """By the longest entry that ``name`` is or begins with; a name without one stays."""
+    number = re.search(r"\.(\d+)\.", name)
+    stem = name.replace(number[0], ".#.", 1) if number else name
+    rest = ""
+    while stem not in names:
+        stem, dot, last = stem.rpartition(".")
+        if not dot:
+            return name
+        rest = f".{last}{rest}"
+    new = names[stem] + rest
+    return new.replace("#", number[1]) if number else new
+
+
+OPEN_CLIP = Layout(
+    "open_clip",
+    {
+        "patch_weight": "conv1.weight",
+        "class_embedding": "class_embedding",
+        "position_embedding": "positional_embedding",
+        "ln_pre": "ln_pre",
+        "ln_post": "ln_post",
+        "projection": "proj",
+        "blocks.#.ln_1": "transformer.resblocks.#.ln_1",
+        "blocks.#.ln_2": "transformer.resblocks.#.ln_2",
+        "blocks.#.attn.qkv.weight": "transformer.resblocks.#.attn.in_proj_weight",
+        "blocks.#.attn.qkv.bias": "transformer.resblocks.#.attn.in_proj_bias",
+        "blocks.#.attn.out": "transformer.resblocks.#.attn.out_proj",
+        "blocks.#.fc": "transformer.resblocks.#.mlp.c_fc",
+        "blocks.#.proj": "transformer.resblocks.#.mlp.c_proj",
+        "blocks.#.scale_1": "transformer.resblocks.#.ls_1.gamma",
+        "blocks.#.scale_2": "transformer.resblocks.#.ls_2.gamma",
+    },
+    marks="conv1.weight",
+    prefixes=("visual.", ""),
+)
+HF_CLIP = Layout(
+    "Hugging Face CLIP",
+    {
+        "patch_weight": "embeddings.patch_embedding.weight",
+        "class_embedding": "embeddings.class_embedding",
+        "position_embedding": "embeddings.position_embedding.weight",
+        "ln_pre": "pre_layrnorm",
+        "ln_post": "post_layernorm",
+        "projection": "visual_projection.weight",
+        "blocks.#.ln_1": "encoder.layers.#.layer_norm1",
+        "blocks.#.ln_2": "encoder.layers.#.layer_norm2",
+        "blocks.#.attn.q": "encoder.layers.#.self_attn.q_proj",
+        "blocks.#.attn.k": "encoder.layers.#.self_attn.k_proj",
+        "blocks.#.attn.v": "encoder.layers.#.self_attn.v_proj",
+        "blocks.#.attn.out": "encoder.layers.#.self_attn.out_proj",
+        "blocks.#.fc": "encoder.layers.#.mlp.fc1",
+        "blocks.#.proj": "encoder.layers.#.mlp.fc2",
+    },
+    marks="embeddings.class_embedding",
+    prefixes=("vision_model.", ""),
+    transposed=True,
+    ignored=r"embeddings\.position_ids$",
+)
+_HF_VIT = {
+    "patch_weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_bias": "embeddings.patch_embeddings.projection.bias",
+    "class_embedding": "embeddings.cls_token",
+    "position_embedding": "embeddings.position_embeddings",
+    "ln_post": "layernorm",
+    "blocks.#.attn.q": "encoder.layer.#.attention.attention.query",
+    "blocks.#.attn.k": "encoder.layer.#.attention.attention.key",
+    "blocks.#.attn.v": "encoder.layer.#.attention.attention.value",
+    "blocks.#.attn.out": "encoder.layer.#.attention.output.dense",
+}
+HF_VIT = Layout(
+    "Hugging Face ViT",
+    {
+        **_HF_VIT,
+        "blocks.#.ln_1": "encoder.layer.#.layernorm_before",
+        "blocks.#.ln_2": "encoder.layer.#.layernorm_after",
+        "blocks.#.fc": "encoder.layer.#.intermediate.dense",
+        "blocks.#.proj": "encoder.layer.#.output.dense",
+    },
+    marks="encoder.layer.0.layernorm_before.weight",
+    prefixes=("vit.", ""),
+    token_rank=3,
+    ignored=r"pooler\.|classifier\.|embeddings\.mask_token$",
+)
+HF_DINOV2 = Layout(
+    "Hugging Face DINOv2",
+    {
+        **_HF_VIT,
+        "blocks.#.ln_1": "encoder.layer.#.norm1",
+        "blocks.#.ln_2": "encoder.layer.#.norm2",
+        "blocks.#.fc": "encoder.layer.#.mlp.fc1",
+        "blocks.#.proj": "encoder.layer.#.mlp.fc2",
+        "blocks.#.scale_1": "encoder.layer.#.layer_scale1.lambda1",
+        "blocks.#.scale_2": "encoder.layer.#.layer_scale2.lambda1",
+    },
+    marks="encoder.layer.0.layer_scale1.lambda1",
+    prefixes=("dinov2.", ""),
+    token_rank=3,
+    ignored=r"classifier\.|embeddings\.mask_token$",
+)
+TIMM = Layout(
+    "timm",
+    {
+        "patch_weight": "patch_embed.proj.weight",
+        "patch_bias": "patch_embed.proj.bias",
+        "class_embedding": "cls_token",
+        "position_embedding": "pos_embed",
+        "ln_pre": "norm_pre",
+        "ln_post": "norm",
+        "projection": "head.weight",
+        "blocks.#.ln_1": "blocks.#.norm1",
+        "blocks.#.ln_2": "blocks.#.norm2",
+        "blocks.#.attn.qkv": "blocks.#.attn.qkv",
+        "blocks.#.attn.out": "blocks.#.attn.proj",
+        "blocks.#.fc": "blocks.#.mlp.fc1",
+        "blocks.#.proj": "blocks.#.mlp.fc2",
+        "blocks.#.scale_1": "blocks.#.ls1.gamma",
+        "blocks.#.scale_2": "blocks.#.ls2.gamma",
+    },
+    marks="patch_embed.proj.weight",
+    token_rank=3,
+    transposed=True,
+)
+LAYOUTS = (OPEN_CLIP, HF_CLIP, HF_DINOV2, HF_VIT, TIMM)

@@ -1,0 +1,1 @@
+"""Looking at counterfactual images: a page to explore in a browser, pictures, and rows for TensorBoard."""

@@ -1,0 +1,76 @@
+"""The images to look at: found in a folder, with their classes where the folders tell."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.transforms import resize_and_crop
+from ..explain.gallery import SUFFIXES
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images as the model sees them.
+
+    Attributes:
+        names: Path of each, relative to the folder.
+        pixels: uint8 ``[N, S, S, 3]``.
+        labels: int64 ``[N]``, the class that its folder is called after, or -1.
+    """
+
+    names: tuple[str, ...]
+    pixels: Tensor
+    labels: Tensor
+
+
+def read_images(root: Path, classes: Sequence[str], image_size: int, count: int, without: Path) -> Images:
+    """Read ``count`` images, spread evenly over the sorted files; what cannot be read is named and left out.
+
+    Args:
+        root: Folder, of class folders or of images of any depth.
+        classes: Names of the model's classes.
+        image_size: Side that the images are resized and cropped to.
+        count: How many.
+        without: Folder whose images are not meant: pictures of an earlier look may lie there.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: No such folder.
+        ValueError: No image in it, or none that can be read, or ``count`` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, got {count}")
+    if not root.exists():
+        raise FileNotFoundError(f"there is no folder of images {root}: check --images")
+    if not root.is_dir():
+        raise NotADirectoryError(f"--images {root} is a file: pass the folder that it lies in")
+    files = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in files if without.resolve() not in path.resolve().parents)
+    if not paths:
+        raise ValueError(f"there are no images in {root} (files ending in {', '.join(sorted(SUFFIXES))})")
+    count = min(count, len(paths))
+    names, pixels, labels = [], [], []
+    for path in (paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)):
+        try:
+            with Image.open(path) as image:
+                pixels.append(torch.from_numpy(resize_and_crop(image, image_size)))
+        except Exception as error:  # PIL lets anything through, from SyntaxError to struct.error
+            print(f"skipped: {path}: {error}", file=sys.stderr)
+            continue
+        names.append(path.relative_to(root).as_posix())
+        labels.append(_label(path, root, classes))
+    if not pixels:
+        raise ValueError(f"none of the {count} images tried in {root} can be read")
+    return Images(tuple(names), torch.stack(pixels), torch.tensor(labels))
+
+
+def _label(path: Path, root: Path, classes: Sequence[str]) -> int:
+    """Index of the class that the innermost of the image's folders, up to ``root`` itself, is called after, or -1."""
+    folders = [root.resolve().name, *path.relative_to(root).parts[:-1]]
+    return next((classes.index(name) for name in reversed(folders) if name in classes), -1)

@@ -1,0 +1,271 @@
+"""Models of other libraries, by name: their own configuration and weights give their own outputs."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from maskcf_fast.models import load_backbone, load_source
+from maskcf_fast.models.sources import load_named
+
+open_clip = pytest.importorskip("open_clip")
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+
+
+def randomise(model):
+    """Random everything: the libraries start biases at zero and norms at one, which would hide a mix-up."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model.eval()
+
+
+def assert_same_features(name, theirs, mean, std):
+    """``theirs`` takes normalised pixels, ours the pixels themselves."""
+    torch.manual_seed(1)
+    pixels = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
+    with torch.no_grad():
+        ours, expected = load_named(name)(pixels), theirs((pixels - mean) / std)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "feature", "mean"),
+    [
+        (
+            "CLIPVisionModelWithProjection",
+            lambda: transformers.CLIPVisionConfig(
+                **SIZES, intermediate_size=160, projection_dim=48, layer_norm_eps=1e-3
+            ),
+            "image_embeds",
+            (0.48145466, 0.4578275, 0.40821073),
+        ),
+        ("CLIPVisionModel", lambda: transformers.CLIPVisionConfig(**SIZES, hidden_act="gelu"), "pooler_output", None),
+        ("ViTModel", lambda: transformers.ViTConfig(**SIZES, intermediate_size=256), "class token", None),
+        ("Dinov2Model", lambda: transformers.Dinov2Config(**SIZES), "pooler_output", (0.485, 0.456, 0.406)),
+    ],
+)
+def test_hugging_face_folder(tmp_path, kind, config, feature, mean):
+    theirs = randomise(getattr(transformers, kind)(config()))
+    theirs.save_pretrained(tmp_path)
+    std = {"CLIPVisionModelWithProjection": (0.26862954, 0.26130258, 0.27577711), "Dinov2Model": (0.229, 0.224, 0.225)}
+    if mean is None:
+        mean = (0.1, 0.2, 0.3)
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": [0.4] * 3}))
+
+    def features(x):
+        out = theirs(pixel_values=x)
+        return out.last_hidden_state[:, 0] if feature == "class token" else getattr(out, feature)
+
+    assert_same_features(f"hf:{tmp_path}", features, mean, std.get(kind, (0.4, 0.4, 0.4)))
+
+
+def test_hugging_face_whole_clip_in_shards_and_as_a_pickle(tmp_path):
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=48)
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    whole, state = load_source(f"hf:{tmp_path}")
+    assert (whole.output_dim, whole.activation, whole.mlp_width) == (48, "quick_gelu", 3072)
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(state)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in parts.items():
+        save_file({name: state[name] for name in own}, tmp_path / file)
+    index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    sharded = load_source(f"hf:{tmp_path}")[1]
+    (tmp_path / "model.safetensors.index.json").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    pickled = load_source(f"hf:{tmp_path}")[1]
+    for other in (sharded, pickled):
+        assert other.keys() == state.keys()
+        assert all(torch.equal(other[name], state[name]) for name in state)
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_a_pickle_that_would_execute_code_is_refused(tmp_path, capsys):
+    transformers.CLIPVisionConfig(**SIZES).save_pretrained(tmp_path)
+    torch.save({"weight": torch.zeros(1), "trap": Trap()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged, or holds more than tensors.*convert it"):
+        load_source(f"hf:{tmp_path}")
+    assert "must not run" not in capsys.readouterr().out
+
+
+def open_clip_folder(folder, quick=True, **vision):
+    vision = {"image_size": 32, "layers": 2, "width": 128, "head_width": 32, "patch_size": 8, **vision}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    model = randomise(open_clip.CLIP(48, vision, text, quick_gelu=quick))
+    cfg = {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick}
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": pixels}))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("quick", "vision"),
+    [(True, {}), (False, {"mlp_ratio": 2.5}), (False, {"no_ln_pre": True}), (True, {"ls_init_value": 0.3})],
+    ids=["quick_gelu", "mlp_ratio", "no_ln_pre", "layer scale"],
+)
+def test_open_clip(tmp_path, quick, vision):
+    model = open_clip_folder(tmp_path, quick, **vision)
+    assert_same_features(f"open_clip:local-dir:{tmp_path}", model.visual, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+
+
+def timm_folder(folder, name, **changes):
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, **changes}
+    model = randomise(timm.create_model(name, **args))
+    if "_clip_" in name and args.get("num_classes"):
+        torch.nn.init.zeros_(model.head.bias)
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4]}
+    config = {"architecture": name, "num_classes": model.num_classes, "model_args": args, "pretrained_cfg": pixels}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "projects"),
+    [
+        ("vit_base_patch16_clip_224", 48, True),
+        ("vit_base_patch16_clip_quickgelu_224", 48, True),
+        ("vit_base_patch16_clip_224", 0, False),
+        ("vit_base_patch16_224", 7, False),
+        ("vit_small_patch14_dinov2", 0, False),
+    ],
+)
+def test_timm(tmp_path, name, classes, projects):
+    model = timm_folder(tmp_path, name, num_classes=classes)
+
+    def features(x):
+        return model(x) if projects else model.forward_head(model.forward_features(x), pre_logits=True)
+
+    assert_same_features(f"timm:local-dir:{tmp_path}", features, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (lambda at: timm_folder(at, "vit_base_patch16_224", reg_tokens=4), "it has 4 register tokens"),
+        (lambda at: timm_folder(at, "vit_base_patch16_224", global_pool="avg"), "its feature is pooled by 'avg'"),
+        (lambda at: timm_folder(at, "vit_base_patch16_siglip_224"), "its feature is pooled by 'map'"),
+        (lambda at: timm_folder(at, "vit_base_patch16_224", act_layer="gelu_tanh"), "its activation is GELUTanh"),
+        (lambda at: timm_folder(at, "vit_base_patch16_224", qkv_bias=False), "its attention has no bias"),
+        (lambda at: open_clip_folder(at, pool_type="avg"), "its feature is pooled from all tokens"),
+        (lambda at: open_clip_folder(at, qk_norm=True), "its blocks are CustomResidualAttentionBlocks"),
+    ],
+)
+def test_what_the_compact_transformer_cannot_express(tmp_path, save, message):
+    library = "open_clip" if type(save(tmp_path)).__name__ == "CLIP" else "timm"
+    with pytest.raises(ValueError, match=f"not supported because {message}"):
+        load_source(f"{library}:local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: transformers.SiglipVisionConfig(**SIZES), "its feature is pooled by attention"),
+        (lambda: transformers.Dinov2WithRegistersConfig(**SIZES), "it has register tokens"),
+        (lambda: transformers.Dinov2Config(**SIZES, use_swiglu_ffn=True), "its MLPs are SwiGLU"),
+        (lambda: transformers.ViTConfig(**SIZES, hidden_act="relu"), "its activation is relu"),
+        (lambda: transformers.BertConfig(), "bert is neither CLIP, ViT nor DINOv2"),
+    ],
+)
+def test_hugging_face_models_that_are_refused(tmp_path, config, message):
+    config().save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"not supported because {message}"):
+        load_source(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("clip:ViT-B-32", r"open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER or timm:MODEL.TAG, got.*mean 'open_clip'"),
+        ("open_clip:ViT-B-23/openai", r"no model 'ViT-B-23'; did you mean 'ViT-B-32'"),
+        ("open_clip:ViT-B-32/opnai", r"needs one of .*got 'opnai'; did you mean 'openai'"),
+        ("timm:vit_base_patch16_clip_223.openai", r"no model.*did you mean 'vit_base_patch16_clip_224'"),
+        ("timm:vit_base_patch16_clip_224.opnai", r"(?s)opnai"),
+        ("hf:/absent/folder", "cannot be loaded"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_source(name)
+
+
+def test_tensors_that_do_not_fit_their_configuration_are_named(tmp_path):
+    timm_folder(tmp_path, "vit_base_patch16_224")
+    config, state = load_source(f"timm:local-dir:{tmp_path}")
+    state["blocks.1.mlp.fc1.weight"] = torch.zeros(3, 64)
+    state["blocks.1.extra"] = torch.zeros(2)
+    del state["norm.bias"]
+    from maskcf_fast.models import VisionTransformer
+
+    message = r"(?s)missing ln_post\.bias \[64\].*unexpected blocks\.1\.extra \[2\].*blocks\.1\.fc\.weight is \[3, 64\]"
+    with pytest.raises(ValueError, match=message):
+        load_backbone(VisionTransformer(config), state)
+    assert "norm.bias" in load_file(tmp_path / "model.safetensors")
+
+
+def test_a_run_starts_from_a_named_model_and_is_rebuilt_from_its_own_file(tmp_path, change, monkeypatch):
+    from maskcf_fast.evaluation.runs import read_run
+    from maskcf_fast.training.trainer import Trainer
+
+    source = tmp_path / "source"
+    source.mkdir()
+    timm_folder(source, "vit_small_patch14_dinov2")
+    name = f"timm:local-dir:{source}"
+    config = change(model={"name": name, "weights": None, "head_kind": "linear"}, optim={"epochs": 1, "lr": 1e-4})
+    trainer = Trainer(config, quiet=True)
+    student = trainer.method.student
+    assert student.backbone.config == load_source(name)[0]
+    assert torch.equal(
+        student.backbone.blocks[0].scale_1, load_file(source / "model.safetensors")["blocks.0.ls1.gamma"]
+    )
+    trainer.run()
+    (source / "model.safetensors").unlink()  # a run's own file says all that is needed
+    run = read_run(config.out)
+    rebuilt = run.tuned()
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(rebuilt(images), student.eval()(images))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        run.initial()
+
+
+def test_a_name_and_weights_exclude_each_other(change):
+    with pytest.raises(ValueError, match=r"--model.name brings its own weights: leave out --model.weights"):
+        change(model={"name": "timm:x"}).validate()
+
+
+def test_settings_are_checked_against_the_named_model(tmp_path, change):
+    from maskcf_fast.training.trainer import Trainer
+
+    timm_folder(tmp_path, "vit_base_patch16_224")
+    config = change(model={"name": f"timm:local-dir:{tmp_path}", "weights": None}, method={"top_k": 17})
+    with pytest.raises(ValueError, match="top_k=17 exceeds the 16 patches of timm:"):
+        Trainer(config, quiet=True)
+
+
+def test_a_weights_file_of_another_architecture_is_refused(change, tmp_path):
+    """Activation and normalisation change no tensor's shape."""
+    from maskcf_fast.models import VisionTransformer, preset
+    from maskcf_fast.models.weights import architecture_metadata
+    from maskcf_fast.training.build import build_model
+    from maskcf_fast.training.checkpoint import save_weights
+
+    other = preset("tiny", activation="quick_gelu", std=(0.5, 0.5, 0.5))
+    save_weights(tmp_path / "x.safetensors", VisionTransformer(other).state_dict(), architecture_metadata(other))
+    config = change(model={"weights": tmp_path / "x.safetensors"}).model
+    with pytest.raises(ValueError, match=r"activation is quick_gelu, not gelu, std is \(0.5, 0.5, 0.5\), not"):
+        build_model(config, 3, seed=0)
