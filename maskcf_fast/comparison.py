@@ -79,12 +79,14 @@ class Evaluation:
         model = self.config.model
         if weights is not None:
             model = dataclasses.replace(model, weights=weights, head=None)
-        return build_model(model, len(self.train.classes), self.config.seed).to(self.processes.device)
+        built = build_model(model, len(self.train.classes), self.config.seed)
+        self.image_size = built.backbone.config.image_size
+        return built.to(self.processes.device)
 
     @torch.no_grad()
-    def accuracy(self, model: nn.Module, image_size: int) -> dict[str, float]:
-        """In percent by test set."""
-        _, loaders = build_loaders(self.config, self.train, self.tests, image_size, self.processes)
+    def accuracy(self, model: nn.Module) -> dict[str, float]:
+        """In percent by test set, of a `model` or of what was made from several."""
+        _, loaders = build_loaders(self.config, self.train, self.tests, self.image_size, self.processes)
         precision = self.config.precision
         return {name: evaluate(model, loader, self.processes, precision) for name, loader in loaders.items()}
 

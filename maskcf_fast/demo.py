@@ -24,7 +24,6 @@ from ._cache import atomic_write, cache_dir
 from .comparison import Evaluation, spread, train, train_or_reuse
 from .data.demo import DemoData, DemoSpec, build_demo_data
 from .distill import CounterfactualDistiller, interpolate
-from .models import preset
 from .ops import refill_patches
 from .plots import Point, plot_counterfactuals, plot_tradeoff
 from .training.build import build_loaders, build_method, build_model, scan
@@ -173,7 +172,7 @@ class Demo:
         rows = []
         for alpha in ALPHAS:
             model.load_state_dict(interpolate(start, tuned, alpha))
-            accuracy = evaluation.accuracy(model, preset(config.model.arch).image_size)
+            accuracy = evaluation.accuracy(model)
             rows.append(Row("WiSE-FT", alpha, seed, accuracy["id"], accuracy["ood_test"]))
             if alpha == 0:
                 rows.append(Row("zero-shot", None, seed, accuracy["id"], accuracy["ood_test"]))

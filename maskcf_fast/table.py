@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from ._cache import atomic_write
 from .comparison import Evaluation, spread, train_or_reuse
 from .distill import PAPER_CUTS, OutputEnsemble, average, interpolate
-from .models import preset
 from .plots import Point, plot_tradeoff
 from .training.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, find_yaml
 from .training.distributed import Processes
@@ -168,7 +167,7 @@ class Table:
         return self.config.out / f"{method}-seed{seed}" / f"{name}.safetensors"
 
     def _measure(self, evaluation: Evaluation, model: torch.nn.Module) -> dict[str, float]:
-        accuracy = evaluation.accuracy(model, preset(evaluation.config.model.arch).image_size)
+        accuracy = evaluation.accuracy(model)
         return {name: value for name, value in accuracy.items() if name != "holdout"}
 
     def _derived(self, method: str, seed: int) -> list[tuple[str, dict[str, float]]]:

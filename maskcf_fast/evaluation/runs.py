@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from ..distill import interpolate
 from ..models import ImageClassifier
 from ..training.build import build_model
 from ..training.checkpoint import fingerprint, load_checkpoint
@@ -55,8 +54,9 @@ class Run:
         if (checkpoint := self.folder / "last.pt").is_file():
             started = load_checkpoint(checkpoint).get("initial")
             if started != fingerprint(model):
+                source = self.config.model.weights or self.config.model.name
                 raise ValueError(
-                    f"{self.config.model.weights} no longer holds the weights that {self.folder} started from: "
+                    f"{source} no longer holds the weights that {self.folder} started from: "
                     "restore them, or leave out --wise-ft"
                 )
         return model
@@ -73,18 +73,11 @@ class Run:
         model = self.tuned()
         yield None, model
         if alphas:
-            tuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            tuned = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
             start = self.initial().state_dict()
             for alpha in alphas:
-                device = next(model.parameters()).device
-                mixed = {name: _between(start[name], tuned[name].to("cpu"), alpha).to(device) for name in tuned}
-                model.load_state_dict(mixed)
+                model.load_state_dict(interpolate(start, tuned, alpha))
                 yield alpha, model
-
-
-def _between(start: Tensor, tuned: Tensor, alpha: float) -> Tensor:
-    """Exactly the ends at 0 and 1; what is not a number to interpolate stays as it was tuned."""
-    return torch.lerp(start, tuned, alpha) if tuned.is_floating_point() else tuned
 
 
 def read_run(

@@ -92,9 +92,10 @@ class Evaluation:
     def _rows(self, run: Run) -> Iterator[Row]:
         precision = self.config.precision or run.config.precision
         benchmarks = self.benchmarks(run)
+        name = run.config.model.name or run.config.model.arch
         for alpha, model in run.models(self.alphas):
             title = run.name if alpha is None else f"{run.name} α {alpha:g}"
-            state = f"{run.config.model.arch}-{precision}-{fingerprint(model)[:32]}"
+            state = f"{name}-{run.config.model.head_kind}-{precision}-{fingerprint(model)[:32]}"
             model = model.to(self.processes.device)
             results = {}
             for i, benchmark in enumerate(benchmarks):

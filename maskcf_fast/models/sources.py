@@ -41,7 +41,7 @@ def load_source(name: str) -> tuple[VisionTransformerConfig, State]:
     except ImportError as error:
         package = {"open_clip": "open_clip_torch", "hf": "transformers", "timm": "timm"}[library]
         raise ImportError(
-            f"{name} needs {library}, which cannot be imported ({error}): pip install {package}"
+            f"{name} needs {package}, which cannot be imported ({error}): pip install {package}"
         ) from error
     except (OSError, RuntimeError) as error:  # the libraries' and the hub's own
         raise ValueError(f"{name} cannot be loaded: {error}") from error

@@ -102,7 +102,7 @@ def write_open_clip(model: ImageClassifier, classes: Sequence[str], folder: Path
         raise _no_place("open_clip", "vision transformer", config)
     save_file(OPEN_CLIP.to_theirs(model.backbone.state_dict()), folder / "model.safetensors", PT)
     name = _open_clip_name(config)
-    create = f'open_clip.create_model("{name}")' if name else "an open_clip model of this architecture"
+    create = f'open_clip.create_model("{name}")' if name else "model"
     return f'{create}.visual.load_state_dict(safetensors.torch.load_file("{{out}}/model.safetensors"))', False
 
 

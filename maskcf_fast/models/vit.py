@@ -72,6 +72,8 @@ class VisionTransformerConfig:
             raise ValueError(f"activation must be 'quick_gelu' or 'gelu', got {self.activation!r}")
         if self.mlp_width is not None and self.mlp_width < 1:
             raise ValueError(f"mlp_width must be at least 1, got {self.mlp_width}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be positive, got {self.eps}")
 
     @property
     def num_patches(self) -> int:

@@ -34,7 +34,7 @@ from ..models import (
     preset,
 )
 from ..models.layouts import State
-from ..models.weights import PICKLES, architecture_metadata, read_architecture, read_metadata, read_state
+from ..models.weights import architecture_metadata, read_architecture, read_metadata, read_state
 from .config import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 from .distributed import Processes
 
@@ -101,9 +101,9 @@ def _load_head(config: ModelConfig, head: CosineClassifier | LinearClassifier, c
         return
     if not path.is_file():
         raise FileNotFoundError(f"no head at {path}")
-    if config.head is None and path.suffix in PICKLES:
-        return
     state = read_state(path)
+    if config.head is None and "backbone.patch_weight" not in state:
+        return  # another library's file: its head, if any, is on other classes, or a projection
     if f"{prefix}weight" not in state:
         if config.head is not None:
             raise ValueError(f'{path} must hold "weight" [classes, D], it holds {", ".join(sorted(state)[:4])}')

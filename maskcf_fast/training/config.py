@@ -18,6 +18,7 @@ import yaml
 
 from ..distill import MaskStrategy, OtherDonors
 from ..models import VisionTransformerConfig, preset
+from ..models.weights import read_architecture
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,15 @@ class ModelConfig:
     arch: str = "ViT-B/32"
     """Preset: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336 or tiny."""
     weights: Path | None = None
-    """Pre-trained weights (.safetensors of this package, Hugging Face CLIP or open_clip); teacher and start of
-    the student. "random" starts from scratch."""
+    """Pre-trained weights (.safetensors of this package, open_clip, Hugging Face or timm); teacher and start of the
+    student. "random" starts from scratch."""
     head: Path | None = None
     """Zero-shot head (.safetensors with "weight" [classes, D], as CosineClassifier.from_text makes it). By
     default the head in the weights file, if there is one, or a random one."""
     name: str | None = None
     """In place of arch and weights, a model of another library with its own architecture and weights:
-    open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER (CLIP, ViT, DINOv2) or timm:MODEL.TAG."""
+    open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER (CLIP, ViT, DINOv2) or timm:MODEL.TAG. Weights that a run of such a
+    model wrote may be given with it."""
     head_kind: Literal["cosine", "linear"] = "cosine"
     """cosine: on the feature's direction, as CLIP's zero-shot classifier; linear: on the feature itself, for models
     without a text tower."""
@@ -203,7 +205,7 @@ class TrainConfig:
             raise ValueError("method.ema_teacher does not go with --parallel fsdp: use --parallel ddp")
         if self.model.name is None:
             self.check_fits(preset(self.model.arch), self.model.arch)
-        elif self.model.weights is not None:
+        elif self.model.weights is not None and read_architecture(self.model.weights) is None:
             raise ValueError("--model.name brings its own weights: leave out --model.weights, or --model.name")
 
     def check_fits(self, model: VisionTransformerConfig, name: str) -> None:

@@ -237,6 +237,8 @@ def test_a_run_starts_from_a_named_model_and_is_rebuilt_from_its_own_file(tmp_pa
     (source / "model.safetensors").unlink()  # a run's own file says all that is needed
     run = read_run(config.out)
     rebuilt = run.tuned()
+    again = change(model={"name": name, "weights": run.weights, "head_kind": "linear"}, out=tmp_path / "again")
+    assert torch.equal(Trainer(again, quiet=True).method.student(images := torch.rand(2, 3, 32, 32)), rebuilt(images))
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(rebuilt(images), student.eval()(images))
     with pytest.raises(ValueError, match="cannot be loaded"):
@@ -269,3 +271,40 @@ def test_a_weights_file_of_another_architecture_is_refused(change, tmp_path):
     config = change(model={"weights": tmp_path / "x.safetensors"}).model
     with pytest.raises(ValueError, match=r"activation is quick_gelu, not gelu, std is \(0.5, 0.5, 0.5\), not"):
         build_model(config, 3, seed=0)
+
+
+def test_a_timm_file_as_weights_of_a_preset_gives_no_head(tmp_path, change):
+    """Its ``head.weight`` is the projection."""
+    from maskcf_fast.training.build import build_model
+
+    timm_folder(tmp_path, "vit_base_patch16_clip_224", embed_dim=96, depth=4, num_classes=64)
+    config = change(model={"weights": tmp_path / "model.safetensors"}).model
+    model = build_model(config, 64, seed=0)
+    state = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(model.backbone.projection.T, state["head.weight"])
+    assert not torch.equal(model.head.weight, state["head.weight"])
+
+
+@pytest.mark.parametrize(("tag", "quick"), [("openai", True), ("laion2b_s34b_b79k", False)])
+def test_open_clips_activation_is_that_of_the_weights(monkeypatch, tag, quick):
+    create = open_clip.create_model
+
+    def without_weights(name, pretrained=None, **options):
+        return create(name, None, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", without_weights)
+    config, state = load_source(f"open_clip:ViT-B-32/{tag}")
+    assert config.activation == ("quick_gelu" if quick else "gelu")
+    assert (config.image_size, config.patch_size, config.output_dim) == (224, 32, 512)
+    assert state["conv1.weight"].shape == (768, 3, 32, 32)
+
+
+def test_timms_other_activation_is_pointed_out(capsys):
+    from maskcf_fast.models.architectures import timm_config
+
+    small = {"embed_dim": 64, "depth": 1, "num_heads": 4}
+    assert timm_config(timm.create_model("vit_base_patch16_clip_224.openai", **small)).activation == "gelu"
+    assert "timm has as vit_base_patch16_clip_quickgelu_224" in capsys.readouterr().err
+    quick = timm_config(timm.create_model("vit_base_patch16_clip_quickgelu_224.openai", **small))
+    assert quick.activation == "quick_gelu"
+    assert capsys.readouterr().err == ""

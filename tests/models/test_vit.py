@@ -57,6 +57,10 @@ def test_bad_arguments():
         preset("tiny", image_size=30)
     with pytest.raises(ValueError, match="width=97 does not divide into heads=4"):
         preset("tiny", width=97)
+    with pytest.raises(ValueError, match="mlp_width must be at least 1, got 0"):
+        preset("tiny", mlp_width=0)
+    with pytest.raises(ValueError, match="eps must be positive, got 0"):
+        preset("tiny", eps=0.0)
     with pytest.raises(ValueError, match=r"images must have shape \[N, 3, 32, 32\], got \[1, 3, 40, 40\]"):
         VisionTransformer("tiny")(torch.rand(1, 3, 40, 40))
 

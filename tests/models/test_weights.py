@@ -1,10 +1,13 @@
 """Weights of other libraries' models give those libraries' outputs."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskcf_fast.models import VisionTransformer, VisionTransformerConfig, load_backbone
+from maskcf_fast.models import VisionTransformer, VisionTransformerConfig, load_backbone, preset
+from maskcf_fast.models.layouts import HF_CLIP, HF_DINOV2, HF_VIT, OPEN_CLIP, TIMM
 
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # the others expect normalised pixels
 
@@ -103,3 +106,37 @@ def test_refusals(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="no complete safetensors file"):
         load_backbone(model, tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        (OPEN_CLIP, {"layer_scale": True}),
+        (HF_CLIP, {}),
+        (HF_VIT, {"output_dim": None, "pre_norm": False, "patch_bias": True}),
+        (HF_DINOV2, {"output_dim": None, "pre_norm": False, "patch_bias": True, "layer_scale": True}),
+        (TIMM, {"layer_scale": True, "patch_bias": True}),
+    ],
+    ids=lambda value: getattr(value, "library", ""),
+)
+def test_names_and_shapes_there_and_back(layout, changes):
+    """Every tensor gets one of the library's names, and comes back as it was."""
+    state = randomise(VisionTransformer(preset("tiny", **changes))).state_dict()
+    theirs = layout.to_theirs(state)
+    known = [re.escape(name).replace(r"\#", r"\d+") + r"(\.weight|\.bias)?" for name in layout.names.values()]
+    assert all(any(re.fullmatch(pattern, name) for pattern in known) for name in theirs)
+    ours = layout.to_ours(theirs)
+    assert ours.keys() == state.keys()
+    assert all(torch.equal(ours[name], state[name]) for name in state)
+
+
+def test_a_training_checkpoint_of_open_clip(tmp_path):
+    """Pickled, with the prefix that several processes leave, beside numbers and the text tower."""
+    model = randomise(VisionTransformer("tiny"))
+    state = {f"module.visual.{name}": tensor for name, tensor in OPEN_CLIP.to_theirs(model.state_dict()).items()}
+    torch.save({"epoch": 3, "state_dict": {**state, "module.logit_scale": torch.zeros(())}}, tmp_path / "epoch_3.pt")
+    loaded = load_backbone(VisionTransformer("tiny"), tmp_path / "epoch_3.pt")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    torch.save([1, 2], tmp_path / "epoch_3.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        load_backbone(model, tmp_path / "epoch_3.pt")
