@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+OUT_OF_TIME = ("needs about", "the time was over")  # how a cell begins that was left out, not broken
 LEAST = 0.05  # a difference below this is noise, however little the rounds differed
 
 Figures = dict[tuple[str, ...], tuple[float, float]]  # ms and its interquartile range, by what was measured
@@ -28,23 +29,54 @@ def _figures(report: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], tuple[fl
                     ("op", row["op"], row["case"], row["size"], str(row["batch"]), name),
                     (found["ms"], found["iqr_ms"]),
                 )
-    for phase in report.get("breakdown", {}).get("phases", []):
-        yield ("phase", phase["name"]), (phase["ms"], phase["iqr_ms"])
+    breakdown = report.get("breakdown", {})
+    of = tuple(str(breakdown.get(name)) for name in ("arch", "batch", "precision"))
+    for phase in breakdown.get("phases", []):
+        yield ("phase", *of, phase["name"]), (phase["ms"], phase["iqr_ms"])
+
+
+def failures(report: dict[str, Any]) -> set[str]:
+    """What was tried and did not come out right: checks that failed, and variants that could not run."""
+    failed = {
+        f"{check['what']}: {check['status']}"
+        for check in report.get("correctness", [])
+        if check["status"].startswith("FAILED")
+    }
+    for cell in report.get("step", {}).get("cells", []):
+        reason = cell.get("not_measured")
+        if reason is not None and not reason.startswith(OUT_OF_TIME):
+            name = ", ".join(str(cell[k]) for k in ("arch", "method", "order", "run", "precision"))
+            failed.add(f"{name}: {reason}")
+    return failed
+
+
+def check_comparable(old: dict[str, Any], device: str, threads: int) -> None:
+    """Raise unless times on ``device`` can be held against an old report's.
+
+    Raises:
+        ValueError: It is no report, or of another device or number of threads.
+    """
+    environment = old.get("environment")
+    if not isinstance(environment, dict) or not {"device", "threads"} <= environment.keys():
+        raise ValueError('the old report has no "environment" with device and threads: it is none of benchmarks.report')
+    for name, now in (("device", device), ("threads", threads)):
+        if environment[name] != now:
+            raise ValueError(f"the old report is of {name} {environment[name]}, this is {now}: compare like with like")
 
 
 def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], bool]:
-    """Lines ``new/old`` for every cell that both have, and whether any is slower beyond the noise.
+    """Lines ``new/old`` for every cell that both have, and whether anything is worse.
 
-    The noise is both interquartile ranges together, and at least 5 % of the old time. Cells that only one report has
-    are named; they are no regression.
+    Worse is a time beyond the noise (both interquartile ranges together, and at least 5 % of the old time), one that
+    is no number, and whatever fails that did not. Cells that only one report has are named; they are no regression.
 
     Raises:
-        ValueError: The reports are of different devices, whose times say nothing about each other.
+        ValueError: The reports are of different devices or have no cell in common.
     """
-    devices = [report["environment"]["device"] for report in (new, old)]
-    if devices[0] != devices[1]:
-        raise ValueError(f"the new report is of {devices[0]}, the old one of {devices[1]}: compare on one device")
+    check_comparable(old, new["environment"]["device"], new["environment"]["threads"])
     ours, theirs = figures(new), figures(old)
+    if theirs and not ours.keys() & theirs.keys():
+        raise ValueError("the reports have no cell in common: measure the same sections for as many minutes")
     lines, regressed = [], False
     for key in theirs:
         name = ", ".join(key)
@@ -53,9 +85,11 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], bool]:
             continue
         (after, spread), (before, old_spread) = ours[key], theirs[key]
         noise = max(LEAST * before, math.hypot(spread, old_spread))
-        slower = after - before > noise
+        slower = not after - before <= noise
         regressed |= slower
         mark = "  REGRESSION" if slower else "  faster" if before - after > noise else ""
         lines.append(f"{name}: {after / before:.3f} ({before:.4g} -> {after:.4g} ms, noise {noise / before:.0%}){mark}")
     lines += [f"{', '.join(key)}: only in the new report" for key in ours if key not in theirs]
-    return lines, regressed
+    broken = sorted(failures(new) - failures(old))
+    lines += [f"{what}  REGRESSION" for what in broken]
+    return lines, regressed or bool(broken)

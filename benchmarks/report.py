@@ -29,7 +29,7 @@ from maskcf_fast._cache import atomic_write
 from . import breakdown, correctness, fed_step, ops, scaling, step
 from . import measure as m
 from .charts import charts
-from .compare import compare
+from .compare import check_comparable, compare, failures
 from .report_page import readme_section, targets, to_markdown
 
 # In the order in which they are measured, with their share of the minutes; correctness always comes first.
@@ -185,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old = None if given.compare is None else json.loads(given.compare.read_text())
         config = Config(given.device, given.minutes, tuple(given.sections.split(",")), given.images)
         device = m.resolve_device(given.device)
+        if old is not None:
+            check_comparable(old, m.device_name(device), torch.get_num_threads())
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     out = given.out or ROOT / "benchmarks" / "results" / m.slug(m.device_name(device))
@@ -194,14 +196,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write(report, out)
     print((out / "report.md").read_text())
     progress(f"Written: {out}")
+    for failure in sorted(failures(report)):
+        progress(f"not right: {failure}")
+    wrong = any(check["status"].startswith("FAILED") for check in report["correctness"])
     if old is None:
-        return 0
+        return int(wrong)
     try:
         lines, regressed = compare(report, old)
     except ValueError as error:
         parser.error(str(error))
     print("\n".join(lines))
-    return int(regressed)
+    return int(regressed or wrong)
 
 
 if __name__ == "__main__":

@@ -89,9 +89,8 @@ inline PatchGrid patch_grid(const Tensor& images, int64_t rows, int64_t cols) {
 // Memory safety does not rest on the caller: on the CPU, where reading them is cheap, the values are checked here too.
 inline void check_donor_values(const Tensor& donors, int64_t n) {
   const int64_t* donor = static_cast<const int64_t*>(donors.const_data_ptr());
-  bool inside = true;
-  for (int64_t i = 0; i < donors.numel(); ++i) inside &= donor[i] >= 0 && donor[i] < n;
-  STD_TORCH_CHECK(inside, "donors must index the batch, 0 to ", n - 1);
+  for (int64_t i = 0; i < donors.numel(); ++i)
+    STD_TORCH_CHECK(donor[i] >= 0 && donor[i] < n, "donors must index the batch, 0 to ", n - 1, ", got ", donor[i]);
 }
 
 inline const int64_t* donor_data(const Tensor& donors) { return static_cast<const int64_t*>(donors.const_data_ptr()); }

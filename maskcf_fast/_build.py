@@ -139,6 +139,7 @@ def cpu_jobs(source: Path, torch: Path, into: Path, sanitize: bool) -> list[list
         contract = "fast" if file.name.startswith(CONTRACTED) else "off"
         jobs.append(
             [*compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
+             f"-ffile-prefix-map={source}=csrc",
              "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", f"-ffp-contract={contract}", *simd,
              *(["-DMASKCF_X86"] if x86 else []), *(SANITIZE if sanitize else []), f"-D{TARGET_MACRO}",
              "-isystem", str(torch / "include"), "-c", str(file), "-o", str(into / f"{file.stem}.o")]
@@ -164,6 +165,7 @@ def cuda_jobs(source: Path, torch: Path, into: Path) -> list[list[str]]:
     return [
         [*nvcc, "-std=c++17", "-O3", *targets, "-Xptxas=-v", "--expt-relaxed-constexpr", "--extended-lambda",
          "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-ffp-contract=off",
+         "-Xcompiler", f"-ffile-prefix-map={source}=csrc",
          f"--fmad={'true' if file.name.startswith(CONTRACTED) else 'false'}",
          f"-D{TARGET_MACRO}", "-DUSE_CUDA", "-isystem", str(torch / "include"),
          "-c", str(file), "-o", str(into / f"{file.stem}_cuda.o")]

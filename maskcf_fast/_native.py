@@ -40,10 +40,10 @@ def loading_error() -> str | None:
         return "the extension is switched off (MASKCF_NATIVE=0)"
     if not path.is_file():
         reason = facts().get("why_no_cpu")
-        return f"the extension is not built ({reason or REMEDY})"
+        return f"the extension is not built ({reason or REMEDY}; a running process must be started again)"
     try:
         torch.ops.load_library(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return f"the extension does not load into PyTorch {torch.__version__}: {error}; {REMEDY}"
     return None
 

@@ -182,9 +182,44 @@ def test_compare_fails_on_a_regression_beyond_the_noise_only(report, tmp_path, m
         monkeypatch.setattr(report_, "measure", lambda config, progress, factor=factor: changed(factor, 0.01))
         assert report_.main(command) == status
 
-    other = old | {"environment": old["environment"] | {"device": "another"}}
-    with pytest.raises(ValueError, match="another"):
-        compare.compare(report, other)
+    for wrong, message in (
+        (old | {"environment": old["environment"] | {"device": "another"}}, "another"),
+        (old | {"environment": old["environment"] | {"threads": 99}}, "of threads 99"),
+        ({"cells": []}, "is none of benchmarks.report"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare.compare(report, wrong)
+
+
+def test_compare_fails_on_what_no_longer_works(report):
+    def broken(change):
+        other = copy.deepcopy(report)
+        change(other)
+        return other
+
+    def crash(other):
+        cell = cells(other)[VARIANTS[1]]
+        del cell["ms"]
+        cell["not_measured"] = "RuntimeError: out of memory"
+
+    def out_of_time(other):
+        cell = cells(other)[VARIANTS[1]]
+        del cell["ms"]
+        cell["not_measured"] = "the time was over"
+
+    assert compare.compare(broken(crash), report)[1]
+    assert not compare.compare(broken(out_of_time), report)[1]
+    assert compare.compare(broken(lambda other: cells(other)[VARIANTS[1]].update(ms=float("nan"))), report)[1]
+    assert compare.compare(broken(lambda other: other["correctness"][0].update(status="FAILED: off")), report)[1]
+    assert not compare.compare(broken(lambda other: None), report)[1]
+
+    def rename(other):
+        for cell in other["step"]["cells"]:
+            cell["arch"] = "other"
+        other["ops"], other["breakdown"] = {}, {}
+
+    with pytest.raises(ValueError, match="no cell in common"):
+        compare.compare(broken(rename), report)
 
 
 def test_the_fitted_exponent():

@@ -18,7 +18,8 @@ from ._verify import Span, find_bad_images, read_span
 from .manifest import Manifest, report_bad_images, scan_image_folder
 
 IMAGES = {"bmp", "jpg", "jpeg", "jp2", "j2k", "png", "pbm", "pgm", "ppm", "tif", "tiff", "webp"}
-_INDEX_VERSION = 1  # to be raised whenever an index would hold something else
+_INDEX_VERSION = 2  # to be raised whenever an index would hold something else
+MOST_CLASSES = 10_000_000  # a higher number is taken for a slip
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 # Of one sample: its key, the name of its image, where that lies, and its class; an image or class may be missing.
 Sample = tuple[str, str | None, Span | None, int | str | None]
@@ -149,6 +150,11 @@ def _classes(root: Path, labels: list[int | str], paths: list[str]) -> tuple[tup
         if len(kinds) > 1:
             raise ValueError(f"the classes of {root} are partly integers, partly names: list the names in {file}")
         if kinds == {int}:
+            for label, path in zip(labels, paths, strict=True):
+                if not 0 <= int(label) <= MOST_CLASSES:
+                    raise ValueError(
+                        f"{root / path} has a class outside 0 to {MOST_CLASSES} ({label}): classes count from 0"
+                    )
             names = [str(i) for i in range(max(int(label) for label in labels) + 1)]
         else:
             names = sorted({str(label) for label in labels})
@@ -181,9 +187,11 @@ def _samples(shard: Path) -> list[Sample]:
 
 def _read_shard(shard: Path, length: int) -> Iterator[Sample]:
     samples: dict[str, dict[str, tuple[str, Span]]] = {}
+    end = 0
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
+                end = member.offset_data + (member.size + 511) // 512 * 512
                 folder, _, name = member.name.rpartition("/")
                 if not member.isreg() or name.startswith("."):
                     continue
@@ -196,6 +204,8 @@ def _read_shard(shard: Path, length: int) -> Iterator[Sample]:
                 if extension.lower() in found:
                     raise ValueError(f"{shard} holds {member.name} twice: repack it")
                 found[extension.lower()] = (member.name, (member.offset_data, member.size))
+        if not _ends(shard, end):  # tarfile takes a damaged header for the end
+            raise ValueError(f"{shard} is damaged or cut short at byte {end}: get it again")
     except tarfile.TarError as error:
         raise ValueError(f"{shard} is no complete, uncompressed tar file: {error}") from error
     for key, files in samples.items():
@@ -203,6 +213,18 @@ def _read_shard(shard: Path, length: int) -> Iterator[Sample]:
         if len(images) > 1:
             raise ValueError(f"{shard}:{key} has several images ({', '.join(name for name, _ in images)}): keep one")
         yield key, *(images[0] if images else (None, None)), _label(str(shard), key, files)
+
+
+def _ends(shard: Path, offset: int) -> bool:
+    """Whether a tar file ends there: with two empty blocks of 512 bytes at least, and nothing after them."""
+    with shard.open("rb") as file:
+        file.seek(offset)
+        length = 0
+        while piece := file.read(1 << 20):
+            if piece.strip(b"\0"):
+                return False
+            length += len(piece)
+    return length >= 1024
 
 
 def _label(shard: str, key: str, files: dict[str, tuple[str, Span]]) -> int | str | None:
@@ -215,6 +237,6 @@ def _label(shard: str, key: str, files: dict[str, tuple[str, Span]]) -> int | st
             return None
     except (ValueError, KeyError, TypeError):
         return None
-    if isinstance(label, str) and label.isdecimal():
+    if isinstance(label, str) and re.fullmatch(r"-?\d{1,9}", label):
         return int(label)
     return label if isinstance(label, str | int) and label != "" and not isinstance(label, bool) else None

@@ -297,9 +297,12 @@ class VisionTransformer(nn.Module):
         block's backward pass always forms the weights' gradients, of which a relevance map needs none.
         """
         if enabled:
-            import torch._functorch.config as config
+            import torch._dynamo.config
+            import torch._functorch.config
 
-            config.donated_buffer = False  # the map's backward pass keeps the graph for the task loss's
+            torch._functorch.config.donated_buffer = False  # the map's backward pass keeps the graph for the task's
+            # With and without gradients, one image or many, one token or many, each dtype: more than the default 8.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         functions = [torch.compile(f, fullgraph=True) for f in POINTWISE] if enabled else POINTWISE
         for block in cast(list[Block], self.blocks):
             block.pointwise = tuple(functions)

@@ -203,6 +203,8 @@ class TrainConfig:
             raise ValueError(f"method.ema_teacher needs a method with a teacher, {self.method.name} has none")
         if self.method.ema_teacher and self.parallel == "fsdp":
             raise ValueError("method.ema_teacher does not go with --parallel fsdp: use --parallel ddp")
+        if self.method.name == "l2-sp" and self.parallel == "fsdp":
+            raise ValueError("l2-sp does not go with --parallel fsdp: use --parallel ddp")
         if self.model.name is None:
             self.check_fits(preset(self.model.arch), self.model.arch)
         elif self.model.weights is not None and read_architecture(self.model.weights) is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distill import Method, StepOutput
+from ..distill.methods import run
 from ..models import VisionTransformer
 
 Backward = Callable[..., StepOutput]
@@ -36,8 +37,8 @@ def compile_pointwise(method: Method, device: torch.device) -> str | None:
 class GraphedBackward:
     """`Method.backward` as one CUDA graph: the host launches a step's thousands of kernels at once.
 
-    Clipping and the optimiser, whose beta1 changes at every step, stay outside: a few launches more. Batches
-    of another size than the first one's run without the graph.
+    Clipping and the optimiser, whose beta1 changes at every step, stay outside: a few launches more. Steps of
+    another batch size or scale than the first one's run without the graph.
 
     Args:
         method: Its parameters' gradients stay where they are: set them to zero, not to None.
@@ -49,13 +50,22 @@ class GraphedBackward:
         self.generator = generator
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor, **options: Any) -> StepOutput:
-        """As `Method.backward`."""
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        scale: float = 1.0,
+        last: Callable[[Callable[[], Tensor]], Tensor] = run,
+    ) -> StepOutput:
+        """As `Method.backward`; ``generator`` and ``last`` are always the same."""
         if self.graph is None:
-            self._capture(images, labels, options)
+            self._capture(images, labels, {"generator": generator, "scale": scale, "last": last})
         assert self.graph is not None
-        if images.shape != self.images.shape or images.dtype != self.images.dtype:
-            return self.method.backward(images, labels, **options)
+        same = (images.shape, images.dtype, scale) == (self.images.shape, self.images.dtype, self.scale)
+        if not same:  # as in an epoch's last step, of fewer images or micro-batches
+            return self.method.backward(images, labels, generator=generator, scale=scale, last=last)
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
@@ -63,7 +73,7 @@ class GraphedBackward:
 
     def _capture(self, images: Tensor, labels: Tensor, options: dict[str, Any]) -> None:
         """Capture the step; neither gradients nor the generator move by it."""
-        self.images, self.labels = images.clone(), labels.clone()
+        self.images, self.labels, self.scale = images.clone(), labels.clone(), options["scale"]
         trained = [p for p in self.method.parameters() if p.requires_grad]
         for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -1,4 +1,5 @@
 import io
+import tarfile
 
 import pytest
 from pictures import picture
@@ -65,6 +66,37 @@ def test_bad_shards(folder):
     whole = (folder / "0.tar").read_bytes()
     (folder / "0.tar").write_bytes(whole[:1800])
     with pytest.raises(ValueError, match=r"0\.tar is cut short within a\.jpg"):
+        scan_images(folder)
+
+
+@pytest.mark.parametrize("damage", ["at a member", "in a header", "bit of a header", "empty blocks", "no end"])
+def test_a_damaged_shard_is_not_a_shorter_one(folder, damage):
+    files = {f"{i}.{extension}": data for i in range(4) for extension, data in (("cls", b"0"), ("jpg", jpeg()))}
+    write_tar(folder / "0.tar", files)
+    assert len(scan_images(folder)) == 4
+    whole = bytearray((folder / "0.tar").read_bytes())
+    with tarfile.open(folder / "0.tar") as archive:
+        members = archive.getmembers()
+    start, last = members[4].offset, members[-1].offset_data + (members[-1].size + 511) // 512 * 512
+    if damage == "at a member":
+        whole = whole[:start]
+    elif damage == "in a header":
+        whole = whole[: start + 100]
+    elif damage == "bit of a header":
+        whole[start + 3] ^= 1
+    elif damage == "empty blocks":
+        whole[start : start + 1024] = bytes(1024)
+    else:
+        whole = whole[:last]
+    (folder / "0.tar").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"0\.tar is damaged or cut short at byte \d+: get it again"):
+        scan_images(folder)
+
+
+@pytest.mark.parametrize("label", [b"-1", b"30000000"])
+def test_labels_that_are_no_classes(folder, label):
+    write_tar(folder / "0.tar", {"a.cls": label, "a.jpg": jpeg()})
+    with pytest.raises(ValueError, match=rf"a\.jpg has a class outside 0 to 10000000 \({label.decode()}\)"):
         scan_images(folder)
 
 

@@ -208,6 +208,21 @@ def test_a_nan_reaches_the_relevance(where, bad, tq, impl):
     assert torch.equal(out.isfinite(), mf.attention_relevance(**arguments, impl="reference").isfinite())
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_relevance_is_not_narrowed_by_autocast(impl):
+    arguments = cases.relevance_case()()
+    expected = run(mf.attention_relevance, impl, "eager", arguments)
+    with torch.autocast(device_of(impl), torch.bfloat16):
+        assert same_bits(run(mf.attention_relevance, impl, "eager", arguments), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_refilled_pixels_are_cut_off_from_the_graph(impl):
+    arguments = cases.refill_case(dtype=torch.float32)()
+    arguments["images"].requires_grad_()
+    assert not run(mf.refill_patches, impl, "eager", arguments).requires_grad
+
+
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_relevance_does_not_depend_on_the_number_of_threads(impl):
     arguments = cases.relevance_case(3, 5, 70, 32)()
@@ -258,7 +273,7 @@ def test_a_donor_outside_the_batch_cannot_reach_memory(op):
     """Under torch.compile the public check reads no values; the CPU kernels check again."""
     arguments = opcheck_arguments("cpu")[op]
     for wrong in (-1, 5):
-        with pytest.raises(RuntimeError, match="donors must index the batch, 0 to 4"):
+        with pytest.raises(RuntimeError, match=f"csrc.*donors must index the batch, 0 to 4, got {wrong}"):
             getattr(torch.ops.maskcf, op)(*arguments[:2], torch.full((5,), wrong), *arguments[3:])
 
 

@@ -71,6 +71,7 @@ def test_nan_is_an_error_in_debug_mode(monkeypatch):
     [
         (torch.rand(2, 9), {}, ValueError, "exactly one of threshold and top_k.*threshold=None, top_k=None"),
         (torch.rand(2, 9), {"threshold": 0.3, "top_k": 2}, ValueError, "threshold=0.3, top_k=2"),
+        (torch.rand(2, 9), {"threshold": "x"}, TypeError, "threshold must be a number, got 'x'"),
         (torch.rand(2, 9), {"top_k": 10}, ValueError, "between 0 and L=9, got 10"),
         (torch.rand(2, 9), {"top_k": -1}, ValueError, "got -1"),
         (torch.rand(2, 9), {"top_k": 2.0}, TypeError, "top_k must be an int, got 2.0"),

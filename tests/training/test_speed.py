@@ -5,14 +5,18 @@ import copy
 import inspect
 import textwrap
 from collections import Counter
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from maskcf_fast.distill import CounterfactualDistiller
+from maskcf_fast.distill.methods import run
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training import Trainer
-from maskcf_fast.training.speed import compile_pointwise, why_no_graph
+from maskcf_fast.training.speed import GraphedBackward, compile_pointwise, why_no_graph
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
@@ -103,3 +107,33 @@ def test_the_loop_reads_nothing_back_from_the_device():
         }
         assert names, function
         assert not names & READING, function
+
+
+@pytest.mark.parametrize("strategy", ["object-single", "object-none"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_runs_survive_every_shape(change, write_images, tmp_path, strategy, precision, monkeypatch):
+    """A remainder of one image, and a number of tokens that changes at every step."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    write_images(tmp_path / "test", 13, seed=5)  # of each class: batches of 12, 12, 12 and 3
+    config = change(
+        method={"strategy": strategy}, data={"id": tmp_path / "test"}, optim={"batch_size": 4}, precision=precision
+    )
+    trainer = Trainer(replace(config, compile=True), quiet=True)
+    assert hasattr(trainer.method.student.backbone.blocks[0].pointwise[0], "_torchdynamo_orig_callable")
+    trainer.run()
+    assert trainer.step == trainer.total_steps == 30
+
+
+def test_a_graph_is_for_one_scale(method):
+    """Without a GPU, a graph that only counts its replays."""
+    replays = []
+    graphed = GraphedBackward(method, torch.Generator())
+    images, labels = torch.rand(6, 3, 32, 32), torch.randint(5, (6,))
+    graphed.graph = SimpleNamespace(replay=lambda: replays.append(1))
+    graphed.images, graphed.labels, graphed.scale, graphed.out = images.clone(), labels.clone(), 0.5, "captured"
+    options = {"generator": torch.Generator().manual_seed(0), "last": run}
+    assert graphed(images, labels, scale=0.5, **options) == "captured"
+    assert graphed(images, labels, scale=1.0, **options) != "captured"
+    assert graphed(images[:4], labels[:4], scale=0.5, **options) != "captured"
+    assert len(replays) == 1

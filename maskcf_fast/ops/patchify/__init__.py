@@ -54,7 +54,9 @@ def patchify(
         check_tensor("images", images, ["N", len(mean), "H", "W"], dtypes=(*FLOATS, torch.uint8))
         height, width = images.shape[2:]
     check_batch("images", images)
-    if patch_size < 1 or height % patch_size or width % patch_size:
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be positive, got {patch_size}")
+    if height % patch_size or width % patch_size:
         raise ValueError(f"images of {height}×{width} pixels do not divide by patch_size={patch_size}")
     if len(std) != len(mean) or not all(0 < s < float("inf") for s in std):
         raise ValueError(f"std must hold {len(mean)} positive values, got {tuple(std)}")

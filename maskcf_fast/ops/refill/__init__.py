@@ -22,6 +22,8 @@ def refill_patches(
 ) -> Tensor:
     """Replace the masked patches of each image by the same patches of a donor image. Copies are bit-exact.
 
+    Not differentiable: the result is cut off from the graph, as pixels are (`gather_tokens` has a gradient).
+
     Source: Xiao et al., CVPR 2023 (single-fill: one donor per image; multi-fill: one donor per patch).
 
     Args:
@@ -45,7 +47,7 @@ def refill_patches(
     grid = resolve_grid(mask.shape[1], grid)
     check_divisible(images.shape[2], images.shape[3], grid)
     check_donors(donors, images.shape[0], mask.shape[1], images.device)
-    return implementation(__name__, impl, images.device).refill_patches(images, mask, donors, grid)
+    return implementation(__name__, impl, images.device).refill_patches(images.detach(), mask, donors, grid)
 
 
 def counterfactual_refill(
@@ -76,7 +78,7 @@ def counterfactual_refill(
     check_donors(donors, images.shape[0], cam.shape[1], images.device)
     cam = cam if cam.dtype == torch.float64 else cam.float()
     run = implementation(__name__, impl, images.device)
-    return run.counterfactual_refill(images, cam, donors, threshold, top_k, region, grid)
+    return run.counterfactual_refill(images.detach(), cam.detach(), donors, threshold, top_k, region, grid)
 
 
 def check_images(images: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, check_batch, check_tensor
+from ..._precision import no_autocast
 from .._dispatch import implementation
 from . import reference
 
@@ -65,11 +66,15 @@ def attention_relevance(
         relevance = torch.zeros(n, t, dtype=wide, device=q.device)
         relevance[:, 0] = 1
     check_tensor("relevance", relevance, [n, t], dtypes=FLOATS, device=q.device)
+    scale = d**-0.5 if scale is None else float(scale)
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale must be finite, got {scale}")
     run = implementation(__name__, impl, q.device, (q.device.type, q.dtype, d))
     q, k, v, grad_out, relevance = (x.detach() for x in (q, k, v, grad_out, relevance.to(wide)))
     if run is reference:  # the kernels widen what they read, tile by tile
         q, k, v, grad_out = (x.to(wide) for x in (q, k, v, grad_out))
-    return run.attention_relevance(q, k, v, grad_out, relevance, d**-0.5 if scale is None else float(scale))
+    with no_autocast(q.device):
+        return run.attention_relevance(q, k, v, grad_out, relevance, scale)
 
 
 def relevance_cam(

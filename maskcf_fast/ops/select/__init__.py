@@ -71,8 +71,11 @@ def check_selection(num_patches: int, threshold: float | None, top_k: int | None
         raise ValueError(f"region must be 'object' or 'context', got {region!r}")
     if (threshold is None) == (top_k is None):
         raise ValueError(f"exactly one of threshold and top_k must be given, got threshold={threshold}, top_k={top_k}")
-    if threshold is not None and threshold != threshold:
-        raise ValueError("threshold must be a number, got NaN")
+    if threshold is not None:
+        if not isinstance(threshold, float | int) and not hasattr(threshold, "__float__"):
+            raise TypeError(f"threshold must be a number, got {threshold!r}")
+        if threshold != threshold:
+            raise ValueError("threshold must be a number, got NaN")
     if top_k is not None:
         if isinstance(top_k, bool) or not isinstance(top_k, int):
             raise TypeError(f"top_k must be an int, got {top_k!r}")
