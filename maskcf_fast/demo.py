@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     import tyro
 
-    from .train import report_errors
+    from .train import CONTINUES, report_errors
 
     def run() -> int:
         config: Any = tyro.cli(DemoConfig, args=arguments, prog="python -m maskcf_fast.demo", description=__doc__)
@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Demo(config).run()
         return 0
 
-    return report_errors(run)
+    return report_errors(run, CONTINUES)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     from .evaluation.config import EvaluateConfig
-    from .train import report_errors
+    from .train import CONTINUES, report_errors
 
     config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m maskcf_fast.evaluate")
 
@@ -22,14 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes = Processes.start(config.device)
         try:
             Evaluation(config, processes).run()
-        except KeyboardInterrupt:
-            print("interrupted: the same command continues with what is missing", file=sys.stderr)
-            return 130
         finally:
             processes.stop()
         return 0
 
-    return report_errors(evaluate)
+    return report_errors(evaluate, CONTINUES)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     import tyro
 
-    from .train import report_errors
+    from .train import CONTINUES, report_errors
 
     def run() -> int:
         config: Any = tyro.cli(TableConfig, args=arguments, prog="python -m maskcf_fast.table", description=__doc__)
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{table.run()}\n\ntable.md, table.json, tradeoff.png: {config.out}")
         return 0
 
-    return report_errors(run)
+    return report_errors(run, CONTINUES)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 from .training.config import TrainConfig, parse
 
+CONTINUES = "interrupted: the same command continues with what is missing"  # of commands that keep what is finished
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
@@ -21,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "  (--help lists all settings)\n"
         )
         return demo([])
-    return report_errors(lambda: train(parse(arguments)))
+    return report_errors(
+        lambda: train(parse(arguments)), "interrupted: --resume DIR continues from the last checkpoint"
+    )
 
 
 def train(config: TrainConfig) -> int:
@@ -44,7 +48,7 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def report_errors(command: Callable[[], int]) -> int:
+def report_errors(command: Callable[[], int], interrupted: str = "interrupted") -> int:
     """Run a command; an error that a user can mend becomes one message and exit code 1, without a traceback."""
     from .data import LoadingError
     from .training.trainer import TrainingDiverged
@@ -55,7 +59,7 @@ def report_errors(command: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: --resume DIR continues from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
 
 

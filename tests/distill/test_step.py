@@ -18,6 +18,7 @@ from maskcf_fast.distill import (
     paper_order_step,
 )
 from maskcf_fast.distill.label_map import LabelMap
+from maskcf_fast.distill.methods import task_loss
 from maskcf_fast.distill.paper_order import paper_cam
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
 
@@ -232,6 +233,22 @@ def test_bfloat16_is_close_and_keeps_float32_where_it_matters():
     with torch.autocast("cpu", torch.bfloat16):
         feature, taps = student.backbone.encode(student.backbone.embed(images), record=True)
     assert {t.dtype for t in (feature, *taps[0])} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["relevance", "gradcam"])
+def test_maps_and_losses_are_float32_under_autocast(kind):
+    student, _, images, _ = make(SIZES["8×8 patches"])
+    label_map = LabelMap(kind, "logit", 0, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, taps = student.backbone.encode(student.backbone.embed(images), record=True)
+        grads = [torch.randn_like(x) for x in label_map.read(taps)]
+        got = label_map.from_gradients(taps, grads)
+    wide = [type(tap)(*(x.float() for x in tap)) for tap in taps]
+    assert relative(got, label_map.from_gradients(wide, [g.float() for g in grads])) < 1e-5
+
+    logits = torch.randn(6, 10).to(torch.bfloat16)
+    exact = torch.nn.functional.cross_entropy(logits.float(), torch.arange(6))
+    assert torch.equal(task_loss(logits, torch.arange(6)), exact)
 
 
 def check_against_paper(student, teacher, images, labels, strategy, seed):
