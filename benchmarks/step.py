@@ -70,14 +70,13 @@ def plan(kind: str) -> list[Group]:
     nine = [Variant(name, precision=low) for name in STRATEGIES if name not in ("object-single", "random-single")]
     paper = Variant("object-single", "paper", "compiled", low)
     if kind == "cpu":
-        rest = [Variant("object-single", "paper"), Variant("object-single"), *nine]
         return [
-            Group("ViT-B/32", 16, (*main[:5], *more)),
-            Group("ViT-L/14", 4, tuple(main[:3])),
-            Group("ViT-B/32", 8, (*rest, paper)),
+            Group("ViT-B/32", 16, tuple(main[:5])),
+            Group("ViT-L/14", 2, tuple(main[:2])),
+            Group("ViT-B/32", 8, (Variant("object-single", "paper"), Variant("object-single"), *more, *nine, paper)),
             Group("ViT-B/16", 8, tuple(main[:3])),
             Group("ViT-B/32", 64, tuple(main[:3])),
-            Group("ViT-L/14", 2, tuple(main)),
+            Group("ViT-L/14", 4, tuple(main)),
         ]
     every = (*main, *more)
     return [
