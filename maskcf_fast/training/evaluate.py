@@ -21,8 +21,9 @@ def evaluate(model: nn.Module, loader: Loader, processes: Processes, precision: 
             logits = model(images)
         counts[0] += (logits.argmax(dim=1) == labels).sum()
         counts[1] += len(labels)
-    # Where parameters are divided among the processes, all must run the model equally often.
-    for _ in range(max(processes.gather(len(loader))) - len(loader) if len(loader) else 0):
+    # Where parameters are divided among the processes, all must run the model equally often. All must also ask.
+    most = max(processes.gather(len(loader)))
+    for _ in range(most - len(loader) if len(loader) else 0):
         model(images)
     model.train(was_training)
     correct, seen = processes.sum(counts).tolist()

@@ -3,6 +3,7 @@
 import socket
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.multiprocessing as mp
 from maskcf_fast.data import LoaderConfig, build_loader, scan_image_folder
 from maskcf_fast.training import Trainer
 from maskcf_fast.training.distributed import Processes
+from maskcf_fast.training.evaluate import evaluate
 
 
 def join(rank, port, monkey=None):
@@ -142,6 +144,18 @@ def test_divided_parameters_give_the_same_run(change, port, tmp_path):
     mp.spawn(whole_run, (port, replace(broken, out=None, resume=tmp_path / "broken"), None), nprocs=2)
     resumed = torch.load(tmp_path / "broken" / "last.pt", weights_only=True)
     assert all(torch.equal(resumed["student"][k], v) for k, v in states["fsdp"]["student"].items())
+
+
+def test_a_process_without_test_images_takes_part_in_every_exchange():
+    """Else the others would wait for it."""
+    calls = []
+    others = SimpleNamespace(
+        device=torch.device("cpu"),
+        gather=lambda value: calls.append("gather") or [value, 1],
+        sum=lambda counts: calls.append("sum") or counts + torch.tensor([1, 2]),
+    )
+    assert evaluate(torch.nn.Identity(), [], others) == 50.0
+    assert calls == ["gather", "sum"]
 
 
 def test_batch_must_divide(change):
