@@ -4,7 +4,6 @@ from .averaging import OutputEnsemble, average, interpolate
 from .counterfactual import CounterfactualDistiller
 from .l2sp import L2SP
 from .methods import FeatureDistillation, FineTuning, KnowledgeDistillation, Method, StepOutput
-from .other_donors import OtherDonors
 from .paper_order import paper_order_step
 from .strategies import PAPER_CUTS, Draw, MaskStrategy
 
@@ -18,7 +17,6 @@ __all__ = [
     "KnowledgeDistillation",
     "MaskStrategy",
     "Method",
-    "OtherDonors",
     "OutputEnsemble",
     "StepOutput",
     "average",

@@ -136,6 +136,7 @@ class CounterfactualDistiller(Method):
         draw = draw or self._draw(images, generator)
         with autocast(images.device, self.precision):
             rows = self.student.backbone.rows(images)
+            pixels = rows if self.same_rows else images
             tokens = self.student.backbone.embed_rows(rows)
             shared = tokens.detach().requires_grad_()  # where the two branches meet
             logits, taps = self._clean(shared, labels)
@@ -151,7 +152,7 @@ class CounterfactualDistiller(Method):
             del read
         else:
             with autocast(images.device, self.precision):
-                own = None if taps else self._teacher_cam(rows if self.same_rows else images, labels)
+                own = None if taps else self._teacher_cam(pixels, labels)
             cam = self.map(logits, labels, taps) if taps else own
             (scale * task).backward()
         del logits, taps, task
@@ -161,7 +162,7 @@ class CounterfactualDistiller(Method):
 
         def compute() -> Tensor:
             with autocast(images.device, self.precision):
-                distill.append(self._distill(tokens, rows if self.same_rows else images, mask, draw))
+                distill.append(self._distill(tokens, pixels, mask, draw))
             return scale * self.weight * distill[0]
 
         loss = last(compute)

@@ -43,6 +43,7 @@ class MaskStrategy:
         top_k: Number of patches, for object and context.
         rate: Share of masked patches, for random: the probability of each patch with a fill; without one,
             exactly ``L - int(L * (1 - rate))`` patches are dropped.
+        exclude_self: Single-fill: no image draws itself. The paper's permutation lets one on average do so.
     """
 
     region: str
@@ -50,6 +51,7 @@ class MaskStrategy:
     threshold: float | None = None
     top_k: int | None = None
     rate: float | None = None
+    exclude_self: bool = False
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -80,6 +82,7 @@ class MaskStrategy:
         threshold: float | None = None,
         top_k: int | None = None,
         rate: float | None = None,
+        exclude_self: bool = False,
     ) -> MaskStrategy:
         """A strategy such as ``"object-single"``, with the paper's threshold or rate unless one is given."""
         _check_name(name)
@@ -89,7 +92,7 @@ class MaskStrategy:
                 rate = PAPER_CUTS[name]
             else:
                 threshold = PAPER_CUTS[name]
-        return cls(region, fill, threshold, top_k, rate)
+        return cls(region, fill, threshold, top_k, rate, exclude_self)
 
     @property
     def name(self) -> str:
@@ -119,11 +122,12 @@ class MaskStrategy:
         """Draw the donors, and the mask if it is a random one.
 
         Raises:
-            ValueError: Multi-fill with a batch of one, or a generator on another device.
+            ValueError: Multi-fill or ``exclude_self`` with a batch of one, or a generator on another device.
         """
         donors = mask = None
         if self.fill != "none":
-            donors = sample_donors(n, num_patches if self.fill == "multi" else None, generator=generator, device=device)
+            per_patch = num_patches if self.fill == "multi" else None
+            donors = sample_donors(n, per_patch, exclude_self=self.exclude_self, generator=generator, device=device)
         if self.rate is not None:
             noise = torch.rand(n, num_patches, generator=generator, device=device)
             if self.fill == "none":

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ..distill import MaskStrategy, OtherDonors
+from ..distill import MaskStrategy
 from ..models import VisionTransformerConfig, preset
 from ..models.weights import read_architecture
 
@@ -104,8 +104,13 @@ class MethodConfig:
 
     def mask_strategy(self) -> MaskStrategy:
         """The strategy that the settings describe."""
-        kind = OtherDonors if self.donors == "others" else MaskStrategy
-        return kind.from_name(self.strategy, threshold=self.threshold, top_k=self.top_k, rate=self.rate)
+        return MaskStrategy.from_name(
+            self.strategy,
+            threshold=self.threshold,
+            top_k=self.top_k,
+            rate=self.rate,
+            exclude_self=self.donors == "others",
+        )
 
 
 @dataclass(frozen=True)
