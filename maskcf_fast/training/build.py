@@ -177,12 +177,28 @@ def _method(config: MethodConfig, student: ImageClassifier) -> Method:
 
 
 def build_optimizer(
-    config: OptimConfig, parameters: Iterable[nn.Parameter], total_steps: int
+    config: OptimConfig,
+    parameters: Iterable[nn.Parameter],
+    total_steps: int,
+    captured_on: torch.device | None = None,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW on what is to be trained, and its one-cycle schedule."""
+    """AdamW on what is to be trained, and its one-cycle schedule.
+
+    Args:
+        config: The optimiser's settings.
+        parameters: Those that do not require gradients are left out.
+        total_steps: Length of the schedule.
+        captured_on: Where a CUDA graph shall capture the update: the learning rate lies there, for the graph to read
+            what the schedule writes.
+    """
     trained = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True
+        trained,
+        lr=config.lr if captured_on is None else torch.tensor(config.lr, device=captured_on),
+        betas=(0.9, 0.999),
+        weight_decay=config.weight_decay,
+        fused=True,
+        capturable=captured_on is not None,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,

@@ -60,7 +60,8 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict`` of whole tensors."""
+    """``optimizer.load_state_dict`` of whole tensors; whether a graph captures it stays as it is."""
+    own = [{name: group[name] for name in ("lr", "capturable")} for group in optimizer.param_groups]
     parameters: Iterable[Tensor] = (p for group in optimizer.param_groups for p in group["params"])
     moments = {
         index: {
@@ -70,3 +71,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         for index, p in enumerate(parameters)
     }
     optimizer.load_state_dict({**state, "state": {index: values for index, values in moments.items() if values}})
+    for group, kept in zip(optimizer.param_groups, own, strict=True):
+        rate = float(group["lr"])
+        group |= kept
+        group["lr"] = kept["lr"].fill_(rate) if isinstance(kept["lr"], Tensor) else rate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..distill.methods import run
 from ..models import VisionTransformer
 
 Backward = Callable[..., StepOutput]
+T = TypeVar("T")
 
 
 def compile_pointwise(method: Method, device: torch.device) -> str | None:
@@ -34,11 +35,51 @@ def compile_pointwise(method: Method, device: torch.device) -> str | None:
     return None
 
 
-class GraphedBackward:
-    """`Method.backward` as one CUDA graph: the host launches a step's thousands of kernels at once.
+class Graphed(Generic[T]):
+    """A function of nothing as one CUDA graph: the host launches its thousands of kernels at once.
 
-    Clipping and the optimiser, whose beta1 changes at every step, stay outside: a few launches more. Steps of
-    another batch size or scale than the first one's run without the graph.
+    The first calls run it as it is, while kernels are compiled and tuned and libraries allocate; the next captures it.
+    What it reads and writes besides its result must stay where it is.
+
+    Args:
+        function: It draws random numbers from ``generator`` only.
+        generator: On the GPU.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, function: Callable[[], T], generator: torch.Generator) -> None:
+        self.function = function
+        self.generator = generator
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> T:
+        """The function's result; once captured, the same tensors each time."""
+        if self.calls < self.WARM_UP:
+            self.calls += 1
+            return self._aside()
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                self.out = self.function()
+            self.graph = graph
+        self.graph.replay()
+        return self.out
+
+    def _aside(self) -> T:
+        """The function, on a stream that is not the default one, as in the capture."""
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            out = self.function()
+        current.wait_stream(side)
+        return out
+
+
+class GraphedBackward:
+    """`Method.backward` as one CUDA graph. Steps of another batch size or scale than the first one's run without it.
 
     Args:
         method: Its parameters' gradients stay where they are: set them to zero, not to None.
@@ -48,7 +89,7 @@ class GraphedBackward:
     def __init__(self, method: Method, generator: torch.Generator) -> None:
         self.method = method
         self.generator = generator
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphed: Callable[[], StepOutput] | None = None
 
     def __call__(
         self,
@@ -60,40 +101,16 @@ class GraphedBackward:
         last: Callable[[Callable[[], Tensor]], Tensor] = run,
     ) -> StepOutput:
         """As `Method.backward`; ``generator`` and ``last`` are always the same."""
-        if self.graph is None:
-            self._capture(images, labels, {"generator": generator, "scale": scale, "last": last})
-        assert self.graph is not None
+        options: dict[str, Any] = {"generator": generator, "scale": scale, "last": last}
+        if self.graphed is None:
+            self.images, self.labels, self.scale = images.clone(), labels.clone(), scale
+            self.graphed = Graphed(lambda: self.method.backward(self.images, self.labels, **options), self.generator)
         same = (images.shape, images.dtype, scale) == (self.images.shape, self.images.dtype, self.scale)
         if not same:  # as in an epoch's last step, of fewer images or micro-batches
-            return self.method.backward(images, labels, generator=generator, scale=scale, last=last)
+            return self.method.backward(images, labels, **options)
         self.images.copy_(images)
         self.labels.copy_(labels)
-        self.graph.replay()
-        return self.out
-
-    def _capture(self, images: Tensor, labels: Tensor, options: dict[str, Any]) -> None:
-        """Capture the step; neither gradients nor the generator move by it."""
-        self.images, self.labels, self.scale = images.clone(), labels.clone(), options["scale"]
-        trained = [p for p in self.method.parameters() if p.requires_grad]
-        for p in trained:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grads = [p.grad.clone() for p in trained if p.grad is not None]
-        state = self.generator.get_state()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # kernels are compiled and tuned, libraries allocate
-                self.method.backward(self.images, self.labels, **options)
-        torch.cuda.current_stream().wait_stream(side)
-        self.generator.set_state(state)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            self.out = self.method.backward(self.images, self.labels, **options)
-        self.generator.set_state(state)
-        for p, grad in zip(trained, grads, strict=True):
-            p.grad.copy_(grad)  # type: ignore[union-attr]
-        self.graph = graph
+        return self.graphed()
 
 
 def why_no_graph(device: torch.device, world_size: int, method: Method) -> str | None:
@@ -106,3 +123,9 @@ def why_no_graph(device: torch.device, world_size: int, method: Method) -> str |
     if strategy is not None and strategy.fill == "none" and strategy.dropped(1) is None:
         return f"--cuda-graph is left out: {strategy.name} by threshold keeps another number of patches at each step"
     return None
+
+
+BETA1_MOVES = (
+    "--cuda-graph leaves out AdamW, whose beta1 moves at every step: a few launches more; "
+    "--optim.no-cycle-beta1 holds it still"
+)

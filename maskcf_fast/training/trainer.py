@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import Batch
+from ..distill import CounterfactualDistiller
 from ..distill.methods import run
 from ..visualization.board import board_images, rows_for_board
 from .build import build_loaders, build_method, build_model, build_optimizer, describe, scan
@@ -21,8 +22,9 @@ from .config import TrainConfig, changed_settings
 from .distributed import Processes, reduce_gradients
 from .evaluate import evaluate
 from .log import RunLog, write_run_files
+from .mask_memory import NO_GRAPH, MaskMemory
 from .sharding import load_model_state, load_optimizer_state, shard, whole
-from .speed import Backward, GraphedBackward, compile_pointwise, why_no_graph
+from .speed import BETA1_MOVES, Backward, Graphed, GraphedBackward, compile_pointwise, why_no_graph
 
 
 class TrainingDiverged(RuntimeError):
@@ -92,7 +94,14 @@ class Trainer:
         self.method.precision = config.precision
         model.backbone.recompute = config.recompute
         self.generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + self.processes.rank)
-        self.backward = self._faster()
+        self.graphed = self._speed_up()
+        self.memory: MaskMemory | None = None
+        if config.method.cam_every > 1:
+            assert isinstance(self.method, CounterfactualDistiller)
+            self.memory = MaskMemory(self.method, len(train), config.method.cam_every, self.processes)
+        self.backward: Backward = self.method.backward
+        if self.graphed:
+            self.backward = GraphedBackward(self.method, self.generator)
         self.reduced: Callable[[Callable[[], Tensor]], Tensor] = run
         if self.processes.world_size > 1 and config.parallel == "fsdp":
             for name, manifest in tests.items():
@@ -106,7 +115,11 @@ class Trainer:
             self.reduced = reduce_gradients(self.method, self.processes)
         self.steps_per_epoch = -(-len(self.loader) // config.optim.accumulate)
         self.total_steps = self.steps_per_epoch * config.optim.epochs
-        self.optimizer, self.schedule = build_optimizer(config.optim, self.method.parameters(), self.total_steps)
+        captured = self.graphed and not config.optim.cycle_beta1
+        self.optimizer, self.schedule = build_optimizer(
+            config.optim, self.method.parameters(), self.total_steps, captured_on=device if captured else None
+        )
+        self.update: Callable[[], Tensor] = Graphed(self._update, self.generator) if captured else self._update
 
         self.step = 0
         self.best = float("-inf")
@@ -145,6 +158,8 @@ class Trainer:
         """What is left of the current epoch. Reads accumulate, log_every and checkpoint_every."""
         config = self.config
         epoch, done = divmod(self.step, self.steps_per_epoch)
+        if self.memory is not None and not done:
+            self.memory.start_epoch(epoch)
         batch_size = config.optim.batch_size
         left = len(self.loader) - done * config.optim.accumulate
         started, images = time.perf_counter(), 0
@@ -175,35 +190,45 @@ class Trainer:
         self.images_per_second = images / (time.perf_counter() - started)
 
     def _optimizer_step(self, micro: list[Batch]) -> None:
-        """Gradients of the micro-batches, averaged; clip; update. Reads precision and clip."""
-        for i, (images, labels) in enumerate(micro):
+        """Gradients of the micro-batches, averaged; clip; update."""
+        for i, batch in enumerate(micro):
             last = self.reduced if i == len(micro) - 1 else run
-            out = self.backward(images, labels, scale=1 / len(micro), last=last, generator=self.generator)
+            options: dict[str, Any] = {"scale": 1 / len(micro), "last": last, "generator": self.generator}
+            if self.memory is None:
+                out = self.backward(batch.images, batch.labels, **options)
+            else:
+                out = self.memory.backward(batch, **options)
             self._sums += torch.stack([out.loss, out.task, out.distill]) / len(micro)
-        norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip, foreach=True)
-        self._watch(out.loss + whole(norm))
-        self.optimizer.step()
-        self.method.update_teacher()
-        self.optimizer.zero_grad(set_to_none=self.backward == self.method.backward)
+        self._watch(out.loss + whole(self.update()))
         self.step += 1
         if self.step < self.total_steps:
             self.schedule.step()
 
-    def _faster(self) -> Backward:
-        """The method's backward pass, as fast as the settings ask for. Reads compile and cuda_graph."""
+    def _update(self) -> Tensor:
+        """Move weights and teacher, clear the gradients, and return what their norm was before it was clipped."""
+        norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip, foreach=True)
+        self.optimizer.step()
+        self.method.update_teacher()
+        self.optimizer.zero_grad(set_to_none=not self.graphed)
+        return norm
+
+    def _speed_up(self) -> bool:
+        """Compile, and say whether to use CUDA graphs, as far as asked for and possible."""
         config, device = self.config, self.processes.device
         messages = []
         if config.compile:
             messages.append(compile_pointwise(self.method, device))
-        backward: Backward = self.method.backward
+        refusal = None
         if config.cuda_graph:
-            messages.append(why_no_graph(device, self.processes.world_size, self.method))
-            if messages[-1] is None:
-                backward = GraphedBackward(self.method, self.generator)
+            refusal = why_no_graph(device, self.processes.world_size, self.method)
+            if refusal is None and config.method.cam_every > 1:
+                refusal = NO_GRAPH
+        graphed = config.cuda_graph and refusal is None
+        messages += [refusal, BETA1_MOVES if graphed and config.optim.cycle_beta1 else None]
         for message in messages:
             if message and self.processes.main:
                 print(message)
-        return backward
+        return graphed
 
     def _watch(self, value: Tensor) -> None:
         """Remember the first step that was not finite, without waiting for the device."""
@@ -242,7 +267,7 @@ class Trainer:
                 loss=loss,
                 task=task,
                 distill=distill,
-                lr=self.optimizer.param_groups[0]["lr"],
+                lr=float(self.optimizer.param_groups[0]["lr"]),
                 images_per_second=round(images_per_second, 1),
             )
 
@@ -280,6 +305,8 @@ class Trainer:
             raise self._diverged(f"the weights are NaN or infinite after step {self.step}")
         states = self.processes.gather((self.loader.state_dict(), self.generator.get_state()))
         student, optimizer = whole((self.method.student.state_dict(), self.optimizer.state_dict()))
+        if self.memory is not None:
+            self.memory.merge()  # each epoch ends with a checkpoint, and so with what all of them know
         if self.processes.main:
             state = {
                 "step": self.step,
@@ -295,6 +322,8 @@ class Trainer:
             }
             if self.method.ema_decay and self.method.teacher is not None:
                 state["teacher"] = self.method.teacher.state_dict()
+            if self.memory is not None:
+                state["masks"] = self.memory.state_dict()
             save_checkpoint(self.folder / "last.pt", state)
         self.processes.barrier()
 
@@ -327,6 +356,8 @@ class Trainer:
             load_model_state(self.method.student, state["student"])
             if self.method.ema_decay and self.method.teacher is not None:
                 self.method.teacher.load_state_dict(state["teacher"])
+            if self.memory is not None:
+                self.memory.load_state_dict(state["masks"])
             load_optimizer_state(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.generator.set_state(state["generators"][self.processes.rank])

@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from shutil import copytree
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ import torch
 from maskcf_fast.distill import CounterfactualDistiller
 from maskcf_fast.distill.methods import run
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
-from maskcf_fast.training import Trainer
+from maskcf_fast.training import Trainer, speed, trainer
 from maskcf_fast.training.speed import GraphedBackward, compile_pointwise, why_no_graph
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
@@ -99,7 +99,7 @@ READING = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "float", 
 
 def test_the_loop_reads_nothing_back_from_the_device():
     """Of the trainer's own lines in a step; the method's are run on the "meta" device in tests/distill."""
-    for function in (Trainer._optimizer_step, Trainer._watch):
+    for function in (Trainer._optimizer_step, Trainer._update, Trainer._watch):
         names = {
             node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))
@@ -119,21 +119,71 @@ def test_compiled_runs_survive_every_shape(change, write_images, tmp_path, strat
     config = change(
         method={"strategy": strategy}, data={"id": tmp_path / "test"}, optim={"batch_size": 4}, precision=precision
     )
-    trainer = Trainer(replace(config, compile=True), quiet=True)
-    assert hasattr(trainer.method.student.backbone.blocks[0].pointwise[0], "_torchdynamo_orig_callable")
-    trainer.run()
-    assert trainer.step == trainer.total_steps == 30
+    compiled = Trainer(replace(config, compile=True), quiet=True)
+    assert hasattr(compiled.method.student.backbone.blocks[0].pointwise[0], "_torchdynamo_orig_callable")
+    compiled.run()
+    assert compiled.step == compiled.total_steps == 30
 
 
-def test_a_graph_is_for_one_scale(method):
+def test_a_graph_is_for_one_scale(method, monkeypatch):
     """Without a GPU, a graph that only counts its replays."""
     replays = []
+    monkeypatch.setattr(speed, "Graphed", lambda function, generator: lambda: replays.append(1) or "captured")
     graphed = GraphedBackward(method, torch.Generator())
     images, labels = torch.rand(6, 3, 32, 32), torch.randint(5, (6,))
-    graphed.graph = SimpleNamespace(replay=lambda: replays.append(1))
-    graphed.images, graphed.labels, graphed.scale, graphed.out = images.clone(), labels.clone(), 0.5, "captured"
     options = {"generator": torch.Generator().manual_seed(0), "last": run}
     assert graphed(images, labels, scale=0.5, **options) == "captured"
+    assert graphed(images + 1, labels, scale=0.5, **options) == "captured"
+    assert torch.equal(graphed.images, images + 1)
     assert graphed(images, labels, scale=1.0, **options) != "captured"
     assert graphed(images[:4], labels[:4], scale=0.5, **options) != "captured"
-    assert len(replays) == 1
+    assert len(replays) == 2
+
+
+def test_what_graphs_capture_stays_where_it_is(change, tmp_path, monkeypatch, capsys):
+    """Everything a graph needs but the graph: fixed gradients, a learning rate that the schedule writes in place.
+
+    Interrupted and continued with and without, the run is the plain one.
+    """
+
+    class InPlace(speed.Graphed):
+        def __call__(self):
+            return self.function()
+
+    def weights(run):
+        return torch.cat([p.detach().flatten() for p in run.method.student.parameters()])
+
+    settings = {"optim": {"cycle_beta1": False, "accumulate": 2, "epochs": 2}}
+    plain = Trainer(change(out=tmp_path / "plain", **settings), quiet=True)
+    start = weights(plain)
+    plain.run()
+    monkeypatch.setattr(speed, "Graphed", InPlace)
+    monkeypatch.setattr(trainer, "Graphed", InPlace)
+    monkeypatch.setattr(trainer, "why_no_graph", lambda *_: None)
+    half = Trainer(change(out=tmp_path / "graphed", cuda_graph=True, **settings))
+    assert "AdamW" not in capsys.readouterr().out
+    half._train_epoch()
+    places = [p.grad.data_ptr() for p in half.method.student.parameters()]
+    rate = half.optimizer.param_groups[0]["lr"]
+    half._save()
+    for graphs in (True, False):
+        folder = tmp_path / str(graphs)
+        copytree(tmp_path / "graphed", folder)
+        rest = Trainer(change(resume=folder, cuda_graph=graphs, **settings), quiet=True)
+        assert isinstance(rest.optimizer.param_groups[0]["lr"], torch.Tensor) == graphs
+        assert rest.optimizer.param_groups[0]["capturable"] == graphs
+        assert float(rest.optimizer.param_groups[0]["lr"]) == float(rate)
+        rest.run()
+        moved = weights(plain) - start
+        assert (weights(rest) - weights(plain)).norm() < 1e-4 * moved.norm()  # the rate is rounded to float32
+    half._train_epoch()
+    assert half.optimizer.param_groups[0]["lr"] is rate
+    assert places == [p.grad.data_ptr() for p in half.method.student.parameters()]
+
+
+def test_adamw_stays_outside_where_beta1_moves(change, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "why_no_graph", lambda *_: None)
+    run = Trainer(change(out=tmp_path / "run", cuda_graph=True), quiet=True)
+    assert "--optim.no-cycle-beta1" in capsys.readouterr().out
+    assert isinstance(run.backward, GraphedBackward)
+    assert not isinstance(run.update, speed.Graphed)
