@@ -76,8 +76,17 @@ class Config:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
 
 
-def measure(config: Config, progress: Progress = lambda line: None) -> dict[str, Any]:
+def measure(
+    config: Config,
+    progress: Progress = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
     """Measure; returns what ``report.json`` holds.
+
+    Args:
+        config: What to measure.
+        progress: Called with a line now and then.
+        keep: Called with the report after each section, so that one cut short keeps what it has.
 
     Raises:
         ValueError: A device that is not there.
@@ -98,8 +107,9 @@ def measure(config: Config, progress: Progress = lambda line: None) -> dict[str,
             report[name] = _section(name, config, device, seconds, checks, progress)
         except RuntimeError as error:  # one section must not cost the others their figures
             report[name] = {"not_measured": f"{type(error).__name__}: {ops.first_line(error)}"}
-    report["seconds"] = time.perf_counter() - start
-    report["targets"] = targets(report)
+        report["seconds"] = time.perf_counter() - start
+        report["targets"] = targets(report)
+        keep(report)
     return report
 
 
@@ -192,8 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = given.out or ROOT / "benchmarks" / "results" / m.slug(m.device_name(device))
     out.mkdir(parents=True, exist_ok=True)  # before the measurement, not after: it may not be allowed
     build_extension(progress)
-    report = measure(config, progress)
-    write(report, out)
+    report = measure(config, progress, lambda so_far: write(so_far, out))
     print((out / "report.md").read_text())
     progress(f"Written: {out}")
     for failure in sorted(failures(report)):

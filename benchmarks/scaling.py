@@ -114,9 +114,10 @@ def _point(config: VisionTransformerConfig, batch: int, precision: str, device: 
 def _ranks(
     config: VisionTransformerConfig, batch: int, precision: str, device: torch.device, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Images per second of one and of two processes, each with a device and a batch of its own."""
-    if device.type != "cuda" or torch.cuda.device_count() < 2:
-        return {"not_measured": "needs two GPUs: two processes on one device would share it"}
+    """Images per second of one and of two processes, each with a batch, and a GPU or a core, of its own."""
+    there = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
+    if there < 2:
+        return {"not_measured": "needs two GPUs or cores: two processes on one would share it"}
     progress("scaling: 2 processes")
     points = []
     for ranks in (1, 2):
@@ -125,25 +126,35 @@ def _ranks(
             port = free.getsockname()[1]
         context = torch.multiprocessing.get_context("spawn")
         queue = context.Queue()
-        torch.multiprocessing.spawn(_rank, (ranks, port, config, batch, precision, queue), nprocs=ranks)
+        arguments = (ranks, port, config, batch, precision, device.type, queue)
+        torch.multiprocessing.spawn(_rank, arguments, nprocs=ranks)
         points.append({"x": ranks, "images_s": queue.get()})
     return {"points": points, "efficiency": points[1]["images_s"] / 2 / points[0]["images_s"]}
 
 
 def _rank(
-    rank: int, ranks: int, port: int, config: VisionTransformerConfig, batch: int, precision: str, queue: Any
+    rank: int,
+    ranks: int,
+    port: int,
+    config: VisionTransformerConfig,
+    batch: int,
+    precision: str,
+    kind: str,
+    queue: Any,
 ) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ["WORLD_SIZE"] = str(ranks)
+    torch.set_num_threads(1)
+    processes = Processes.start(kind)
+    device = processes.device
     work = Workload(config, batch, device)
     method = work.method(Variant(METHOD, precision=precision))
-    last = reduce_gradients(method, Processes(rank, ranks, device))
+    last = reduce_gradients(method, processes)
     step = work.step(lambda: method.backward(work.images, work.labels, generator=work.generator, last=last))
-    for _ in range(3):
+    warm, timed = (3, 20) if kind == "cuda" else (1, 4)
+    for _ in range(warm):
         step()
-    seconds = m.timed(step, device, repeats=20)
+    seconds = m.timed(step, device, repeats=timed)
     if rank == 0:
         queue.put(ranks * batch / seconds)
-    torch.distributed.destroy_process_group()
+    processes.stop()

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,29 @@ def test_all_sections_are_there_and_survive_json(report, tmp_path):
     assert "## Loader\n\nNot measured: not asked for." in text
     assert "it is for a GPU, and the device is cpu" in text
     assert text == page.to_markdown(written, ["step.png", "breakdown.png", "scaling.png"])
+
+
+def test_a_report_cut_short_keeps_its_sections(monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report_.correctness, "measure", lambda *_, **__: [])
+    monkeypatch.setattr(report_.breakdown, "measure", lambda *_, **__: {"not_measured": "no time"})
+    monkeypatch.setattr(report_.scaling, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report_.measure(replace(CONFIG, sections=("breakdown", "scaling")), keep=lambda r: report_.write(r, tmp_path))
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["breakdown"] == {"not_measured": "no time"}
+    assert "scaling" not in written
+    assert "Not measured: no time." in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each process")
+def test_two_processes_are_measured(report):
+    ranks = report["scaling"]["ranks"]
+    one, two = (point["images_s"] for point in ranks["points"])
+    assert ranks["efficiency"] == pytest.approx(two / one / 2)
+    assert one > 0
 
 
 def test_every_check_passes_and_all_strategies_are_checked(report):
@@ -179,7 +203,8 @@ def test_compare_fails_on_a_regression_beyond_the_noise_only(report, tmp_path, m
     path.write_text(json.dumps(old))
     command = ["--out", str(tmp_path), "--device", "cpu", "--compare", str(path)]
     for factor, status in ((1.02, 0), (1.2, 1)):
-        monkeypatch.setattr(report_, "measure", lambda config, progress, factor=factor: changed(factor, 0.01))
+        new = changed(factor, 0.01)
+        monkeypatch.setattr(report_, "measure", lambda config, progress, keep, new=new: keep(new) or new)
         assert report_.main(command) == status
 
     for wrong, message in (
