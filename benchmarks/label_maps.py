@@ -77,7 +77,7 @@ def main() -> None:
     correlation: dict[str, list[Tensor]] = {name: [] for name in MAPS}
     overlap: dict[str, list[Tensor]] = {name: [] for name in MAPS}
     share: dict[str, list[Tensor]] = {name: [] for name in MAPS}
-    for images, labels in loader:
+    for images, labels, _ in loader:
         found = maps_of(model, images, labels)
         exact = next(iter(found.values()))
         exact_mask = select_patches(exact, threshold=options.threshold)

@@ -108,7 +108,7 @@ def rate(loader: Any, device: torch.device, seconds: float) -> float:
     """Images per second over whole epochs, at least ``seconds`` of them, after one that is not counted."""
 
     def epoch() -> Iterator[int]:
-        for images, labels in loader:
+        for images, labels, *_ in loader:
             images.to(device, non_blocking=True)
             yield len(labels)
 

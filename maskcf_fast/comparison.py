@@ -9,14 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import nn
-
 from ._cache import atomic_write
-from .training.build import build_loaders, build_model, scan
+from .evaluation import Reader, Results, Spec, Suite
 from .training.config import TrainConfig, changed_settings
 from .training.distributed import Processes
-from .training.evaluate import evaluate
 from .training.trainer import Trainer
 
 
@@ -61,34 +57,27 @@ def train_or_reuse(config: TrainConfig, processes: Processes, title: str, basis:
             )
         return Result(saved["accuracy"], saved["images_per_second"], True)
     accuracy, speed = train(config, processes, title)
-    content = {"basis": basis, "accuracy": accuracy, "images_per_second": speed}
-    atomic_write(path, json.dumps(content, indent=1).encode())
+    if processes.main:
+        content = {"basis": basis, "accuracy": accuracy, "images_per_second": speed}
+        atomic_write(path, json.dumps(content, indent=1).encode())
+    processes.barrier()  # the other processes read what the main one has written
     return Result(accuracy, speed, False)
 
 
-class Evaluation:
-    """Accuracy of models that were not trained themselves, on the test sets of a run's settings."""
-
-    def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        self.config = config
-        self.processes = processes
-        self.train, self.tests = scan(config.data, processes)
-
-    def model(self, weights: Path | None = None) -> nn.Module:
-        """The model that the settings start from, or the one in a file of a run."""
-        model = self.config.model
-        if weights is not None:
-            model = dataclasses.replace(model, weights=weights, head=None)
-        built = build_model(model, len(self.train.classes), self.config.seed)
-        self.image_size = built.backbone.config.image_size
-        return built.to(self.processes.device)
-
-    @torch.no_grad()
-    def accuracy(self, model: nn.Module) -> dict[str, float]:
-        """In percent by test set, of a `model` or of what was made from several."""
-        _, loaders = build_loaders(self.config, self.train, self.tests, self.image_size, self.processes)
-        precision = self.config.precision
-        return {name: evaluate(model, loader, self.processes, precision) for name, loader in loaders.items()}
+def build_suite(
+    config: TrainConfig, specs: Sequence[Spec], reader: Reader, file: Path, processes: Processes, id: str | None = None
+) -> Suite:
+    """Test sets for the models of runs, decoded as the runs' own images are; ``file`` keeps what is measured."""
+    return Suite(
+        specs,
+        reader,
+        Results(file, writes=processes.main),
+        processes,
+        id=id,
+        batch_size=max(1, config.optim.batch_size // (processes.world_size * config.optim.accumulate)),
+        threads=config.data.threads,
+        backend=config.data.backend,
+    )
 
 
 def spread(values: Sequence[float], *, signed: bool = False) -> str:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from ._cache import atomic_write, cache_dir
-from .comparison import Evaluation, spread, train, train_or_reuse
+from .comparison import build_suite, spread, train, train_or_reuse
 from .data.demo import DemoData, DemoSpec, build_demo_data
-from .distill import CounterfactualDistiller, interpolate
+from .distill import CounterfactualDistiller
+from .evaluation import Reader, choose_specs, read_run
 from .ops import refill_patches
 from .plots import Point, plot_counterfactuals, plot_tradeoff
 from .training.build import build_loaders, build_method, build_model, scan
@@ -165,17 +166,18 @@ class Demo:
         """WiSE-FT: weights between the zero-shot and the fine-tuned model."""
         config = self._config("ft", 0.0, seed)
         assert config.out is not None
-        evaluation = Evaluation(config, self.processes)
-        model = evaluation.model()
-        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        tuned = evaluation.model(config.out / "model.safetensors").state_dict()
+        run = read_run(config.out)
+        specs, file = choose_specs([], None, config.data), config.out.parent / "measurements.json"
+        suite = build_suite(config, specs, Reader(run.classes), file, self.processes)
         rows = []
-        for alpha in ALPHAS:
-            model.load_state_dict(interpolate(start, tuned, alpha))
-            accuracy = evaluation.accuracy(model)
-            rows.append(Row("WiSE-FT", alpha, seed, accuracy["id"], accuracy["ood_test"]))
+        for alpha, model in run.models(ALPHAS):
+            if alpha is None:
+                continue
+            found = suite.measure(model, config.precision, f"  [{seed}] WiSE-FT α {alpha:g}")
+            accuracy = found["id"].top1, found["ood_test"].top1
+            rows.append(Row("WiSE-FT", alpha, seed, *accuracy))
             if alpha == 0:
-                rows.append(Row("zero-shot", None, seed, accuracy["id"], accuracy["ood_test"]))
+                rows.append(Row("zero-shot", None, seed, *accuracy))
         return rows
 
     def _plot(self, rows: list[Row]) -> None:
@@ -194,7 +196,7 @@ class Demo:
         model = build_model(config.model, len(manifest.classes), config.seed)
         vit = model.backbone.config
         loader, _ = build_loaders(config, manifest, tests, vit.image_size, self.processes)
-        images, labels = next(iter(loader))
+        images, labels, _ = next(iter(loader))
         method = build_method(config.method, model)
         assert isinstance(method, CounterfactualDistiller)
         draw = method.strategy.draw(len(images), vit.num_patches, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,8 @@
 """``python -m maskcf_fast.table``: every method of the paper's table, over several seeds.
 
-Each method × seed is a run of its own in OUT/<method>-seed<k>. A finished run is reused if its settings are the same,
-an interrupted one continues where it stopped.
+Each method × seed is a run of its own in OUT/<method>-seed<k>, measured as ``python -m maskcf_fast.evaluate`` does. A
+finished run is reused if its settings are the same, an interrupted one continues where it stopped, and what is measured
+is not measured again.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ import difflib
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
 from ._cache import atomic_write
-from .comparison import Evaluation, spread, train_or_reuse
-from .distill import PAPER_CUTS, OutputEnsemble, average, interpolate
+from .comparison import build_suite, spread, train_or_reuse
+from .distill import PAPER_CUTS, OutputEnsemble, average
+from .evaluation import Reader, Run, choose_specs, read_run
+from .evaluation.benchmark import read_class_map
+from .evaluation.config import Repeated, flat
 from .plots import Point, plot_tradeoff
+from .training.build import build_model, scan
 from .training.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, find_yaml
 from .training.distributed import Processes
 
@@ -45,8 +50,17 @@ class TableConfig:
     """Seeds to fine-tune with."""
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Of WiSE-FT, each in [0, 1]; the paper's is 0.5."""
+    test: Repeated[str] = ()
+    """Test sets, [NAME=][LAYOUT:]PATH, as --data of python -m maskcf_fast.evaluate, whose --help lists the layouts; by
+    default those that training is watched with, --data.id and --data.ood."""
+    id: str | None = None
+    """Name of the test set in distribution; by default the one of layout imagenet, else the first."""
+    class_map: Path | None = None
+    """YAML or JSON file that gives the model's class, or a list of them, for what a test set calls otherwise."""
+    outside: Literal["error", "skip"] = "error"
+    """Stop at classes of a test set that the model does not know, or leave their images out."""
     out: Path = Path("runs/table")
-    """Folder for the runs, table.md, table.json and tradeoff.png."""
+    """Folder for the runs, table.md, table.json, tradeoff.png, and results.json with all measurements."""
     demo: bool = False
     """The embedded demo data and its pre-trained tiny model."""
     quick: bool = False
@@ -77,8 +91,8 @@ class TableConfig:
             raise ValueError(f"--alphas must lie in [0, 1], got {bad[0]}")
         if self.quick and not self.demo:
             raise ValueError("--quick shortens the demo only: add --demo")
-        if not self.demo and (self.data.train is None or self.data.id is None or not self.data.ood):
-            raise ValueError("--data.train DIR, --data.id DIR and --data.ood DIR… are needed (or --demo)")
+        if not self.demo and self.data.train is None:
+            raise ValueError("--data.train DIR is missing (--demo needs no data)")
 
 
 @dataclass(frozen=True)
@@ -89,14 +103,17 @@ class TableRow:
     seed: int | None  # None: of all seeds together
     accuracy: dict[str, float]
 
+    def shifted(self, id: str) -> float:
+        """Mean accuracy over the test sets but ``id``, each counting the same."""
+        return statistics.mean(value for name, value in self.accuracy.items() if name != id)
+
 
 class Table:
     """The runs and the rows made of them."""
 
-    def __init__(self, config: TableConfig) -> None:
+    def __init__(self, config: TableConfig, processes: Processes) -> None:
         config.validate()
-        self.config = config
-        self.processes = Processes.start("cpu" if config.demo else config.device)
+        self.config, self.processes = config, processes
         self.basis = ""
         self.base = TrainConfig(
             config.model, config.data, optim=config.optim, precision=config.precision, device=config.device
@@ -104,36 +121,80 @@ class Table:
         if config.demo:
             from .demo import Demo, DemoConfig
 
-            demo = Demo(DemoConfig(quick=config.quick))
-            self.base, self.basis = demo.prepare()
-        self.rows: list[TableRow] = []
-        self.done: dict[tuple[str, int], dict[str, float]] = {}
+            self.base, self.basis = Demo(DemoConfig(quick=config.quick)).prepare()
+        data = self.base.data
+        specs = choose_specs(flat(config.test), config.id, data)
+        if len(specs) < 2:
+            raise ValueError(
+                f"a test set in distribution and at least one shifted are needed, got {len(specs)}: "
+                "--test [NAME=][LAYOUT:]PATH…, or --data.id DIR and --data.ood DIR…"
+            )
+        class_map = read_class_map(config.class_map) if config.class_map else None
+        self.classes = scan(data, processes)[0].classes
+        reader = Reader(self.classes, class_map, config.outside, data.on_bad_image, data.verify, processes.main)
+        self.suite = build_suite(self.base, specs, reader, config.out / "results.json", processes, config.id)
 
     def run(self) -> str:
         """Train, evaluate and write what is asked for; the table as Markdown."""
-        config = self.config
-        config.out.mkdir(parents=True, exist_ok=True)
+        config, suite = self.config, self.suite
+        suite.describe()
+        rows = []
         for seed in config.seeds:
             for i, method in enumerate(config.methods):
-                title = f"[seed {seed}: {i + 1}/{len(config.methods)}]"
-                if method == "soup":
-                    continue
-                made = self._derived(method, seed) if method in DERIVED else [(method, self._trained(method, seed))]
-                for name, accuracy in made:
-                    self._add(title, TableRow(name, seed, accuracy))
+                if method != "soup":
+                    rows += self._rows(method, seed, f"[seed {seed}: {i + 1}/{len(config.methods)}]")
         if "soup" in config.methods:
-            self._add("[all seeds]", TableRow("soup", None, self._soup()))
-        text = markdown(self.rows)
-        content = {"rows": [dataclasses.asdict(row) for row in self.rows]}
-        atomic_write(config.out / "table.json", json.dumps(content, indent=1).encode())
-        atomic_write(config.out / "table.md", (text + "\n").encode())
-        plot(self.rows, config.out / "tradeoff.png")
+            rows += self._rows("soup", None, "[all seeds]")
+        notes = [f"- {note}" for benchmark in suite.benchmarks for note in benchmark.notes]
+        text = "\n".join([markdown(rows, suite.id), *(["", *notes] if notes else [])])
+        if self.processes.main:
+            content = {"id": suite.id, "data": suite.summary(), "rows": [dataclasses.asdict(row) for row in rows]}
+            atomic_write(config.out / "table.json", json.dumps(content, indent=1).encode())
+            atomic_write(config.out / "table.md", (text + "\n").encode())
+            plot(rows, suite.id, config.out / "tradeoff.png")
         return text
 
-    def _add(self, title: str, row: TableRow) -> None:
-        self.rows.append(row)
-        shown = "  ".join(f"{name} {value:.1f}" for name, value in row.accuracy.items())
-        print(f"{title} {row.method}: {shown}", flush=True)
+    def _rows(self, method: str, seed: int | None, title: str) -> list[TableRow]:
+        rows = []
+        for name, model in self._soup() if seed is None else self._models(method, seed):
+            found = self.suite.measure(model, self.base.precision, f"{title} {name}", model=name, seed=seed)
+            rows.append(TableRow(name, seed, {data: result.top1 for data, result in found.items()}))
+        return rows
+
+    def _models(self, method: str, seed: int) -> Iterator[tuple[str, nn.Module]]:
+        """The models of a method, by what they are called."""
+        if method == "zero-shot":
+            yield method, build_model(self.base.model, len(self.classes), seed, self.classes)
+        elif method == "ensemble":
+            run = self._trained("ft", seed)
+            yield method, OutputEnsemble([run.initial(), run.tuned()])
+        elif method == "wise-ft":
+            for alpha, model in self._trained("ft", seed).models(self.config.alphas):
+                if alpha is not None:
+                    yield f"wise-ft α {alpha:g}", model
+        else:
+            yield method, self._trained(method, seed).tuned()
+
+    def _soup(self) -> Iterator[tuple[str, nn.Module]]:
+        runs = [self._trained("ft", seed) for seed in self.config.seeds]
+        model = runs[0].tuned()
+        model.load_state_dict(average([load_file(run.weights) for run in runs]))
+        yield "soup", model
+
+    def _trained(self, method: str, seed: int) -> Run:
+        """The run of a method: its best epoch on the held-out images, as in the paper, or without them the last."""
+        if method == "lp-ft":
+            self._trained("lp", seed)
+        config = self.settings(method, seed)
+        assert config.out is not None
+        train_or_reuse(config, self.processes, f"{method}, seed {seed}", self.basis)
+        run = read_run(config.out)
+        if run.classes != self.classes:
+            raise ValueError(
+                f"{config.out} was trained on other classes than {config.data.train} has now: choose another --out, or "
+                "remove it"
+            )
+        return run
 
     def settings(self, method: str, seed: int) -> TrainConfig:
         """The run of a method: its preset's method section, on the table's data, model and optimiser."""
@@ -149,57 +210,6 @@ class Table:
             config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=0.0))
         return dataclasses.replace(config, method=chosen)
 
-    def _trained(self, method: str, seed: int) -> dict[str, float]:
-        if (method, seed) not in self.done:
-            if method == "lp-ft":
-                self._trained("lp", seed)
-            config = self.settings(method, seed)
-            result = train_or_reuse(config, self.processes, f"{method}, seed {seed}", self.basis)
-            accuracy = result.accuracy
-            if config.data.holdout:  # the paper takes the epoch that was best on the held-out images
-                evaluation = Evaluation(config, self.processes)
-                accuracy = self._measure(evaluation, evaluation.model(self._weights(method, seed)))
-            self.done[method, seed] = accuracy
-        return self.done[method, seed]
-
-    def _weights(self, method: str, seed: int) -> Path:
-        name = "best" if self.base.data.holdout else "model"
-        return self.config.out / f"{method}-seed{seed}" / f"{name}.safetensors"
-
-    def _measure(self, evaluation: Evaluation, model: torch.nn.Module) -> dict[str, float]:
-        accuracy = evaluation.accuracy(model)
-        return {name: value for name, value in accuracy.items() if name != "holdout"}
-
-    def _derived(self, method: str, seed: int) -> list[tuple[str, dict[str, float]]]:
-        if method != "zero-shot":
-            self._trained("ft", seed)
-        evaluation = Evaluation(self.settings("ft", seed), self.processes)
-        start = evaluation.model()
-        if method == "zero-shot":
-            return [(method, self._measure(evaluation, start))]
-        tuned = evaluation.model(self._weights("ft", seed))
-        if method == "ensemble":
-            return [(method, self._measure(evaluation, OutputEnsemble([start, tuned])))]
-        ends = {name: tensor.clone() for name, tensor in start.state_dict().items()}, tuned.state_dict()
-        rows = []
-        for alpha in self.config.alphas:
-            start.load_state_dict(interpolate(*ends, alpha))
-            rows.append((f"wise-ft α {alpha:g}", self._measure(evaluation, start)))
-        return rows
-
-    def _soup(self) -> dict[str, float]:
-        for seed in self.config.seeds:
-            self._trained("ft", seed)
-        evaluation = Evaluation(self.settings("ft", self.config.seeds[0]), self.processes)
-        model = evaluation.model()
-        model.load_state_dict(average([load_file(self._weights("ft", seed)) for seed in self.config.seeds]))
-        return self._measure(evaluation, model)
-
-
-def out_of_distribution(accuracy: dict[str, float]) -> list[str]:
-    """The names of the OOD sets."""
-    return [name for name in accuracy if name not in ("id", "holdout")]
-
 
 def grouped(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:
     """Rows that differ in the seed only."""
@@ -209,29 +219,24 @@ def grouped(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:
     return groups
 
 
-def mean_ood(row: TableRow) -> float:
-    """Mean accuracy over the OOD sets."""
-    return statistics.mean(row.accuracy[name] for name in out_of_distribution(row.accuracy))
-
-
-def markdown(rows: Sequence[TableRow]) -> str:
-    """One line per method: means over the seeds, ± their standard deviation."""
-    sets = out_of_distribution(rows[0].accuracy)
-    lines = [f"| method | ID % | {' | '.join(sets)} | OOD average |", "|---|--:|" + "--:|" * (len(sets) + 1)]
+def markdown(rows: Sequence[TableRow], id: str) -> str:
+    """One line per method: means over the seeds in per cent, ± their standard deviation."""
+    shifted = [name for name in rows[0].accuracy if name != id]
+    lines = [f"| method | {id} (ID) | {' | '.join(shifted)} | OOD average |", "|---|--:|" + "--:|" * (len(shifted) + 1)]
     for method, group in grouped(rows).items():
-        columns = [[row.accuracy[name] for row in group] for name in ("id", *sets)]
-        cells = [method, *map(spread, columns), spread([mean_ood(row) for row in group])]
+        columns = [[row.accuracy[name] for row in group] for name in (id, *shifted)]
+        cells = [method, *map(spread, columns), spread([row.shifted(id) for row in group])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[TableRow], path: Path) -> None:
-    """ID against the mean OOD accuracy."""
+def plot(rows: Sequence[TableRow], id: str, path: Path) -> None:
+    """Accuracy in distribution against the mean of the shifted test sets."""
     curves: dict[str, list[Point]] = {}
     for method, group in grouped(rows).items():
         name, _, label = method.partition(" ")
         name = {"ft": "FT", "wise-ft": "WiSE-FT"}.get(name, name)
-        point = Point(label, [row.accuracy["id"] for row in group], [mean_ood(row) for row in group])
+        point = Point(label, [row.accuracy[id] for row in group], [row.shifted(id) for row in group])
         curves.setdefault(name, []).append(point)
     plot_tradeoff(path, curves, "Accuracy in and out of distribution")
 
@@ -244,8 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         config: Any = tyro.cli(TableConfig, args=arguments, prog="python -m maskcf_fast.table", description=__doc__)
-        table = Table(config)
-        print(f"\n{table.run()}\n\ntable.md, table.json, tradeoff.png: {config.out}")
+        processes = Processes.start("cpu" if config.demo else config.device)
+        try:
+            text = Table(config, processes).run()
+        finally:
+            processes.stop()
+        if processes.main:
+            print(f"\n{text}\n\ntable.md, table.json, tradeoff.png, results.json: {config.out}")
         return 0
 
     return report_errors(run, CONTINUES)

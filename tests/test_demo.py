@@ -56,7 +56,7 @@ def test_quick_demo_and_its_reuse(tmp_path, monkeypatch, capsys):
     assert main(line) == 0
     out = capsys.readouterr().out
     assert "images/s)" not in out
-    assert out.count("(reused)") == 5
+    assert out.count("(reused)") == 5 + 2 * 5  # runs, and WiSE-FT on both test sets
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 

@@ -1,6 +1,9 @@
-"""The table: its runs, their reuse, and what it prints."""
+"""The table: its runs, their reuse, and what it prints; its test sets are in evaluation/test_table_sets.py."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -14,12 +17,16 @@ def test_markdown():
         TableRow("ft", 1, {"id": 82.0, "v2": 64.0, "a": 20.0}),
         TableRow("soup", None, {"id": 83.0, "v2": 62.0, "a": 30.0}),
     ]
-    assert markdown(rows).splitlines() == [
-        "| method | ID % | v2 | a | OOD average |",
+    assert markdown(rows, "id").splitlines() == [
+        "| method | id (ID) | v2 | a | OOD average |",
         "|---|--:|--:|--:|--:|",
         "| ft | 81.0 ± 1.4 | 62.0 ± 2.8 | 20.0 ± 0.0 | 41.0 ± 1.4 |",
         "| soup | 83.0 | 62.0 | 30.0 | 46.0 |",
     ]
+    assert markdown(rows, "v2").splitlines()[::4] == [
+        "| method | v2 (ID) | id | a | OOD average |",
+    ]
+    assert rows[0].shifted("v2") == 50.0
 
 
 @pytest.fixture
@@ -45,6 +52,29 @@ def test_runs_are_reused_and_derived_rows_agree(line, tmp_path):
     assert main([*line, *chosen, "--seeds", "0"]) == 0
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert json.loads((out / "table.json").read_text()) == results
+    assert results["id"] == "id"
+    logged = [json.loads(line) for line in (out / "ft-seed0" / "metrics.jsonl").read_text().splitlines()]
+    by_step = [{name: line[f"accuracy/{name}"] for name in ("id", "ood")} for line in logged if "accuracy/id" in line]
+    assert (found["zero-shot"], found["ft"]) == (by_step[0], by_step[-1])  # as the trainer measured them
+
+
+def test_several_processes(line, tmp_path):
+    """They train and measure together; one process measures the same on the runs that they leave."""
+    chosen = ["--methods", "lp-ft", "ft", "wise-ft", "soup", "--seeds", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "--", "maskcf_fast.table", *line, *chosen]
+    done = subprocess.run(
+        command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| method | id (ID) | ood | OOD average |") == 1
+    out = tmp_path / "table"
+    together = json.loads((out / "table.json").read_text())
+    (out / "results.json").unlink()
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
+    assert main([*line, *chosen]) == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert json.loads((out / "table.json").read_text()) == together
 
 
 def test_other_settings_are_refused(line, capsys):

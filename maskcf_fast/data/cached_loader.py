@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .disk_cache import DiskCache
-from .loader import Batch, EpochLoader, Indices
+from .loader import Decoded, EpochLoader, Indices
 
 PREFETCH = 2  # batches that are gathered while the caller has one
 MEMORY_SHARE = 0.8  # of what is free, that a device cache may take
@@ -54,31 +54,35 @@ class CachedLoader(EpochLoader):
     def settings(self) -> dict[str, Any]:
         return self._loader.settings()
 
-    def decode(self, batches: Iterator[Indices]) -> Iterator[Batch]:
+    def decode(self, batches: Iterator[Indices]) -> Iterator[Decoded]:
         if self._on_device is not None:
             first = self.share.start
             for _, indices in batches:
                 index = self._to_device(torch.tensor(indices, dtype=torch.int64))
-                yield Batch(self._on_device.index_select(0, index - first), self._labels[index])
+                yield self._on_device.index_select(0, index - first), self._labels[index]
             return
-        waiting: deque[Future[Batch]] = deque()
+        waiting: deque[Future[Decoded]] = deque()
         # Not in a with: a forgotten generator would then wait for the thread inside the garbage collector, which may
         # have come in that very thread. Without it the thread ends when the executor is collected.
         thread = ThreadPoolExecutor(1)
         for _, indices in batches:
             waiting.append(thread.submit(self._gather, indices))
             if len(waiting) > PREFETCH:
-                yield Batch(*map(self._to_device, waiting.popleft().result()))
+                yield self._on_its_way(waiting.popleft().result())
         while waiting:
-            yield Batch(*map(self._to_device, waiting.popleft().result()))
+            yield self._on_its_way(waiting.popleft().result())
 
-    def _gather(self, indices: list[int]) -> Batch:
+    def _gather(self, indices: list[int]) -> Decoded:
         assert self._on_disk is not None
         size = self.config.image_size
         pinned = self.device.type == "cuda"
         images = torch.empty((len(indices), size, size, 3), dtype=torch.uint8, pin_memory=pinned)
         self._on_disk.gather(indices, images.numpy())
-        return Batch(images, self._labels[indices])
+        return images, self._labels[indices]
+
+    def _on_its_way(self, decoded: Decoded) -> Decoded:
+        images, labels = decoded
+        return self._to_device(images), self._to_device(labels)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":
@@ -98,10 +102,10 @@ class CachedLoader(EpochLoader):
         step, first, done = self.config.batch_size, self.share.start, 0
         parts = ((0, list(self.share[i : i + step])) for i in range(0, n, step))
         with self.explained(), tqdm(total=n, desc="decoding", unit="img", delay=2, disable=self.config.rank > 0) as bar:
-            for batch in self._loader.decode(parts) if n else ():
-                pixels[done : done + len(batch.images)] = batch.images
-                done += len(batch.images)
-                bar.update(len(batch.images))
+            for images, _ in self._loader.decode(parts) if n else ():
+                pixels[done : done + len(images)] = images
+                done += len(images)
+                bar.update(len(images))
         assert first + done == self.share.stop
         return pixels
 

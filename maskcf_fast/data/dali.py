@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ._verify import image_file, read_span
-from .loader import Batch, EpochLoader, Indices, LoaderConfig
+from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
 from .transforms import CROP_AREA, CROP_RATIO
 
@@ -67,7 +67,7 @@ class DaliLoader(EpochLoader):
     def decoder(self) -> str:
         return f"DALI {import_module('nvidia.dali').__version__} on {self.device.type}"
 
-    def decode(self, batches: Iterator[Indices]) -> Iterator[Batch]:
+    def decode(self, batches: Iterator[Indices]) -> Iterator[Decoded]:
         pipeline = self.build_pipeline(batches)
         if self.config.augment != "none":
             self._pipeline = pipeline
@@ -80,7 +80,8 @@ class DaliLoader(EpochLoader):
             except StopIteration:
                 return
             # The tensors own their memory: DALI's dynamic executor hands each buffer over with the output.
-            yield Batch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
+            images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+            yield images, labels
 
     def _read_ahead(self, batches: Iterator[Indices]) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
         """Yield the files' names and labels, or for tar shards the files' bytes and labels."""

@@ -134,10 +134,10 @@ class DiskCache:
                 batches = self._loader.decode(claimed())
                 while True:
                     with self._loader.explained():
-                        batch = next(batches, None)
-                    if batch is None:
+                        decoded = next(batches, None)
+                    if decoded is None:
                         break
-                    parts.append(batch.images.cpu().numpy())
+                    parts.append(decoded[0].cpu().numpy())
                     if sum(map(len, parts)) == len(self._members(taken[0])):
                         self._write(taken[0], np.concatenate(parts))
                         self._unlock(taken.popleft())
@@ -163,7 +163,7 @@ class DiskCache:
             members, step = self._members(chunk), self._loader.config.batch_size
             batches = ((0, list(members[i : i + step])) for i in range(0, len(members), step))
             with self._loader.explained():
-                parts = [batch.images.cpu().numpy() for batch in self._loader.decode(batches)]
+                parts = [images.cpu().numpy() for images, _ in self._loader.decode(batches)]
             self._write(chunk, np.concatenate(parts))
             self._forget(chunk)
 

@@ -12,21 +12,24 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .manifest import Manifest
 
 
 class Batch(NamedTuple):
-    """Images and their classes, on the loader's device.
+    """Images and their classes, on the loader's device, and which images they are.
 
     Attributes:
         images: uint8 ``[N, S, S, 3]``, RGB in [0, 255].
         labels: int64 ``[N]``, indices into the manifest's classes.
+        indices: int64 ``[N]``, indices into the manifest's images; on the CPU, so that reading them waits for nothing.
     """
 
     images: Tensor
     labels: Tensor
+    indices: Tensor
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ class Loader(Protocol):
 
 # (epoch, indices of images): what a loader is to yield next.
 Indices = tuple[int, list[int]]
+# Images and labels, as `Batch` has them.
+Decoded = tuple[Tensor, Tensor]
 
 
 class EpochLoader(ABC):
@@ -152,25 +157,27 @@ class EpochLoader(ABC):
         self.share = range(n) if config.train else range(n * rank // world, n * (rank + 1) // world)
         self._length = n // global_batch if config.train else -(-len(self.share) // config.batch_size)
         self._epoch = self._batch = 0
-        self._batches: Iterator[Batch] | None = None  # from the position on
+        self._batches: Iterator[Decoded] | None = None  # from the position on
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._epoch
+        order, size = self._order(epoch), self.config.batch_size
         while self._epoch == epoch and self._length:
             with self.explained():
                 if self._batches is None:
                     self._batches = self.decode(self._upcoming())
-                batch = next(self._batches)
+                images, labels = next(self._batches)
+            indices = torch.from_numpy(order[self._batch * size : (self._batch + 1) * size].copy())
             self._batch += 1
             if self._batch == self._length:
                 self._epoch, self._batch = epoch + 1, 0
                 if not self.config.train:
                     self._batches = None
             # Only now, so that a state taken while the caller has the batch is the one after it.
-            yield batch
+            yield Batch(images, labels, indices)
 
     def state_dict(self) -> dict[str, Any]:
         return {"settings": self.settings(), "epoch": self._epoch, "batch": self._batch}
@@ -214,16 +221,16 @@ class EpochLoader(ABC):
         while True:
             mine = self._order(epoch)
             for i in range(start, self._length):
-                yield epoch, mine[i * size : (i + 1) * size]
+                yield epoch, mine[i * size : (i + 1) * size].tolist()
             if not self.config.train:
                 return
             epoch, start = epoch + 1, 0
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> NDArray[np.int64]:
         if not self.config.train:
-            return list(self.share)
+            return np.array(self.share, dtype=np.int64)
         order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.manifest))
-        return order[self.config.rank :: self.config.world_size].tolist()
+        return order[self.config.rank :: self.config.world_size]
 
     @property
     @abstractmethod
@@ -231,7 +238,7 @@ class EpochLoader(ABC):
         """What turns a file into pixels, with its version."""
 
     @abstractmethod
-    def decode(self, batches: Iterator[Indices]) -> Iterator[Batch]:
+    def decode(self, batches: Iterator[Indices]) -> Iterator[Decoded]:
         """Yield the batches of these images, in this order, reading ahead; of any size up to ``batch_size``."""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import PIL
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ._verify import image_source
-from .loader import Batch, EpochLoader, Indices, LoaderConfig
+from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
 from .transforms import random_flip, random_resized_crop, resize_and_crop
 
@@ -38,7 +40,7 @@ class TorchLoader(EpochLoader):
     def decoder(self) -> str:
         return f"PIL {PIL.__version__}"
 
-    def decode(self, batches: Iterator[Indices]) -> Iterator[Batch]:
+    def decode(self, batches: Iterator[Indices]) -> Iterator[Decoded]:
         loader = DataLoader(
             _Images(self.manifest, self.config),
             batch_sampler=([(epoch, i) for i in indices] for epoch, indices in batches),
@@ -47,8 +49,20 @@ class TorchLoader(EpochLoader):
             # Of its own: the DataLoader would draw from the global one and so disturb the caller's.
             generator=torch.Generator(),
         )
-        for images, labels in loader:
-            yield Batch(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+        for images, labels in start_workers(loader):
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+def start_workers(loader: DataLoader) -> Iterator[Any]:
+    """``iter(loader)``, such that its worker processes leave this process's garbage alone.
+
+    A forgotten DALI pipeline in it would wait in them for its threads, which a fork does not take along.
+    """
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 class _Images(Dataset):

@@ -3,7 +3,7 @@
 Per batch, with F one student forward (multiply by images for FLOPs):
 
     clean forward    1 F    shared by the relevance map and the task loss
-    relevance map    1 F    a backward pass for data gradients only, and one row per layer
+    relevance map    1 F    a backward pass for data gradients only, and one row per layer; none for a given mask
     masked student   1 F    tokens refilled or dropped after the embedding, which is not repeated
     teacher          1 F    likewise from its own embedding of the clean pixels, which are normalised once
     backward         4 F    of the clean and the masked branch
@@ -20,7 +20,7 @@ from torch import Tensor
 from .._checks import check_tensor, value_checks
 from .._precision import autocast
 from ..models import ImageClassifier, Tap, VisionTransformer
-from ..ops import drop_tokens, gather_tokens
+from ..ops import drop_tokens, gather_tokens, pack_tokens
 from .label_map import LabelMap
 from .methods import (
     Method,
@@ -99,6 +99,7 @@ class CounterfactualDistiller(Method):
         *,
         generator: torch.Generator | None = None,
         draw: Draw | None = None,
+        mask: Tensor | None = None,
     ) -> StepOutput:
         """Losses of a batch, as one graph.
 
@@ -107,14 +108,17 @@ class CounterfactualDistiller(Method):
             labels: int64 ``[N]``.
             generator: Source of the donors and random masks, on the images' device.
             draw: Randomness drawn beforehand (`MaskStrategy.draw`), instead of ``generator``.
+            mask: bool ``[N, L]``: what to mask, such as `select` gave before. No map is then made, and 1 F less.
         """
         draw = draw or self._draw(images, generator)
         rows = self.student.backbone.rows(images)
         tokens = self.student.backbone.embed_rows(rows)
-        logits, taps = self._clean(tokens, labels)
+        logits, taps = self._clean(tokens, labels, mask)
         pixels = rows if self.same_rows else images
-        cam = self.map(logits, labels, taps) if taps else self._teacher_cam(pixels, labels)
-        mask = self.strategy.mask(cam, draw)
+        cam = None
+        if mask is None:
+            cam = self.map(logits, labels, taps) if taps else self._teacher_cam(pixels, labels)
+            mask = self.strategy.mask(cam, draw)
         distill = self._distill(tokens, pixels, mask, draw)
         return step_output(task_loss(logits, labels), logits, distill, self.weight, cam=cam, mask=mask)
 
@@ -127,6 +131,7 @@ class CounterfactualDistiller(Method):
         scale: float = 1.0,
         last: Callable[[Callable[[], Tensor]], Tensor] = run,
         draw: Draw | None = None,
+        mask: Tensor | None = None,
     ) -> StepOutput:
         """As `Method.backward`, in two passes: of the task loss as soon as the map is taken, then of the distillation.
 
@@ -139,7 +144,7 @@ class CounterfactualDistiller(Method):
             pixels = rows if self.same_rows else images
             tokens = self.student.backbone.embed_rows(rows)
             shared = tokens.detach().requires_grad_()  # where the two branches meet
-            logits, taps = self._clean(shared, labels)
+            logits, taps = self._clean(shared, labels, mask)
             task = task_loss(logits, labels)
             out = step_output(task, logits)
         cam = None
@@ -151,18 +156,20 @@ class CounterfactualDistiller(Method):
             cam = self.map.from_gradients(taps, read)
             del read
         else:
-            with autocast(images.device, self.precision):
-                own = None if taps else self._teacher_cam(pixels, labels)
-            cam = self.map(logits, labels, taps) if taps else own
+            if taps:
+                cam = self.map(logits, labels, taps)
+            elif mask is None:
+                with autocast(images.device, self.precision):
+                    cam = self._teacher_cam(pixels, labels)
             (scale * task).backward()
         del logits, taps, task
-        mask = self.strategy.mask(cam, draw)
+        chosen = self.strategy.mask(cam, draw) if mask is None else mask
 
         distill: list[Tensor] = []
 
         def compute() -> Tensor:
             with autocast(images.device, self.precision):
-                distill.append(self._distill(tokens, pixels, mask, draw))
+                distill.append(self._distill(tokens, pixels, chosen, draw))
             return scale * self.weight * distill[0]
 
         loss = last(compute)
@@ -177,20 +184,41 @@ class CounterfactualDistiller(Method):
                 grads.append(torch.zeros_like(p))
         torch.autograd.backward(roots, grads)
         total = out.task + self.weight * distill[0].detach()
-        return out._replace(loss=total, distill=distill[0].detach(), cam=cam, mask=mask)
+        return out._replace(loss=total, distill=distill[0].detach(), cam=cam, mask=chosen)
+
+    def select(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The mask ``[N, L]`` bool that `backward` would now cut from the map; touches no parameter's gradient.
+
+        Args:
+            images: As `losses` takes them.
+            labels: int64 ``[N]``.
+
+        Raises:
+            ValueError: The strategy masks at random.
+        """
+        with autocast(images.device, self.precision):
+            rows = self.student.backbone.rows(images)
+            logits, taps = self._clean(self.student.backbone.embed_rows(rows), labels)
+            cam = None if taps else self._teacher_cam(rows if self.same_rows else images, labels)
+        if taps:
+            cam = self.map(logits, labels, taps)
+        return self.strategy.mask(cam, Draw(None, None))
 
     def _draw(self, images: Tensor, generator: torch.Generator | None) -> Draw:
         num_patches = self.student.backbone.config.num_patches
         return self.strategy.draw(len(images), num_patches, generator=generator, device=images.device)
 
-    def _clean(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, list[Tap]]:
-        """Logits of the clean images, and the taps if a map will be taken."""
+    def _clean(self, tokens: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[Tap]]:
+        """Logits of the clean images, and the taps if a map of them is to be taken: not where a mask is given."""
         check_tensor("labels", labels, [len(tokens)], dtypes=[torch.int64], device=tokens.device)
         classes = len(self.student.head.bias)
         if value_checks(labels) and (labels.min() < 0 or labels.max() >= classes):
             raise ValueError(f"labels must lie between 0 and {classes - 1}, got {labels.min()} to {labels.max()}")
+        if mask is not None:
+            shape = [len(tokens), self.student.backbone.config.num_patches]
+            check_tensor("mask", mask, shape, dtypes=[torch.bool], device=tokens.device)
         feature, taps = self.student.backbone.encode(
-            tokens, record=self.strategy.needs_cam and self.cam_source == "student"
+            tokens, record=mask is None and self.strategy.needs_cam and self.cam_source == "student"
         )
         return self.student.head(feature), taps
 
@@ -236,5 +264,8 @@ def encode_masked(
     """Feature ``[N, D]`` of the counterfactual images, from the tokens of the clean ones."""
     if donors is not None:
         return backbone.encode(gather_tokens(tokens, mask, donors))[0]
-    kept, key_mask = drop_tokens(tokens, mask, dropped=strategy.dropped(mask.shape[1]))
-    return backbone.encode(kept, key_mask=key_mask)[0]
+    dropped = strategy.dropped(mask.shape[1])
+    if dropped is not None:
+        return backbone.encode(drop_tokens(tokens, mask, dropped=dropped)[0])[0]
+    rows, packing = pack_tokens(tokens, mask)
+    return backbone.encode(rows, packing=packing)[0]

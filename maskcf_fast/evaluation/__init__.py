@@ -5,7 +5,9 @@ from .layouts import LAYOUTS, Spec, read_benchmark
 from .measure import Measurement, measure
 from .metrics import Baseline, wilson
 from .report import Report, Row
+from .results import Results
 from .runs import Run, read_run
+from .suite import Suite, choose_specs
 
 __all__ = [
     "LAYOUTS",
@@ -14,9 +16,12 @@ __all__ = [
     "Measurement",
     "Reader",
     "Report",
+    "Results",
     "Row",
     "Run",
     "Spec",
+    "Suite",
+    "choose_specs",
     "measure",
     "read_benchmark",
     "read_run",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data import Manifest
+from ..data._verify import image_stamps
 from .classes import some
 from .disk import DiskImages
 
@@ -60,16 +60,15 @@ class Benchmark:
     def fingerprint(self) -> str:
         """SHA-256, in hex, of everything but the model that a result depends on.
 
-        Files count by path, size and time of change. Names and labels alone would not do: two test sets may have the
-        same ones.
+        Files and images in tar shards count by path, size and time of change. Names and labels alone would not do: two
+        test sets may have the same ones.
         """
         digest = hashlib.sha256(f"{self.source.root} {self.source.fingerprint} {self.border}".encode())
         digest.update(str(list(self.targets.shape)).encode() + self.targets.numpy().tobytes())
         digest.update(self.allowed.numpy().tobytes())
         if isinstance(self.source, Manifest):
-            for path in self.source.paths:
-                status = os.stat(self.source.root / path)
-                digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
+            for stamp in image_stamps(self.source.root, self.source.paths, self.source.spans):
+                digest.update(f"{stamp}\0".encode())
         return digest.hexdigest()
 
 
@@ -81,9 +80,9 @@ class Reader:
         classes: Names of the model's outputs, in their order.
         class_map: For data sets that call classes otherwise: the model's name, or names, of each.
         outside: Whether a class that the model does not know is an error, or its images are left out.
-        on_bad_image: See `scan_image_folder`.
-        verify: See `scan_image_folder`.
-        progress: See `scan_image_folder`.
+        on_bad_image: See `scan_images`.
+        verify: See `scan_images`.
+        progress: See `scan_images`.
     """
 
     classes: tuple[str, ...]

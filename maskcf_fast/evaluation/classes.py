@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from ..data import Manifest, scan_images
+from ..models.weights import read_metadata
 
 WNID = re.compile(r"n\d{8}")  # a WordNet id, which is what ImageNet's class folders are called
 
@@ -54,11 +59,12 @@ def read_classes(source: str) -> tuple[str, ...]:
     return names
 
 
-def classes_of_run(train: Path | None, outputs: int, source: str | None = None) -> tuple[str, ...]:
+def classes_of_run(weights: Path, train: Path | None, outputs: int, source: str | None = None) -> tuple[str, ...]:
     """The classes of a run's model.
 
     Args:
-        train: Folder that the run was trained on, whose class folders they are.
+        weights: File of the model, which names them.
+        train: What it was trained on, whose classes they are if the file is of a version that named none.
         outputs: Outputs of the model.
         source: What `read_classes` reads instead.
 
@@ -68,16 +74,20 @@ def classes_of_run(train: Path | None, outputs: int, source: str | None = None) 
     Raises:
         ImportError, OSError, ValueError: There is no source of names, or it has another number of them.
     """
+    stored = read_metadata(weights).get("classes")
     if source is not None:
         names, where = read_classes(source), f"--classes {source}"
-    elif train is not None and train.is_dir():
-        names, where = folders_in(train), f"the training folder {train}"
+    elif stored is not None:
+        names, where = tuple(json.loads(stored)), str(weights)
+    elif train is not None and (train.is_dir() or train.suffix == ".tar"):
+        names, where = scan_images(train, on_bad_image="skip", verify=False).classes, f"the training folder {train}"
     elif outputs == 1000:
         names, where = imagenet_classes(), "ImageNet's list"
     else:
         raise FileNotFoundError(
-            f"the names of the model's {outputs} classes are not known, because its training folder {train} is not "
-            "there: pass --classes FILE with one folder name per line in the order of the model's outputs"
+            f"the names of the model's {outputs} classes are not known, because neither {weights} has them nor is its "
+            f"training folder {train} there: pass --classes FILE with one folder name per line in the order of the "
+            "model's outputs"
         )
     if len(names) != outputs:
         raise ValueError(
@@ -90,6 +100,33 @@ def classes_of_run(train: Path | None, outputs: int, source: str | None = None) 
 def folders_in(root: Path) -> tuple[str, ...]:
     """Names of the visible folders in ``root``, sorted as `scan_image_folder` sorts classes."""
     return tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
+
+
+def data_folder(source: Path) -> Path:
+    """Where a data set lies: in ``source`` itself, or beside the tar shards that it is, or is a pattern of."""
+    return source.parent if source.suffix == ".tar" else source
+
+
+def class_names(source: Path) -> tuple[str, ...]:
+    """Names of the classes that a data set of class folders or tar shards has images of; none where it is neither.
+
+    Raises:
+        OSError, ValueError: Shards that are missing or damaged.
+    """
+    folders = folders_in(source) if source.is_dir() else ()
+    shards = not folders and (source.suffix == ".tar" or any(source.glob("*.tar")))
+    return with_images(scan_images(source, on_bad_image="skip", verify=False)).classes if shards else folders
+
+
+def with_images(manifest: Manifest) -> Manifest:
+    """The manifest without classes of which there is no image, as folders have none: a ``classes.txt`` may."""
+    used = sorted(set(manifest.labels))
+    index = {label: i for i, label in enumerate(used)}
+    return replace(
+        manifest,
+        classes=tuple(manifest.classes[label] for label in used),
+        labels=tuple(index[label] for label in manifest.labels),
+    )
 
 
 def some(names: Iterable[str]) -> str:

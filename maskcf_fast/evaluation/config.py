@@ -25,9 +25,10 @@ class EvaluateConfig:
     """Folder of a training run; several are compared."""
     data: Repeated[str] = ()
     """Test sets, [NAME=][LAYOUT:]PATH. LAYOUT is imagenet, imagenet-v2, imagenet-r,
-    imagenet-a, imagenet-sketch, objectnet, folder (one folder per class), subset (the same, predicting among its
-    own classes only) or hf (a Hugging Face data set saved to disk); found out where it can be. Without --data, the
-    test sets that the first run was trained with."""
+    imagenet-a, imagenet-sketch, objectnet, folder (any classes), subset (the same, predicting among its
+    own classes only) or hf (a Hugging Face data set saved to disk); found out where it can be. PATH is a folder of
+    class folders or of tar shards, or a pattern DIR/{000..009}.tar. Without --data, the test sets that the first run
+    was trained with."""
     id: str | None = None
     """Name of the test set in distribution; by default the one of layout imagenet, else the first."""
     wise_ft: str = ""
@@ -38,10 +39,10 @@ class EvaluateConfig:
     """YAML or JSON file to compute effective robustness with: for each shifted test set {slope, intercept} of a line
     between logits, or a list of [ID, OOD] accuracies of ordinary models, through which it is fitted."""
     classes: str | None = None
-    """Names of the model's outputs: a file with one per line, or "imagenet". By default the training folder's."""
+    """Names of the model's outputs: a file with one per line, or "imagenet". By default those of the run."""
     class_map: Path | None = None
-    """YAML or JSON file that gives the model's class, or a list of them, for classes that a folder or hf data set
-    calls otherwise."""
+    """YAML or JSON file that gives the model's class, or a list of them, for classes that a data set calls
+    otherwise."""
     outside: Literal["error", "skip"] = "error"
     """Stop at classes that the model does not know, or leave their images out."""
     out: Path | None = None

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..data import Batch, LoaderConfig, LoadingError, Manifest
+from ..data._verify import image_source
+from ..data.torch_loader import start_workers
 from ..data.transforms import resize_and_crop
 
 
@@ -108,26 +110,28 @@ class DiskLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            for images, labels in self._loader:
-                yield Batch(images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True))
+            for images, labels, indices in start_workers(self._loader):
+                images, labels = (x.to(self._device, non_blocking=True) for x in (images, labels))
+                yield Batch(images, labels, indices)
         except RuntimeError as error:
             # A worker process sends its whole traceback, whose last line says it.
             raise LoadingError(str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")) from error
 
 
 class _Decoded(Dataset):
-    """Map an index to ``(pixels uint8 [S, S, 3], label)``."""
+    """Map an index to ``(pixels uint8 [S, S, 3], label, index)``."""
 
     def __init__(self, source: Manifest | DiskImages, size: int, border: int) -> None:
         self.source, self.size, self.border = source, size, border
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         source, border = self.source, self.border
         image: Image.Image
         try:
             if isinstance(source, Manifest):
                 where = str(source.root / source.paths[index])
-                with Image.open(where) as opened:
+                span = None if source.spans is None else source.spans[index]
+                with Image.open(image_source(source.root, source.paths[index], span)) as opened:
                     image = opened.copy()
             else:
                 where = f"row {source.rows[index]} of {source.root}"
@@ -139,4 +143,4 @@ class _Decoded(Dataset):
             pixels = resize_and_crop(image, self.size)
         except Exception as error:  # PIL lets anything through, from SyntaxError to struct.error
             raise RuntimeError(f"cannot decode {where}: {error}") from error
-        return torch.from_numpy(pixels), source.labels[index]
+        return torch.from_numpy(pixels), source.labels[index], index

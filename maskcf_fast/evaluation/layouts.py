@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..data import scan_image_folder
+from ..data import scan_images
 from .benchmark import Benchmark, Reader
-from .classes import WNID, folders_in, numbered_classes, some
+from .classes import WNID, class_names, data_folder, folders_in, numbered_classes, some, with_images
 from .disk import read_disk_images
 from .objectnet import BORDER, find_objectnet, objectnet_meanings
 
@@ -26,7 +26,7 @@ class Layout:
 
     Attributes:
         expects: What must be found, for messages.
-        fits: Whether the folders with these names are of this kind.
+        fits: Whether classes with these names are of this kind.
         read: Reads a data set of this layout.
         restricted: Whether predictions are chosen from the classes of the data set only.
         complete: Numbers of classes and images of the whole data set, where they are known.
@@ -49,7 +49,7 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """Read one argument of ``--data``.
+        """Read one argument of ``evaluate --data`` or ``table --test``.
 
         A name that is a layout's stands for that layout too. Without a name, a published data set is called by its
         layout, and any other by its folder.
@@ -60,16 +60,29 @@ class Spec:
         # A name holds no "/", so that a path may hold "=" and ":".
         match = re.fullmatch(r"(?:([^=/]+)=)?(?:([^:/]+):)?(.+)", text)
         if match is None:
-            raise ValueError(f"--data {text!r} is not of the form [NAME=][LAYOUT:]PATH")
+            raise ValueError(f"the test set {text!r} is not of the form [NAME=][LAYOUT:]PATH")
         name, layout, path = match.groups()
         if layout is not None and layout not in LAYOUTS:
             near = difflib.get_close_matches(layout.lower(), LAYOUTS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--data {text}: unknown data set {layout!r} (there are {', '.join(LAYOUTS)}){hint}")
+            raise ValueError(f"test set {text}: unknown layout {layout!r} (there are {', '.join(LAYOUTS)}){hint}")
         if layout is None and name in LAYOUTS:
             layout = name
         published = layout is not None and LAYOUTS[layout].complete is not None
-        return cls(name or (layout if published and layout else Path(path).resolve().name), layout, Path(path))
+        own = data_folder(Path(path)).resolve().name
+        return cls(name or (layout if published and layout else own), layout, Path(path))
+
+    def check_path(self) -> None:
+        """Raise a FileNotFoundError or NotADirectoryError unless there is a folder, or shards to look for."""
+        if self.path.suffix == ".tar":
+            return
+        if not self.path.exists():
+            raise FileNotFoundError(f"there is no data set folder {self.path} (for {self.name}): check the path")
+        if not self.path.is_dir():
+            raise NotADirectoryError(
+                f"{self.path} (for {self.name}) is a file: pass the data set's folder, or tar shards such as "
+                f"{self.path.parent}/{{000..009}}.tar"
+            )
 
 
 def read_benchmark(spec: Spec, reader: Reader) -> Benchmark:
@@ -80,10 +93,7 @@ def read_benchmark(spec: Spec, reader: Reader) -> Benchmark:
         FileNotFoundError, NotADirectoryError: No such folder.
         ValueError: Another layout than expected, bad images, or classes that the model does not know.
     """
-    if not spec.path.exists():
-        raise FileNotFoundError(f"there is no data set folder {spec.path} (for {spec.name}): check the path")
-    if not spec.path.is_dir():
-        raise NotADirectoryError(f"{spec.path} (for {spec.name}) is a file: pass the data set's folder")
+    spec.check_path()
     found = spec.layout or detect(spec.path, reader.classes)
     layout = LAYOUTS[found]
     benchmark = layout.read(replace(spec, layout=found), reader)
@@ -103,37 +113,38 @@ def read_benchmark(spec: Spec, reader: Reader) -> Benchmark:
 
 
 def detect(root: Path, classes: Sequence[str]) -> str:
-    """The layout of a folder. ImageNet's variants have the same folders, so they are told by the folder's name."""
+    """The layout of a data set. ImageNet's variants have the same classes, so they are told by the folder's name."""
     if find_objectnet(root):
         return "objectnet"
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         return "hf"
-    folders = folders_in(root)
-    if folders and set(folders) <= set(classes):
-        if not _wnids(folders):
+    names = class_names(root)
+    if names and set(names) <= set(classes):
+        if not _wnids(names):
             return "folder"
-        plain = re.sub(r"[^a-z0-9]", "", root.resolve().name.lower())
+        plain = re.sub(r"[^a-z0-9]", "", data_folder(root).resolve().name.lower())
         for name in ("imagenet-r", "imagenet-a", "imagenet-sketch"):
             if plain == name.replace("-", ""):
                 return name
         return "imagenet-sketch" if plain == "sketch" else "folder"
-    return "imagenet-v2" if folders and _numbers(folders) else "folder"
+    return "imagenet-v2" if names and _numbers(names) else "folder"
 
 
-def _wnids(folders: Sequence[str]) -> bool:
-    return all(map(WNID.fullmatch, folders))
+def _wnids(names: Sequence[str]) -> bool:
+    return all(map(WNID.fullmatch, names))
 
 
-def _numbers(folders: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"\d{1,4}", name) and int(name) < 1000 for name in folders)
+def _numbers(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"\d{1,4}", name) and int(name) < 1000 for name in names)
 
 
 def _check_layout(spec: Spec) -> None:
-    """Raise if the folders have other names than the layout's, saying where or what they may be."""
+    """Raise if the classes have other names than the layout's, saying where or what they may be."""
     assert spec.layout is not None
-    layout, folders = LAYOUTS[spec.layout], folders_in(spec.path)
-    if folders and layout.fits(folders):
+    layout, names = LAYOUTS[spec.layout], class_names(spec.path)
+    if names and layout.fits(names):
         return
+    folders = folders_in(spec.path) if spec.path.is_dir() else ()
     hint = ""
     for inner in folders[:50]:
         below = folders_in(spec.path / inner)
@@ -141,20 +152,23 @@ def _check_layout(spec: Spec) -> None:
             hint = f"; did you mean {spec.path / inner}?"
             break
     else:
-        others = [name for name, other in LAYOUTS.items() if other.complete and folders and other.fits(folders)]
-        hint = f"; these are the folders of {' or '.join(others)}" if others else ""
-    found = f"folders {some(folders)}" if folders else "no folders"
+        others = [name for name, other in LAYOUTS.items() if other.complete and names and other.fits(names)]
+        hint = f"; these are the classes of {' or '.join(others)}" if others else ""
+        if names and not folders:
+            hint += f"; {data_folder(spec.path) / 'classes.txt'} names the classes of tar shards, one per line"
+    kind = "folders" if folders else "tar shards of the classes"
+    found = f"{kind} {some(names)}" if names else "no folders"
     raise ValueError(f"{spec.path} is not laid out as {spec.layout}: expected {layout.expects}, found {found}{hint}")
 
 
 def _read_folders(spec: Spec, reader: Reader) -> Benchmark:
-    """Class folders, called as the model's classes are."""
+    """Class folders or tar shards, with classes called as the model's are."""
     assert spec.layout is not None
     layout = LAYOUTS[spec.layout]
     if layout.complete:
         _check_layout(spec)
-    source = scan_image_folder(
-        spec.path, on_bad_image=reader.on_bad_image, verify=reader.verify, progress=reader.progress
+    source = with_images(
+        scan_images(spec.path, on_bad_image=reader.on_bad_image, verify=reader.verify, progress=reader.progress)
     )
     if spec.layout == "imagenet-v2":
         # By number: folder readers sort "10" before "2".
@@ -171,11 +185,11 @@ def _read_objectnet(spec: Spec, reader: Reader) -> Benchmark:
     if found is None:
         raise ValueError(
             f"{spec.path} is not laid out as objectnet: expected {LAYOUTS['objectnet'].expects}, found "
-            f"folders {some(folders_in(spec.path)) or 'none'}"
+            f"classes {some(class_names(spec.path)) or 'none'}"
         )
     images, mappings = found
     # Most classes are not ImageNet's: a look into all files would take longer than the evaluation.
-    source = scan_image_folder(images, verify=False)
+    source = with_images(scan_images(images, on_bad_image=reader.on_bad_image, verify=False))
     meanings = objectnet_meanings(mappings, source.classes, numbered_classes(reader.classes))
     left_out = sum(not meaning for meaning in meanings)
     notes = [f"{left_out} of {len(meanings)} classes of {spec.name} are not ImageNet's: their images are left out."]
@@ -188,7 +202,7 @@ def _read_hugging_face(spec: Spec, reader: Reader) -> Benchmark:
     if not (spec.path / "state.json").is_file() and not (spec.path / "dataset_dict.json").is_file():
         raise ValueError(
             f"{spec.path} is not laid out as hf: expected {LAYOUTS['hf'].expects}, found "
-            f"{some(sorted(path.name for path in spec.path.iterdir())) or 'an empty folder'}"
+            f"{some(sorted(path.name for path in data_folder(spec.path).iterdir())) or 'an empty folder'}"
         )
     source = read_disk_images(spec.path)
     return reader.benchmark(spec.name, "hf", source, reader.translate(source.classes), restricted=False)

@@ -73,7 +73,7 @@ class Tally:
         """
         right = self.targets[labels]
         logits = logits.float().masked_fill(~self.allowed, -torch.inf)
-        confidence, predicted = logits.softmax(dim=1).max(dim=1)
+        predicted, confidence = logits.argmax(dim=1), logits.softmax(dim=1).amax(dim=1)
         correct = right.gather(1, predicted[:, None])[:, 0]
         self.by_class[0].index_add_(0, labels, torch.ones_like(labels))
         self.by_class[1].index_add_(0, labels, correct.long())
@@ -132,9 +132,9 @@ def measure(
     was_training = model.training
     model.eval()
     tally = Tally(benchmark, processes.device)
-    for images, labels in batches:
+    for batch in batches:
         with autocast(processes.device, precision):
-            logits = model(images)
-        tally.add(logits, labels)
+            logits = model(batch.images)
+        tally.add(logits, batch.labels)
     model.train(was_training)
     return tally.result(processes)

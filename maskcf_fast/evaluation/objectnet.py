@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .classes import data_folder
+
 BORDER = 2  # every image has a red frame of this many pixels, put there to tell it from training data
 FILES = (
     "folder_to_objectnet_label.json",
@@ -17,10 +19,11 @@ FILES = (
 
 
 def find_objectnet(root: Path) -> tuple[Path, Path] | None:
-    """The folders of images and of mappings, given either the data set's folder or its ``images``; None if absent."""
-    for base in (root, root.parent):
-        images, mappings = base / "images", base / "mappings"
-        if images.is_dir() and mappings.is_dir() and root in (base, images):
+    """The images and the folder of mappings, given the data set's folder, its ``images`` or shards in that, or None."""
+    for images in (root.absolute() / "images", root.absolute()):
+        folder = data_folder(images)
+        mappings = folder.parent / "mappings"
+        if folder.name == "images" and folder.is_dir() and mappings.is_dir():
             return images, mappings
     return None
 
@@ -55,7 +58,7 @@ def objectnet_meanings(mappings: Path, folders: Sequence[str], numbered: Sequenc
 
     def classes(folder: str) -> tuple[str, ...]:
         if folder not in labels:
-            raise ValueError(f"the folder {folder!r} of ObjectNet is not in {mappings / FILES[0]}")
+            raise ValueError(f"the class {folder!r} of ObjectNet is not in {mappings / FILES[0]}")
         wanted = [name.strip() for name in translations.get(labels[folder], "").split(";") if name.strip()]
         for name in wanted:
             if (count := len(numbers.get(name, []))) != 1:

@@ -53,7 +53,8 @@ class Results:
         self.write({})
 
     def write(self, report: dict[str, Any]) -> None:
-        """Write the file, with ``report`` before the measurements."""
+        """Write the file, and its folder, with ``report`` before the measurements."""
         if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             content = {"version": VERSION, **report, "measurements": self._saved}
             atomic_write(self.path, json.dumps(content, indent=1).encode())

@@ -89,7 +89,7 @@ def read_run(
         folder: The folder.
         weights: "final" is the model after the last epoch, "best" that of the best epoch; "auto" is best where
             held-out training images chose it, as in the paper, else final: a test set must not choose the model.
-        classes: Where the names of the model's outputs come from, by default the training folder.
+        classes: Where the names of the model's outputs come from, by default its own file.
         name: What it is called in tables, by default the folder's name.
 
     Raises:
@@ -112,7 +112,8 @@ def read_run(
             outputs = tensors.get_slice("head.weight").get_shape()[0]
     except SafetensorError as error:
         raise ValueError(f"{file} is no complete model of a run ({error})") from error
-    return Run(name or folder.resolve().name, folder, config, file, classes_of_run(config.data.train, outputs, classes))
+    names = classes_of_run(file, config.data.train, outputs, classes)
+    return Run(name or folder.resolve().name, folder, config, file, names)
 
 
 def parse_alphas(text: str) -> tuple[float, ...]:

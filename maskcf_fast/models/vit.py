@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_tensor
 from .._precision import compute_dtype, no_autocast
+from ..ops.drop import Packing
 from ..ops.patchify import patchify
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -125,18 +126,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cls_only: bool, key_mask: Tensor | None) -> tuple[Tensor, Tap]:
-        """``x [N, T, D]``, ``key_mask [N, T]`` bool → ``[N, Tq, D]`` and the tap."""
+    def forward(self, x: Tensor, cls_only: bool, packing: Packing | None) -> tuple[Tensor, Tap]:
+        """``x [N, T, D]`` → ``[N, Tq, D]`` and the tap; packed, ``[M, D]`` → ``[M, D]`` or ``[N, 1, D]``."""
+        pad = (lambda t: t) if packing is None else packing.pad
         if cls_only:  # only the class token asks; all tokens answer
             width = x.shape[-1]
-            q = F.linear(x[:, :1], self.qkv.weight[:width], self.qkv.bias[:width])
-            k, v = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
+            q = F.linear(class_tokens(x, packing), self.qkv.weight[:width], self.qkv.bias[:width])
+            k, v = pad(F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])).chunk(2, dim=-1)
         else:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            q, k, v = pad(self.qkv(x)).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        o = attend(q, k, v, mask)
-        return self.out(o.transpose(1, 2).flatten(2)), Tap(q, k, v, o, x)
+        o = attend(q, k, v, None if packing is None else packing.visible[:, None, None, :])
+        joined = o.transpose(1, 2).flatten(2)
+        return self.out(joined if packing is None or cls_only else packing.pack(joined)), Tap(q, k, v, o, x)
+
+
+def class_tokens(x: Tensor, packing: Packing | None) -> Tensor:
+    """``[N, 1, D]`` of a batch's tokens."""
+    return x[:, :1] if packing is None else x.index_select(0, packing.rows[:, 0])[:, None]
 
 
 # What lies between the matrix products. Compiled (`VisionTransformer.compile_pointwise`), each is one kernel; a
@@ -184,13 +191,14 @@ class Block(nn.Module):
         self.quick = config.activation == "quick_gelu"
         self.pointwise = POINTWISE
 
-    def forward(self, x: Tensor, cls_only: bool = False, key_mask: Tensor | None = None) -> tuple[Tensor, Tap]:
-        """``x [N, T, D]`` → ``[N, Tq, D]`` (the class token alone if ``cls_only``) and the tap."""
+    def forward(self, x: Tensor, cls_only: bool = False, packing: Packing | None = None) -> tuple[Tensor, Tap]:
+        """``x [N, T, D]`` → ``[N, Tq, D]`` (the class token alone if ``cls_only``) and the tap; packed, as there."""
         norm, add_norm, activate = self.pointwise
         first, second = self.ln_1, self.ln_2
-        attended, tap = self.attn(norm(x, first.weight, first.bias, first.eps), cls_only, key_mask)
+        attended, tap = self.attn(norm(x, first.weight, first.bias, first.eps), cls_only, packing)
         attended = scaled(attended, self.scale_1)
-        x, normed = add_norm(x[:, :1] if cls_only else x, attended, second.weight, second.bias, second.eps)
+        x = class_tokens(x, packing) if cls_only else x
+        x, normed = add_norm(x, attended, second.weight, second.bias, second.eps)
         return x + scaled(self.proj(activate(self.fc(normed), self.quick)), self.scale_2), tap
 
 
@@ -266,14 +274,15 @@ class VisionTransformer(nn.Module):
         return self.ln_pre(torch.cat([cls_token, patches], dim=1) + self.position_embedding).to(patches.dtype)
 
     def encode(
-        self, tokens: Tensor, *, key_mask: Tensor | None = None, record: bool = False
+        self, tokens: Tensor, *, packing: Packing | None = None, record: bool = False
     ) -> tuple[Tensor, list[Tap]]:
         """Tokens to the class token's feature. In the last block only the class token is computed.
 
         Args:
-            tokens: ``[N, T, width]``, class token first; any number of patches may have been left out.
-            key_mask: ``[N, T]`` bool, False where a token is hidden from all others.
-            record: Whether to return the taps.
+            tokens: ``[N, T, width]``, class token first; any number of patches may have been left out. With
+                ``packing``, rows ``[M, width]``.
+            packing: Where the rows belong (`pack_tokens`).
+            record: Whether to return the taps, for tokens that are not packed.
 
         Returns:
             The feature ``[N, D]``, and each layer's `Tap` (references to what attention computed anyway), or none.
@@ -281,7 +290,7 @@ class VisionTransformer(nn.Module):
         taps = []
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            inputs = (tokens, layer == last, key_mask)
+            inputs = (tokens, layer == last, packing)
             keep_all = not (self.recompute and torch.is_grad_enabled())
             tokens, tap = block(*inputs) if keep_all else checkpoint(block, *inputs, use_reentrant=False)
             if record:

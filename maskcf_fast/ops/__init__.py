@@ -4,7 +4,7 @@
 """
 
 from .donors import sample_donors
-from .drop import drop_tokens
+from .drop import drop_tokens, pack_tokens
 from .gather import gather_tokens
 from .patchify import patchify
 from .refill import counterfactual_refill, refill_patches
@@ -16,6 +16,7 @@ __all__ = [
     "counterfactual_refill",
     "drop_tokens",
     "gather_tokens",
+    "pack_tokens",
     "patchify",
     "refill_patches",
     "relevance_cam",

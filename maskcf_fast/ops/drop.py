@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def drop_tokens(tokens: Tensor, mask: Tensor, *, dropped: int | None = None) -> 
         mask: ``[N, L]`` bool, True where the patch is left out.
         dropped: Number of masked patches when it is the same in every image (top-k, random): the result then
             needs no key mask, and nothing waits for the GPU. None when it differs (threshold): images are
-            padded to the longest, whose length is read from the device.
+            padded to the longest, whose length is read from the device; `pack_tokens` spares the padding.
 
     Returns:
         The kept tokens ``[N, 1 + K, D]`` in their order, and a key mask ``[N, 1 + K]`` bool, True where a key
@@ -49,3 +51,61 @@ def drop_tokens(tokens: Tensor, mask: Tensor, *, dropped: int | None = None) -> 
         return packed, None
     visible = torch.cat([torch.ones_like(cls_token, dtype=torch.bool), kept.gather(1, order)], dim=1)
     return packed, visible
+
+
+class Packing(NamedTuple):
+    """Where the tokens of images of different lengths lie, one behind the other, and where in a padded batch.
+
+    Attributes:
+        rows: int64 ``[N, T]``, the row of each place of the padded batch; at padding, that of the class token.
+        visible: bool ``[N, T]``, False at padding.
+        places: int64 ``[M]``, the place of each row in the padded batch, which is flattened to N * T places.
+    """
+
+    rows: Tensor
+    visible: Tensor
+    places: Tensor
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """``[M, D]`` as a padded batch ``[N, T, D]``."""
+        return packed.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """``[N, T, D]`` without its padding, ``[M, D]``."""
+        return padded.flatten(0, 1).index_select(0, self.places)
+
+
+def pack_tokens(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Packing]:
+    """Keep the class token and the patches that are not masked, as rows without padding.
+
+    For masks that leave out different numbers of patches. All that a transformer computes for each token by itself then
+    costs what the kept tokens cost; only attention needs the padded batch. Differentiable in ``tokens``; two numbers
+    are read from the device.
+
+    Args:
+        tokens: ``[N, 1 + L, D]``, any float dtype, class token first.
+        mask: ``[N, L]`` bool, True where the patch is left out.
+
+    Returns:
+        The kept tokens ``[M, D]``, image after image in their order, and their `Packing`.
+
+    Raises:
+        TypeError: Wrong dtypes.
+        ValueError: Wrong shapes.
+    """
+    check_tensor("tokens", tokens, ["N", "1 + L", "D"], dtypes=FLOATS)
+    check_batch("tokens", tokens)
+    n, length = tokens.shape[0], tokens.shape[1]
+    device = tokens.device
+    check_tensor("mask", mask, [n, length - 1], dtypes=[torch.bool], device=device)
+    left_out = torch.cat([mask.new_zeros(n, 1), mask], dim=1)
+    lengths = length - left_out.sum(dim=1)
+    longest, total = torch.stack([lengths.max(), lengths.sum()]).tolist()
+    first = lengths.cumsum(0) - lengths  # row of each image's class token
+    place = torch.arange(longest, device=device)
+    visible = place < lengths[:, None]
+    rows = torch.where(visible, first[:, None] + place, first[:, None])
+    image = torch.repeat_interleave(torch.arange(n, device=device), lengths, output_size=total)
+    places = image * longest + torch.arange(total, device=device) - first[image]
+    kept = torch.argsort(left_out.flatten(), stable=True)[:total]
+    return tokens.flatten(0, 1).index_select(0, kept), Packing(rows, visible, places)

@@ -221,11 +221,7 @@ def scan(config: DataConfig, processes: Processes) -> tuple[Manifest, dict[str, 
     assert config.train is not None
     train = scan_images(config.train, progress=processes.main, **options)
     tests = {}
-    folders = {"id": config.id} if config.id is not None else {}
-    for folder in config.ood:
-        folders[_unused_name(folder, folders)] = folder
-    for name, folder in folders.items():
-        assert folder is not None
+    for name, folder in named_test_sets(config).items():
         tests[name] = scan_images(folder, progress=processes.main, **options)
         train.require_same_classes(tests[name])
     if processes.main:
@@ -237,6 +233,18 @@ def scan(config: DataConfig, processes: Processes) -> tuple[Manifest, dict[str, 
             raise ValueError(f"{error}: lower --data.holdout (0 holds out none)") from error
         tests = {"holdout": held_out, **tests}
     return train, tests
+
+
+def named_test_sets(config: DataConfig) -> dict[str, Path]:
+    """Where the test sets lie, by their names: "id", and those of their folders.
+
+    Raises:
+        ValueError: Two of the same name.
+    """
+    sets = {"id": config.id} if config.id is not None else {}
+    for folder in config.ood:
+        sets[_unused_name(folder, sets)] = folder
+    return sets
 
 
 def _unused_name(folder: Path, taken: Iterable[str]) -> str:

@@ -97,6 +97,9 @@ class MethodConfig:
     """First layer that counts in the relevance map; negative counts from the last."""
     cam_source: Literal["student", "teacher"] = "student"
     """Whose map masks are cut from: the student's as it is now, as the paper, or the frozen teacher's."""
+    cam_every: int = 1
+    """Epochs from one map of an image to the next. 1: every step makes its own, as the paper; more is approximate: in
+    between, steps reuse the image's mask and cost one forward pass less."""
     donors: Literal["permutation", "others"] = "permutation"
     """Single-fill: a permutation of the batch, as the paper, in which an image may draw itself; or never itself."""
     ema_teacher: float = 0.0
@@ -183,6 +186,7 @@ class TrainConfig:
             "optim.accumulate": self.optim.accumulate,
             "optim.lr": self.optim.lr,
             "optim.clip": self.optim.clip,
+            "method.cam_every": self.method.cam_every,
             "log_every": self.log_every,
         }
         for name, value in positive.items():
@@ -210,10 +214,26 @@ class TrainConfig:
             raise ValueError("method.ema_teacher does not go with --parallel fsdp: use --parallel ddp")
         if self.method.name == "l2-sp" and self.parallel == "fsdp":
             raise ValueError("l2-sp does not go with --parallel fsdp: use --parallel ddp")
+        if self.method.cam_every > 1:
+            self._check_masks_can_be_kept()
         if self.model.name is None:
             self.check_fits(preset(self.model.arch), self.model.arch)
         elif self.model.weights is not None and read_architecture(self.model.weights) is None:
             raise ValueError("--model.name brings its own weights: leave out --model.weights, or --model.name")
+
+    def _check_masks_can_be_kept(self) -> None:
+        every, method = f"method.cam_every={self.method.cam_every}", self.method
+        if method.name not in ("counterfactual", "cf-kd"):
+            raise ValueError(f"{every} is for counterfactual and cf-kd, {method.name} has no masks: use 1")
+        if not method.mask_strategy().needs_cam:
+            raise ValueError(f"{every} is for object and context masks, {method.strategy} has no map: use 1")
+        if self.data.augment != "none":
+            raise ValueError(
+                f"{every} reuses an image's mask, but data.augment={self.data.augment} makes another picture of it "
+                "each time: use --method.cam-every 1 or --data.augment none"
+            )
+        if self.parallel == "fsdp":
+            raise ValueError(f"{every} does not go with --parallel fsdp: use --parallel ddp")
 
     def check_fits(self, model: VisionTransformerConfig, name: str) -> None:
         """Check the method's settings against an architecture.

@@ -99,6 +99,6 @@ def reduce_gradients(module: nn.Module, processes: Processes) -> Callable[[Calla
     """
     if processes.world_size == 1:
         return run
-    # Not with static_graph=True: the gradients were wrong by percents, for a pass with roots outside of what it returns.
+    # Not static_graph=True: gradients were wrong by percents, for a pass with roots outside of what this returns.
     ids = [processes.device.index] if processes.device.type == "cuda" else None
     return DistributedDataParallel(_Deferred(module), device_ids=ids, gradient_as_bucket_view=True)

@@ -16,7 +16,7 @@ def evaluate(model: nn.Module, loader: Loader, processes: Processes, precision: 
     was_training = model.training
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=processes.device)  # correct, seen
-    for images, labels in loader:
+    for images, labels, _ in loader:
         with autocast(processes.device, precision):
             logits = model(images)
         counts[0] += (logits.argmax(dim=1) == labels).sum()

@@ -127,5 +127,5 @@ def why_no_graph(device: torch.device, world_size: int, method: Method) -> str |
 
 BETA1_MOVES = (
     "--cuda-graph leaves out AdamW, whose beta1 moves at every step: a few launches more; "
-    "--optim.no-cycle-beta1 holds it still"
+    "--optim.cycle-beta1 False holds it still"
 )

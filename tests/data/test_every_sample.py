@@ -29,7 +29,7 @@ def cache_mode(request, monkeypatch) -> str:
 
 @pytest.fixture(params=["folder", "tar"])
 def manifest(request, numbered, tmp_path):
-    """N images, each of a label of its own."""
+    """N images, each of a label of its own, which is its index."""
     folder = numbered(N)
     if request.param == "folder":
         return folder
@@ -56,6 +56,7 @@ def test_training(manifest, backend, cache_mode, world):
         whole = [list(original) for _ in range(3)]
         assert [len(epoch) for epoch in whole] == [length] * 3
         assert all(len(batch.labels) == 3 for epoch in whole for batch in epoch)
+        assert all(torch.equal(batch.indices, batch.labels) for epoch in whole for batch in epoch)
         for epoch, batches in enumerate(whole):
             seen[epoch].append(list(itertools.chain.from_iterable(b.labels.tolist() for b in batches)))
         # Again, but stopped and resumed within the second epoch, in a loader without the cache or with it.
@@ -67,7 +68,7 @@ def test_training(manifest, backend, cache_mode, world):
         resumed.load_state_dict(saved(first))
         rest = [*resumed, *resumed]
         for got, expected in zip(rest, [*whole[1][1:], *whole[2]], strict=True):
-            assert got.labels.tolist() == expected.labels.tolist()
+            assert got.indices.tolist() == got.labels.tolist() == expected.labels.tolist()
             assert torch.equal(got.images, expected.images)
     for epoch in range(3):
         flat = list(itertools.chain.from_iterable(seen[epoch]))
@@ -83,11 +84,13 @@ def test_training(manifest, backend, cache_mode, world):
 def test_evaluation(manifest, backend, cache_mode, world):
     config = replace(CONFIG, train=False, world_size=world, cache=cache_mode)
     uncached = build_loader(manifest, replace(config, world_size=1, cache="none"), backend)
-    expected = {int(label): image for batch in uncached for image, label in zip(*batch, strict=True)}
+    expected = {int(label): image for b in uncached for image, label in zip(b.images, b.labels, strict=True)}
     ranks = [build_loader(manifest, replace(config, rank=rank), backend) for rank in range(world)]
     for _ in range(3):
-        seen = [(int(y), x) for rank in ranks for batch in rank for x, y in zip(*batch, strict=True)]
+        batches = [batch for rank in ranks for batch in rank]
+        seen = [(int(y), x) for b in batches for x, y in zip(b.images, b.labels, strict=True)]
         assert [label for label, _ in seen] == list(range(N))
+        assert [i for b in batches for i in b.indices.tolist()] == list(range(N))
         assert all(torch.equal(image, expected[label]) for label, image in seen)
     steps = iter(ranks[-1])
     next(steps)

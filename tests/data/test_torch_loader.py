@@ -1,7 +1,9 @@
 """The contract of a loader, for both backends; and what only the torch loader has."""
 
+import gc
 import io
 import itertools
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +13,7 @@ from pictures import picture
 from PIL import Image
 
 from maskcf_fast.data import LoaderConfig, build_loader, loader, scan_image_folder
+from maskcf_fast.data.torch_loader import start_workers
 from maskcf_fast.data.transforms import random_resized_crop, resize_and_crop
 
 TRAIN = LoaderConfig(batch_size=4, image_size=16, train=True, augment="crop-flip", seed=5, threads=0)
@@ -81,7 +84,7 @@ def test_batches_keep_their_values(numbered, backend):
             assert batch.labels.dtype == torch.int64
             assert batch.labels.shape == (4,)
             held.append(batch)
-            copies.append(type(batch)(batch.images.clone(), batch.labels.clone()))
+            copies.append(type(batch)(*(tensor.clone() for tensor in batch)))
     assert len(held) == 12
     assert_same(held, copies)
 
@@ -254,6 +257,39 @@ def test_backend_without_dali(numbered, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)  # what import then refuses
     with pytest.raises(ImportError, match="install nvidia-dali-cuda130"):
         build_loader(manifest, EVAL, "dali")
+
+
+class Cycle:
+    """Garbage that only a collector finds; says in which process."""
+
+    def __init__(self, path):
+        self.path, self.itself = path, self
+
+    def __del__(self):
+        self.path.write_text(str(os.getpid()))
+
+
+class Collecting(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        gc.collect()
+        return os.getpid()
+
+
+def test_workers_leave_the_callers_garbage_alone(tmp_path):
+    """A DALI pipeline among it would wait for ever."""
+    gc.disable()
+    try:
+        Cycle(tmp_path / "pid")
+        [pids] = start_workers(torch.utils.data.DataLoader(Collecting(), batch_size=2, num_workers=1))
+        assert os.getpid() not in pids
+        assert not (tmp_path / "pid").exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert int((tmp_path / "pid").read_text()) == os.getpid()
 
 
 def test_worker_count_changes_nothing(numbered):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +67,21 @@ def write_tree(root: Path, answers: dict[str, list[int | tuple[int, int]]]) -> P
             write(root / folder / f"{i}.png", *(best if isinstance(best, tuple) else (best,)))
     (root / "README.txt").write_text("as in the archives of R and A")
     return root
+
+
+def write_shards(root: Path, tree: Path, label: Callable[[str], str] = str, shards: int = 2) -> str:
+    """The images of a tree as tar shards 0.tar, 1.tar, …, each with ``label(folder)`` for its class; their pattern."""
+    root.mkdir(parents=True, exist_ok=True)
+    paths = [path for path in sorted(tree.glob("*/*")) if path.suffix in (".png", ".jpg")]
+    for number in range(shards):
+        with tarfile.open(root / f"{number}.tar", "w") as archive:
+            for i, path in list(enumerate(paths))[number::shards]:
+                files = {path.suffix: path.read_bytes(), ".cls": label(path.parent.name).encode()}
+                for suffix, content in files.items():
+                    member = tarfile.TarInfo(f"{i:04}{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return f"{root}/{{0..{shards - 1}}}.tar"
 
 
 OBJECTNET = {"alarm_clock": "Alarm clock", "backpack": "Backpack", "drill": "Drill", "air_freshener": "Air freshener"}

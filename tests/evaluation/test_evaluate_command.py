@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from coloured import write_shards
+from safetensors.torch import load_file
 
 from maskcf_fast.evaluate import main
-from maskcf_fast.evaluation import session
+from maskcf_fast.evaluation import session, suite
 from maskcf_fast.evaluation.metrics import Baseline
 from maskcf_fast.evaluation.results import Results
 from maskcf_fast.evaluation.runs import parse_alphas
@@ -81,8 +83,6 @@ def test_a_run_with_its_wise_ft_curve(runs, call, tmp_path):
 
 
 def test_wise_ft_is_between_the_weights(runs):
-    from safetensors.torch import load_file
-
     run = session.read_run(runs / "ft")
     start = load_file(run.config.model.weights)
     end = load_file(run.weights)
@@ -123,7 +123,7 @@ def test_finished_results_are_kept(runs, call, tmp_path, image_folders, monkeypa
     shutil.copytree(image_folders["ood"], data)
     arguments = ["--run", run, "--data", f"a={image_folders['id']}", f"b={data}"]
     measured = []
-    real = session.measure
+    real = suite.measure
 
     def counted(model, benchmark, *rest):
         measured.append(benchmark.name)
@@ -131,7 +131,7 @@ def test_finished_results_are_kept(runs, call, tmp_path, image_folders, monkeypa
             raise KeyboardInterrupt
         return real(model, benchmark, *rest)
 
-    monkeypatch.setattr(session, "measure", counted)
+    monkeypatch.setattr(suite, "measure", counted)
     code, printed, results = call(*arguments)
     assert code == 130
     assert "the same command continues" in printed
@@ -180,6 +180,8 @@ def test_classes_from_a_file(runs, call, tmp_path, image_folders):
     shutil.copytree(runs / "ft", run)
     text = (run / "config.yaml").read_text().replace(str(image_folders["train"]), "/absent")
     (run / "config.yaml").write_text(text)
+    assert session.read_run(run).classes == ("cat", "dog", "owl")  # its file names them
+    save_weights(run / "model.safetensors", load_file(run / "model.safetensors"))  # as an earlier version did
     code, printed, _ = call("--run", run)
     assert code == 1
     assert "the names of the model's 3 classes are not known" in printed
@@ -204,6 +206,28 @@ def test_classes_from_a_file(runs, call, tmp_path, image_folders):
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="3 outputs, but --classes imagenet has 1000 classes"):
         session.read_run(run, classes="imagenet")
+
+
+def test_a_run_trained_and_tested_on_shards(runs, call, tmp_path, image_folders):
+    """The same images in shards: the same accuracies, whether the classes are found in the weights or the shards."""
+    index = {"cat": "0", "dog": "1", "owl": "2"}
+    shards = {name: write_shards(tmp_path / name, image_folders[name], index.get) for name in ("train", "id", "ood")}
+    for name in shards:
+        (tmp_path / name / "classes.txt").write_text("cat\ndog\nowl\n")
+    run = tmp_path / "run"
+    shutil.copytree(runs / "ft", run)
+    text = (run / "config.yaml").read_text()
+    for name, pattern in shards.items():
+        text = text.replace(str(image_folders[name]), pattern)
+    (run / "config.yaml").write_text(text)
+    _, _, results = call("--run", run, "--wise-ft", "0")
+    assert [row["top1"] for row in results["rows"]] == [logged(run, -1), logged(run, 0)]
+    assert {entry["path"] for entry in results["data"]} == {str(tmp_path / "id"), str(tmp_path / "ood")}
+    save_weights(run / "model.safetensors", load_file(run / "model.safetensors"))  # without the classes' names
+    assert session.read_run(run).classes == ("cat", "dog", "owl")
+    assert call("--run", run, "--data", f"again={tmp_path / 'ood'}")[2]["rows"][0]["top1"] == {
+        "again": logged(run, -1)["ood"]
+    }
 
 
 def test_published_layouts_with_a_real_run(runs, call, tmp_path, image_folders, wnids):
@@ -248,6 +272,7 @@ def test_names_of_another_data_set(runs, call, tmp_path, image_folders):
         (["--run", "/absent"], "/absent is no run: it has no config.yaml"),
         (["--run", "{runs}/ft", "{runs}/ft"], "names a folder twice"),
         (["--run", "{runs}/ft", "--data", "x=/absent"], "no data set folder /absent (for x)"),
+        (["--run", "{runs}/ft", "--data", "x={tmp}/{{0..1}}.tar"], "2 of 2 tar shard(s) are missing, first"),
         (["--run", "{runs}/ft", "--data", "imagnet:{ood}"], "did you mean 'imagenet'?"),
         (["--run", "{runs}/ft", "--data", "imagenet-r:{ood}"], "expected class folders called by WordNet id"),
         (["--run", "{runs}/ft", "--data", "{ood}", "{ood}"], "several test sets are called 'ood'"),
@@ -319,7 +344,7 @@ def test_models_that_are_not_finite(runs, call, tmp_path):
     save_weights(run / "model.safetensors", model.state_dict())
     code, printed, _ = call("--run", run)
     assert code == 1
-    assert "model.safetensors on id: the model's outputs are NaN or infinite for" in printed
+    assert "run on id: the model's outputs are NaN or infinite for" in printed
 
 
 def test_runs_of_the_same_name(runs, call, tmp_path):

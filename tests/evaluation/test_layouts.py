@@ -205,16 +205,16 @@ def test_hugging_face_that_does_not_fit(score, hugging_face, tmp_path):
     [
         (
             "imagenet-r:{numbers}",
-            "expected class folders called by WordNet id.*found folders '0'.*folders of imagenet-v2",
+            "expected class folders called by WordNet id.*found folders '0'.*classes of imagenet-v2",
         ),
-        ("imagenet-v2:{wnids}", "expected class folders called by number.*these are the folders of imagenet or"),
+        ("imagenet-v2:{wnids}", "expected class folders called by number.*these are the classes of imagenet or"),
         ("imagenet-a:{above}", "did you mean .*above/imagenet-a"),
         ("imagenet:{bare}", "found no folders"),
         ("folder:{bare}", "has no class folders"),
-        ("objectnet:{wnids}", "expected the folders images .* and mappings, found folders 'n0"),
+        ("objectnet:{wnids}", "expected the folders images .* and mappings, found classes 'n0"),
         ("imagenet:/absent", "no data set folder /absent"),
         ("imagenet:{file}", "is a file"),
-        ("imagnet-v2:{numbers}", "unknown data set 'imagnet-v2' .*did you mean 'imagenet-v2'"),
+        ("imagnet-v2:{numbers}", "unknown layout 'imagnet-v2' .*did you mean 'imagenet-v2'"),
         ("", "not of the form"),
     ],
 )

@@ -123,8 +123,9 @@ def test_processes_share_the_images(tmp_path):
     for rank in range(3):
         config = LoaderConfig(2, SIZE, train=False, threads=0, rank=rank, world_size=3)
         tally = Tally(benchmark, ALONE.device)
-        for images, labels in DiskLoader(benchmark.source, config):
+        for images, labels, indices in DiskLoader(benchmark.source, config):
             tally.add(ByColour(3)(images), labels)
+            assert labels.tolist() == [benchmark.source.labels[i] for i in indices]
         tallies.append(tally)
     seen = [int(t.by_class[0].sum()) for t in tallies]
     assert (sum(seen), max(seen) - min(seen)) == (7, 1)

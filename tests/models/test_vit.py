@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from maskcf_fast.distill.paper_order import plain_forward
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, preset
+from maskcf_fast.ops import pack_tokens
 
 
 def test_class_token_only_last_block_and_taps():
@@ -19,14 +22,20 @@ def test_class_token_only_last_block_and_taps():
         torch.testing.assert_close(own @ tap.v, tap.o, rtol=1e-4, atol=1e-6)
 
 
-def test_hidden_keys_change_nothing_but_by_their_absence():
-    model = VisionTransformer("tiny")
-    tokens = model.embed(torch.rand(2, 3, 32, 32))
-    key_mask = torch.ones(2, 17, dtype=torch.bool)
-    key_mask[:, 10:] = False
-    noise = torch.cat([tokens[:, :10], torch.randn_like(tokens[:, 10:])], dim=1)
-    masked = model.encode(noise, key_mask=key_mask)[0]
-    torch.testing.assert_close(masked, model.encode(tokens[:, :10])[0], rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_images_are_those_encoded_one_by_one(recompute):
+    model = VisionTransformer(replace(preset("tiny"), layer_scale=True))
+    model.recompute = recompute
+    tokens = model.embed(torch.rand(4, 3, 32, 32)).detach().requires_grad_()
+    mask = torch.arange(16) >= torch.tensor([3, 16, 0, 9])[:, None]  # one whole, one without a patch
+    rows, packing = pack_tokens(tokens, mask)
+    feature = model.encode(rows, packing=packing)[0]
+    alone = torch.cat([model.encode(t[None, : 17 - int(m.sum())])[0] for t, m in zip(tokens, mask, strict=True)])
+    torch.testing.assert_close(feature, alone, rtol=1e-5, atol=1e-6)
+    inputs = [tokens, *model.blocks.parameters()]
+    grads, wanted = (torch.autograd.grad(f.square().sum(), inputs, retain_graph=True) for f in (feature, alone))
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-6)
 
 
 def test_uint8_and_float_pixels_agree():

@@ -148,9 +148,16 @@ def test_gather_is_exact_and_so_is_its_gradient(name, mode, impl):
     grad_out = torch.randn(out.shape, generator=cases.generator(3)).to(out.dtype)
     out.backward(grad_out)
     exact = cases.true_gather_grad(grad_out, arguments["mask"], arguments["donors"])
-    # Sums of up to N values, in the gradient's dtype for the reference and in float32 or better for the kernels.
-    ulp = torch.finfo(out.dtype).eps * (1 if impl != "reference" else len(exact))
-    assert (tokens.grad.double() - exact).abs().max() <= ulp * exact.abs().max().clamp(min=1) * 2
+    # Sums of up to N values: in the gradient's dtype for the reference, in float32 or better and then rounded once for
+    # the kernels (the interpreter cuts bfloat16 off).
+    eps, size = torch.finfo(out.dtype).eps, exact.abs().max().clamp(min=1)
+    error = (tokens.grad.double() - exact).abs()
+    if impl == "reference":
+        assert error.max() <= 2 * len(exact) * eps * size
+    else:
+        wide = torch.finfo(torch.promote_types(out.dtype, torch.float32)).eps
+        once = eps if impl == "triton" and not GPU else eps / 2
+        assert (error <= once * exact.abs() + len(exact) * wide * size).all()
     again = tokens.detach().requires_grad_()
     run(mf.gather_tokens, impl, mode, arguments | {"tokens": again}).backward(grad_out)
     assert same_bits(tokens.grad, again.grad), "not deterministic"

@@ -64,6 +64,28 @@ def test_drop_of_equal_counts_needs_no_key_mask():
     assert mf.drop_tokens(tokens, torch.ones_like(mask))[0].shape == (4, 1, 5)
 
 
+def test_packed_tokens_are_the_kept_ones_in_order():
+    tokens, mask, _ = make()
+    mask[1], mask[2] = True, False
+    rows, packing = mf.pack_tokens(tokens, mask)
+    kept = [torch.cat([tokens[n, :1], tokens[n, 1:][~mask[n]]]) for n in range(4)]
+    assert len({len(k) for k in kept}) > 2
+    assert torch.equal(rows, torch.cat(kept))
+    padded = packing.pad(rows)
+    assert packing.visible.sum(dim=1).tolist() == list(map(len, kept))
+    for n in range(4):
+        assert torch.equal(padded[n, : len(kept[n])], kept[n])
+        assert (padded[n, len(kept[n]) :] == kept[n][0]).all()
+    assert torch.equal(packing.pack(padded), rows)
+    nothing, whole = mf.pack_tokens(tokens, torch.ones_like(mask)), mf.pack_tokens(tokens, torch.zeros_like(mask))
+    assert torch.equal(nothing[0], tokens[:, 0])
+    assert torch.equal(whole[0], tokens.flatten(0, 1))
+    with pytest.raises(ValueError, match="mask"):
+        mf.pack_tokens(tokens, mask[:, :8])
+    with pytest.raises(TypeError, match="mask must have dtype"):
+        mf.pack_tokens(tokens, mask.long())
+
+
 @pytest.mark.parametrize("patch", [4, 8, 14])
 def test_patchify_and_a_matrix_product_are_the_convolution(patch):
     images = torch.randint(0, 256, (3, 2 * patch, 3 * patch, 3), dtype=torch.uint8)

@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -63,6 +64,26 @@ def whole_run(rank, port, config, died_at):
     processes.stop()
 
 
+def known_masks(rank, port, config, path):
+    """Two epochs of a model that stands still; what each process then knows."""
+    processes = join(rank, port)
+    trainer = Trainer(config, processes, quiet=True)
+    weights = [p.detach() for p in trainer.method.student.parameters()]
+    start = [p.clone() for p in weights]
+    trainer.optimizer.register_step_post_hook(lambda *_: torch._foreach_copy_(weights, start))
+    first = []
+    real = trainer._train_epoch
+
+    def epoch():
+        real()
+        first.append(trainer.memory.known.clone())
+
+    trainer._train_epoch = epoch
+    trainer.run()
+    torch.save({"first": first[0], "known": trainer.memory.known, "masks": trainer.memory.masks}, f"{path}/{rank}.pt")
+    processes.stop()
+
+
 @pytest.fixture
 def port():
     with closing(socket.socket()) as s:
@@ -105,7 +126,7 @@ def test_evaluation_counts_every_image_once_and_resume_is_exact(change, port, tm
     model.load_state_dict(state["student"])
     correct = sum(
         int((model(images).argmax(1) == labels).sum())
-        for images, labels in build_loader(manifest, LoaderConfig(4, 32, train=False), "torch")
+        for images, labels, _ in build_loader(manifest, LoaderConfig(4, 32, train=False), "torch")
     )
     assert state["accuracy"]["id"] == 100 * correct / len(manifest)
 
@@ -116,6 +137,40 @@ def test_evaluation_counts_every_image_once_and_resume_is_exact(change, port, tm
     resumed = torch.load(tmp_path / "broken" / "last.pt", weights_only=True)
     assert resumed["step"] == state["step"]
     assert all(torch.equal(resumed["student"][k], v) for k, v in state["student"].items())
+
+
+def test_masks_are_shared(change, port, tmp_path):
+    """Each process makes those of half the images; after an epoch both know all, and they are one process's."""
+    config = change(method={"cam_every": 2}, optim={"epochs": 2, "batch_size": 16})
+    mp.spawn(known_masks, (port, config, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    orders = [np.random.default_rng([config.seed, epoch]).permutation(60)[:48] for epoch in range(2)]
+    for rank, state in enumerate(ranks):  # 8 images in each of 3 steps, and not yet the other's
+        assert sorted(state["first"].nonzero()[:, 0].tolist()) == sorted(orders[0][rank::2])
+        assert set(state["known"].nonzero()[:, 0].tolist()) == {*orders[0], *orders[1]}
+        assert torch.equal(state["masks"], ranks[0]["masks"])
+
+    alone = Trainer(replace(config, out=tmp_path / "alone"), quiet=True)
+    settings = LoaderConfig(20, 32, train=False)
+    batches = list(build_loader(scan_image_folder(config.data.train), settings, "torch"))
+    masks = torch.cat([alone.method.select(batch.images, batch.labels) for batch in batches])
+    assert masks.any(1).all()
+    masks[~ranks[0]["known"]] = False
+    assert torch.equal(ranks[0]["masks"], masks)
+
+
+def test_masks_survive_an_interruption_of_both_processes(change, port, tmp_path):
+    config = change(method={"cam_every": 2}, optim={"epochs": 2, "batch_size": 16})
+    config = replace(config, checkpoint_every=2, eval_every=0)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    mp.spawn(whole_run, (port, replace(config, out=whole), None), nprocs=2)
+    mp.spawn(whole_run, (port, replace(config, out=broken), 3), nprocs=2)
+    assert torch.load(broken / "last.pt", weights_only=True)["step"] == 2  # within the epoch of maps
+    mp.spawn(whole_run, (port, replace(config, out=None, resume=broken), None), nprocs=2)
+    expected, got = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, broken))
+    assert got["step"] == expected["step"] == 6
+    for part in ("student", "masks"):
+        assert all(torch.equal(got[part][name], value) for name, value in expected[part].items()), part
 
 
 def test_divided_parameters_give_the_same_run(change, port, tmp_path):

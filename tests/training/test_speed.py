@@ -184,6 +184,6 @@ def test_what_graphs_capture_stays_where_it_is(change, tmp_path, monkeypatch, ca
 def test_adamw_stays_outside_where_beta1_moves(change, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "why_no_graph", lambda *_: None)
     run = Trainer(change(out=tmp_path / "run", cuda_graph=True), quiet=True)
-    assert "--optim.no-cycle-beta1" in capsys.readouterr().out
+    assert "--optim.cycle-beta1 False" in capsys.readouterr().out
     assert isinstance(run.backward, GraphedBackward)
     assert not isinstance(run.update, speed.Graphed)
