@@ -1,4 +1,4 @@
-"""``python -m maskcf_fast.zeroshot``: a zero-shot head from an open_clip model's text tower."""
+"""``python -m maskcf_fast.zeroshot``: a zero-shot head from a model's text tower."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .evaluation.classes import folders_in, imagenet_classes
 from .models import CosineClassifier
-from .models.sources import open_clip_model
+from .models.text import load_text_tower
 from .train import report_errors
 
 Templates = Sequence[str | Callable[[str], str]]
@@ -26,7 +26,7 @@ class ZeroShotConfig:
     """Make a zero-shot head: one direction per class, the mean of its prompts' text features."""
 
     model: str
-    """open_clip:MODEL/PRETRAINED, as for --model.name of training."""
+    """open_clip:MODEL/PRETRAINED, or hf:ID_OR_FOLDER of a CLIP or SigLIP, as for --model.name of training."""
     classes: str
     """"imagenet" (open_clip's names of its 1000 classes, in the order of the WordNet ids), the training folder, or a
     file with one class folder per line, sorted as the folders are, and after a tab what to call it in prompts."""
@@ -41,8 +41,7 @@ class ZeroShotConfig:
 
 
 def text_directions(
-    clip: Any,
-    tokenizer: Callable[[list[str]], Tensor],
+    encode: Callable[[list[str]], Tensor],
     names: Sequence[str],
     templates: Templates,
     batch_size: int = 16,
@@ -50,8 +49,7 @@ def text_directions(
     """One direction per class: the mean of its prompts' unit text features, normalised (Radford et al., 2021).
 
     Args:
-        clip: An open_clip model.
-        tokenizer: Its tokenizer.
+        encode: Prompts to features ``[prompts, D]``, such as `TextTower.encode`.
         names: What the classes are called in prompts.
         templates: Prompts: strings with ``{}`` for the class, or functions of it.
         batch_size: Classes encoded at a time.
@@ -61,13 +59,12 @@ def text_directions(
     """
     from tqdm import tqdm
 
-    device = next(clip.parameters()).device
     rows = []
     with torch.no_grad(), tqdm(total=len(names), desc="classes", leave=False) as progress:
         for at in range(0, len(names), batch_size):
             some = names[at : at + batch_size]
             prompts = [t.format(name) if isinstance(t, str) else t(name) for name in some for t in templates]
-            features = F.normalize(clip.encode_text(tokenizer(prompts).to(device)).float(), dim=-1)
+            features = F.normalize(encode(prompts).float(), dim=-1)
             rows.append(F.normalize(features.unflatten(0, (len(some), -1)).mean(dim=1), dim=-1).cpu())
             progress.update(len(some))
     return torch.cat(rows)
@@ -82,9 +79,7 @@ def read_names(source: str) -> tuple[list[str], list[str]]:
         ValueError: No names, or a name twice.
     """
     if source == "imagenet":
-        from open_clip import IMAGENET_CLASSNAMES
-
-        return list(imagenet_classes()), list(IMAGENET_CLASSNAMES)
+        return list(imagenet_classes()), list(_open_clip().IMAGENET_CLASSNAMES)
     path = Path(source)
     if path.is_dir():
         lines = list(folders_in(path))
@@ -105,13 +100,13 @@ def read_templates(source: str) -> Templates:
     """Prompts of open_clip ("openai", "simple") or of a file.
 
     Raises:
+        ImportError: open_clip is not installed.
         FileNotFoundError: No such file.
         ValueError: No prompts, or a prompt without ``{}``.
     """
     if source in ("openai", "simple"):
-        import open_clip
-
-        return open_clip.OPENAI_IMAGENET_TEMPLATES if source == "openai" else open_clip.SIMPLE_IMAGENET_TEMPLATES
+        lists = _open_clip()
+        return lists.OPENAI_IMAGENET_TEMPLATES if source == "openai" else lists.SIMPLE_IMAGENET_TEMPLATES
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f'--templates {source}: no such file (nor "openai" nor "simple")')
@@ -126,40 +121,36 @@ def read_templates(source: str) -> Templates:
     return lines
 
 
+def _open_clip() -> Any:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(
+            'the templates "openai" and "simple" and ImageNet\'s class names come with open_clip: '
+            "pip install open_clip_torch, or give files"
+        ) from error
+    return open_clip
+
+
 def write_head(config: ZeroShotConfig) -> None:
     """Make the head and write it, with the names of its classes.
 
     Raises:
-        ImportError: open_clip is not installed.
+        ImportError: The model's library is not installed, or open_clip, of whose lists "openai" and "imagenet" are.
         FileNotFoundError, ValueError: Settings, class names or a model that cannot be used.
     """
     from .training.checkpoint import save_weights
 
-    library, _, name = config.model.partition(":")
-    if library != "open_clip" or not name:
-        raise ValueError(
-            f"--model {config.model}: text towers come from open_clip, as open_clip:MODEL/PRETRAINED; for a model "
-            "without one, train with --model.head-kind linear"
-        )
     if config.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {config.batch_size}")
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError("text towers come from open_clip: pip install open_clip_torch") from error
     folders, names = read_names(config.classes)
     templates = read_templates(config.templates)
     if not config.out.resolve().parent.is_dir():
         raise FileNotFoundError(f"--out {config.out}: there is no folder {config.out.resolve().parent}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    try:
-        clip = open_clip_model(name, device=device)
-        tokenizer = open_clip.get_tokenizer(name if ":" in name else name.partition("/")[0])
-    except (OSError, RuntimeError) as error:  # the library's and the hub's own
-        raise ValueError(f"{config.model} cannot be loaded: {error}") from error
-    directions = text_directions(clip, tokenizer, names, templates, config.batch_size)
-    scale = float(clip.logit_scale.detach().exp())
-    head = CosineClassifier.from_text(directions, scale)
+    tower = load_text_tower(config.model, device)
+    directions = text_directions(tower.encode, names, templates, config.batch_size)
+    head = CosineClassifier.from_text(directions, tower.scale)
     metadata = {
         "head_kind": "cosine",
         "classes": json.dumps(folders),
@@ -168,7 +159,7 @@ def write_head(config: ZeroShotConfig) -> None:
         "templates": config.templates,
     }
     save_weights(config.out, head.state_dict(), metadata)
-    print(f"{config.out}: {len(folders)} classes × {directions.shape[1]} features, scale {scale:.4g}")
+    print(f"{config.out}: {len(folders)} classes × {directions.shape[1]} features, scale {tower.scale:.4g}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ CLASSES = ["ant", "bee", "cat"]
 CLIP = VisionTransformerConfig(32, 8, 128, 3, 4, 48, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 VIT = replace(CLIP, output_dim=None, pre_norm=False, patch_bias=True, activation="gelu", eps=1e-6)
 DINOV2 = replace(VIT, layer_scale=True)
+SIGLIP = replace(VIT, pool="attention", activation="gelu_tanh", mlp_width=200)
 
 
 def classifier(config, kind):
@@ -58,6 +59,8 @@ def assert_head_beside(model, folder, features):
         (replace(CLIP, mlp_width=200, eps=1e-3, activation="gelu"), "CLIPVisionModelWithProjection", "image_embeds"),
         (replace(CLIP, output_dim=None), "CLIPVisionModel", "pooler_output"),
         (DINOV2, "Dinov2Model", "pooler_output"),
+        (SIGLIP, "SiglipVisionModel", "pooler_output"),
+        (replace(SIGLIP, activation="gelu", mlp_width=None, eps=1e-5), "SiglipVisionModel", "pooler_output"),
     ],
 )
 def test_hugging_face(tmp_path, config, name, feature, kind):
@@ -124,7 +127,7 @@ def test_open_clip(tmp_path, changes, kind):
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 @pytest.mark.parametrize(
     "config", [CLIP, replace(CLIP, activation="gelu", mlp_width=201), replace(CLIP, output_dim=None), VIT, DINOV2,
-               replace(VIT, activation="quick_gelu")]
+               replace(VIT, activation="quick_gelu"), SIGLIP, replace(SIGLIP, activation="gelu", mlp_width=None)]
 )  # fmt: skip
 def test_timm(tmp_path, config, kind):
     timm = pytest.importorskip("timm")
@@ -160,7 +163,42 @@ def test_the_presets_are_open_clip_models(config, known):
     assert _open_clip_name(preset(config)) == known
 
 
-@pytest.mark.parametrize(("config", "kind"), [(CLIP, "cosine"), (DINOV2, "linear")])
+@pytest.mark.parametrize(("changes", "known"), [({"activation": "gelu"}, "ViT-B-16-SigLIP"), ({}, None)])
+def test_siglips_of_open_clip_have_the_exact_gelu(changes, known):
+    pytest.importorskip("open_clip")
+    from maskcf_fast.models import preset
+    from maskcf_fast.models.targets import _open_clip_siglip
+
+    assert _open_clip_siglip(preset("SigLIP-B/16", **changes)) == known
+
+
+def test_open_clip_siglip(tmp_path, monkeypatch):
+    """timm models within open_clip, whose sizes are in their names: here with those of the small model."""
+    open_clip, timm = pytest.importorskip("open_clip"), pytest.importorskip("timm")
+    create = timm.create_model
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 3, "num_heads": 4}
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **{**options, **small}))
+    vision = {"image_size": 32, "timm_model_name": "vit_base_patch32_siglip_256", "timm_pool": "map"}
+    vision["timm_proj"] = "none"
+    text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+    cfg = {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-small-SigLIP", cfg)
+    config = replace(SIGLIP, mlp_width=None)
+    model = classifier(config, "cosine")
+    out = tmp_path / "out"
+    exported = export_model(model, CLASSES, "open_clip", out)
+    assert exported.load.startswith('open_clip.create_model("ViT-small-SigLIP").visual.load_state_dict(')
+    visual = open_clip.create_model("ViT-small-SigLIP").visual
+    visual.load_state_dict(load_file(out / "model.safetensors"))
+    images, normalised = pixels(config)
+    features = visual.eval()(normalised)
+    assert_same(model.features(images), features)
+    assert_head_beside(model, out, features)
+    with pytest.raises(ValueError, match=r"open_clip has no SigLIP with.*activation=gelu,"):
+        export_model(classifier(replace(config, activation="gelu"), "cosine"), CLASSES, "open_clip", tmp_path / "no")
+
+
+@pytest.mark.parametrize(("config", "kind"), [(CLIP, "cosine"), (DINOV2, "linear"), (SIGLIP, "cosine")])
 def test_onnx(tmp_path, config, kind):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -182,6 +220,8 @@ def test_onnx(tmp_path, config, kind):
         ("hf", replace(CLIP, layer_scale=True), "Hugging Face has no CLIP, ViT or DINOv2 with.*layer_scale=True"),
         ("open_clip", VIT, "open_clip has no vision transformer with.*patch_bias=True"),
         ("timm", replace(VIT, eps=1e-12), "timm has no ViT with.*eps=1e-12"),
+        ("timm", replace(SIGLIP, eps=1e-5), "timm has no SigLIP with.*eps=1e-05"),
+        ("hf", replace(SIGLIP, output_dim=64), "Hugging Face has no SigLIP with.*output_dim=64"),
         ("tf", CLIP, "--to tf: there are hf, open_clip, timm, onnx"),
     ],
 )
@@ -212,3 +252,30 @@ def test_export_of_a_run(config, tmp_path, capsys):
     assert "is not an empty folder" in capsys.readouterr().err
     assert main(["--run", str(tmp_path / "absent"), "--to", "timm", "--out", str(tmp_path / "x")]) == 1
     assert "is no run" in capsys.readouterr().err
+
+
+def test_a_siglip_from_folder_to_folder(image_folders, tmp_path, capsys):
+    """Taken from Hugging Face, fine-tuned and given back by the commands, without a class token anywhere."""
+    transformers = pytest.importorskip("transformers")
+    from maskcf_fast.train import main as train
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    before = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, intermediate_size=100))
+    before.save_pretrained(tmp_path / "siglip")
+    command = ["--config", "context-none", "--model.name", f"hf:{tmp_path / 'siglip'}", "--model.head-kind", "linear"]
+    command += ["--data.train", str(image_folders["train"]), "--data.id", str(image_folders["id"])]
+    command += ["--data.ood", str(image_folders["ood"]), "--data.holdout", "0", "--data.backend", "torch"]
+    command += ["--data.threads", "0", "--optim.epochs", "1", "--optim.batch-size", "12", "--optim.lr", "1e-3"]
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert train([*command, "--device", "cpu", "--out", str(run)]) == 0
+    assert main(["--run", str(run), "--to", "hf", "--out", str(out)]) == 0
+    assert "SiglipVisionModel.from_pretrained" in capsys.readouterr().out
+    after = transformers.SiglipVisionModel.from_pretrained(out).eval()
+    assert not torch.equal(after.state_dict()["head.probe"], before.state_dict()["head.probe"])
+    model = build_model(ModelConfig(weights=run / "model.safetensors", name=f"hf:{tmp_path / 'siglip'}",
+                                    head_kind="linear"), 3, seed=1).eval()  # fmt: skip
+    images, normalised = pixels(model.backbone.config)
+    features = after(pixel_values=normalised).pooler_output
+    assert_same(model.features(images), features)
+    assert_head_beside(model, out, features)

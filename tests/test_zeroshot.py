@@ -70,6 +70,64 @@ def test_the_head_is_open_clips_zero_shot_classifier(folder, clip, tmp_path, tem
     assert json.loads(metadata(out)["classes"]) == ["n01", "golden_retriever", "zebra"]
 
 
+def hugging_face_folder(folder, kind):
+    """A small CLIP or SigLIP with random weights and a tokenizer of whole words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<unk>", "<end>", "a", "photo", "of", "the", "great", "tit", "zebra", "at", "night"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    text = {**sizes, "vocab_size": 16, "max_position_embeddings": 9, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**text, "pad_token_id": 0}, vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        **({"projection_dim": 24} if kind == "CLIP" else {}),
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        model.logit_scale.fill_(3.0)
+    model.save_pretrained(folder)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("kind", "padding"), [("CLIP", True), ("Siglip", "max_length")])
+def test_a_hugging_face_head_gives_its_librarys_logits(tmp_path, kind, padding):
+    """Of one prompt per class; SigLIP's bias, the same for all, does not choose between classes."""
+    theirs, tokenizer = hugging_face_folder(tmp_path, kind)
+    (tmp_path / "classes.txt").write_text("n01\tgreat tit\nzebra\n")
+    (tmp_path / "prompts.txt").write_text("a photo of the {}\n")
+    out, name = tmp_path / "head.safetensors", f"hf:{tmp_path}"
+    arguments = ["--model", name, "--classes", str(tmp_path / "classes.txt"), "--out", str(out), "--device", "cpu"]
+    assert main([*arguments, "--templates", str(tmp_path / "prompts.txt")]) == 0
+    tokenizer.model_max_length = 9
+    prompts = tokenizer(["a photo of the great tit", "a photo of the zebra"], padding=padding, return_tensors="pt")
+    assert prompts["input_ids"].shape == (2, 9 if kind == "Siglip" else 6)
+    if kind == "Siglip":
+        del prompts["attention_mask"]  # as it was trained
+    model = build_model(ModelConfig(name=name, head=out), 2, seed=0, classes=["n01", "zebra"])
+    images = torch.rand(3, 3, 32, 32)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.backbone.config.mean, model.backbone.config.std))
+    with torch.no_grad():
+        expected = theirs(pixel_values=(images - mean) / std, **prompts).logits_per_image
+        expected = expected - (theirs.logit_bias if kind == "Siglip" else 0)
+    torch.testing.assert_close(model(images).detach(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_model_without_a_text_tower(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    transformers.Dinov2Config().save_pretrained(tmp_path)
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    arguments = ["--model", f"hf:{tmp_path}", "--classes", str(tmp_path / "classes.txt")]
+    assert main([*arguments, "--out", str(tmp_path / "head.safetensors")]) == 1
+    assert "of the kind dinov2, which has no text tower" in capsys.readouterr().err
+
+
 def test_imagenet_in_the_order_of_its_folders():
     pytest.importorskip("timm")
     folders, names = read_names("imagenet")

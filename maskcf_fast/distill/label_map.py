@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._precision import no_autocast
-from ..models import Tap
+from ..models import PoolTap, Tap
 from ..ops import relevance_cam
 
 KINDS = ("relevance", "gradcam")
@@ -22,10 +22,10 @@ class LabelMap:
     Only gradients of what the map reads are asked for, so no weight gradient is formed.
 
     Args:
-        kind: ``"relevance"`` (Chefer et al., ICCV 2021), or ``"gradcam"``: channels of the last block's normalised
-            input, weighted by their summed gradients, positive part.
+        kind: ``"relevance"`` (Chefer et al., ICCV 2021), or ``"gradcam"``: channels of the last attention's normalised
+            input (the last block's, or an attention pool's), weighted by their summed gradients, positive part.
         target: ``"logit"`` of the label, or its ``"logprob"``.
-        start_layer: First layer that counts in the relevance.
+        start_layer: First layer that counts in the relevance, beside an attention pool.
         depth: Layers of the model.
 
     Raises:
@@ -42,7 +42,7 @@ class LabelMap:
             raise ValueError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
         self.kind = kind
         self.target = target
-        self.start_layer = start_layer
+        self.start_layer = start_layer % depth  # from the front, since a pool's tap is one more than the layers
 
     def __call__(self, logits: Tensor, labels: Tensor, taps: Sequence[Tap]) -> Tensor:
         """The map, from a backward pass of its own; the graph of ``logits`` is kept."""
@@ -59,7 +59,9 @@ class LabelMap:
     def from_gradients(self, taps: Sequence[Tap], grads: Sequence[Tensor]) -> Tensor:
         """The map from the gradients of what was `read`."""
         with no_autocast(grads[0].device):
+            pooled = isinstance(taps[-1], PoolTap)
             if self.kind == "relevance":
-                return relevance_cam(taps[self.start_layer :], grads)
+                return relevance_cam(taps[self.start_layer :], grads, pooled=pooled)
             activations, channels = taps[-1].x.detach().float(), grads[0].float().sum(dim=1)
-            return (activations[:, 1:] @ channels[:, :, None])[..., 0].clamp(min=0)
+            patches = activations if pooled else activations[:, 1:]
+            return (patches @ channels[:, :, None])[..., 0].clamp(min=0)

@@ -70,7 +70,7 @@ def explained(
         logits = _logits(model(images))
     labels = logits.detach().argmax(dim=1) if labels is None else labels
     readout = known_readout(model) if readout is None else readout
-    if prefix_tokens is None and isinstance(known := getattr(model, "num_prefix_tokens", None), int):  # timm
+    if prefix_tokens is None and isinstance(known := getattr(model, "num_prefix_tokens", None), int):  # timm, ours
         prefix_tokens = known
     cam = record.relevance(logits, labels, start_layer=start_layer, prefix_tokens=prefix_tokens, readout=readout)
     return cam, logits.detach(), record.grid
@@ -80,7 +80,7 @@ def known_readout(model: object) -> ReadOut | None:
     """What a model's score is read from, where that cannot be seen; None for prefix tokens or unknown models."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, ImageClassifier):
-        return "class"  # its last block computes the class token alone
+        return "class" if model.backbone.pool is None else "attention"  # the only query of its last call
     library = type(model).__module__.partition(".")[0]
     if library == "timm":
         return TIMM.get(getattr(model, "global_pool", ""))

@@ -1,8 +1,10 @@
 """Vision transformers, heads, and loading weights."""
 
+from .blocks import Tap
 from .head import HEADS, CosineClassifier, ImageClassifier, LinearClassifier
+from .pool import PoolTap
 from .sources import load_source
-from .vit import PRESETS, Tap, VisionTransformer, VisionTransformerConfig, preset
+from .vit import PRESETS, VisionTransformer, VisionTransformerConfig, preset
 from .weights import load_backbone
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "CosineClassifier",
     "ImageClassifier",
     "LinearClassifier",
+    "PoolTap",
     "Tap",
     "VisionTransformer",
     "VisionTransformerConfig",

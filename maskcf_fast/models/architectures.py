@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from .layouts import State
-from .vit import CLIP_MEAN, CLIP_STD, VisionTransformerConfig
+from .vit import CLIP_MEAN, CLIP_STD, HALF, Activation, VisionTransformerConfig
 
+HF_ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def open_clip_config(visual: Any) -> VisionTransformerConfig:
-    """The architecture of an open_clip vision tower."""
+    """The architecture of an open_clip vision tower: its own, or the timm one of its SigLIPs."""
+    from open_clip.timm_model import TimmModel
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 
+    mean = _three(getattr(visual, "image_mean", None) or CLIP_MEAN)
+    std = _three(getattr(visual, "image_std", None) or CLIP_STD)
+    if _is(visual, TimmModel):
+        if len(visual.head):
+            raise _unsupported(
+                f"its vision tower has a head of its own: {', '.join(dict(visual.head.named_children()))}"
+            )
+        return replace(timm_config(visual.trunk), mean=mean, std=std)
     if not _is(visual, VisionTransformer):
-        raise _unsupported(f"its vision tower is a {type(visual).__name__}, not open_clip's own VisionTransformer")
+        raise _unsupported(
+            f"its vision tower is a {type(visual).__name__}, not a VisionTransformer of open_clip or timm"
+        )
     block = visual.transformer.resblocks[0]
     if not _is(block, ResidualAttentionBlock):
         raise _unsupported(f"its blocks are {type(block).__name__}s, not plain pre-norm blocks")
@@ -32,8 +45,8 @@ def open_clip_config(visual: Any) -> VisionTransformerConfig:
         heads=block.attn.num_heads,
         output_dim=None if visual.proj is None else visual.proj.shape[1],
         activation=_activation(block.mlp.gelu, QuickGELU),
-        mean=_three(getattr(visual, "image_mean", None) or CLIP_MEAN),
-        std=_three(getattr(visual, "image_std", None) or CLIP_STD),
+        mean=mean,
+        std=std,
         pre_norm=not isinstance(visual.ln_pre, nn.Identity),
         layer_scale=not isinstance(block.ls_1, nn.Identity),
         mlp_width=_unusual(block.mlp.c_fc.out_features, block.mlp.c_fc.in_features),
@@ -53,10 +66,13 @@ def timm_config(model: Any) -> VisionTransformerConfig:
         raise _unsupported("its blocks are not timm's plain pre-norm blocks")
     if model.num_reg_tokens:
         raise _unsupported(f"it has {model.num_reg_tokens} register tokens")
-    if model.global_pool != "token":
-        raise _unsupported(f"its feature is pooled by {model.global_pool!r}, not read at the class token")
-    if model.no_embed_class or model.pos_embed is None:
-        raise _unsupported("its class token has no position embedding")
+    pooled = model.global_pool == "map"
+    if pooled:
+        _check_timm_pool(model)
+    elif model.global_pool != "token":
+        raise _unsupported(f"its feature is pooled by {model.global_pool!r}, not at the class token or by attention")
+    if model.pos_embed is None or (model.no_embed_class and not pooled):
+        raise _unsupported(f"its {'patches have' if pooled else 'class token has'} no position embedding")
     if block.attn.qkv.bias is None:
         raise _unsupported("its attention has no bias")
     if not isinstance(model.norm, nn.LayerNorm):
@@ -70,9 +86,10 @@ def timm_config(model: Any) -> VisionTransformerConfig:
     head = model.head
     # CLIP's projection is kept in the head, with a bias of zero.
     projects = not isinstance(model.norm_pre, nn.Identity) and isinstance(head, nn.Linear) and not bool(head.bias.any())
+    patch_size = _square(model.patch_embed.patch_size)
     return VisionTransformerConfig(
-        image_size=_square(model.patch_embed.img_size),
-        patch_size=_square(model.patch_embed.patch_size),
+        image_size=_whole_patches(_square(model.patch_embed.img_size), patch_size),
+        patch_size=patch_size,
         width=model.embed_dim,
         depth=len(model.blocks),
         heads=block.attn.num_heads,
@@ -85,47 +102,75 @@ def timm_config(model: Any) -> VisionTransformerConfig:
         layer_scale=not isinstance(block.ls1, nn.Identity),
         mlp_width=_unusual(block.mlp.fc1.out_features, model.embed_dim),
         eps=model.norm.eps,
+        pool="attention" if pooled else "class",
     )
+
+
+def _check_timm_pool(model: Any) -> None:
+    """Raise unless the pool is SigLIP's: one probe, and an MLP like the blocks'."""
+    from timm.layers import Mlp
+    from timm.layers.attention_pool import AttentionPoolLatent
+
+    pool, block = model.attn_pool, model.blocks[0]
+    if model.has_class_token:
+        raise _unsupported("its attention pool leaves out a class token that the patches see")
+    plain = (
+        _is(pool, AttentionPoolLatent)
+        and _is(pool.q, nn.Linear)
+        and pool.q.bias is not None
+        and pool.pos_embed is None
+        and isinstance(pool.k_norm, nn.Identity)
+        and _is(pool.mlp, Mlp)
+    )
+    if not plain:
+        raise _unsupported("its attention pool is not SigLIP's")
+    ours = (1, block.attn.num_heads, block.mlp.fc1.out_features, model.embed_dim)
+    theirs = (pool.latent_len, pool.num_heads, pool.mlp.fc1.out_features, pool.latent_dim)
+    if theirs != ours:
+        raise _unsupported(
+            f"probes, heads, MLP and width of its attention pool are {theirs}, not {ours} as its blocks'"
+        )
 
 
 def hugging_face_config(settings: Any, state: State, pixels: dict[str, Any]) -> VisionTransformerConfig:
     """The architecture that a Hugging Face configuration, its weights and its preprocessor's settings describe."""
-    kind = settings.model_type
+    kind = settings.model_type.removesuffix("_vision_model")
     reasons = {
-        "siglip": "its feature is pooled by attention",
-        "siglip2": "its feature is pooled by attention",
+        "siglip2": "its images are of any shape (NaFlex); SigLIP 2 of a fixed resolution is supported",
         "dinov2_with_registers": "it has register tokens",
         "dinov3_vit": "it has register tokens and rotary positions",
     }
-    if kind not in ("clip", "clip_vision_model", "vit", "dinov2"):
-        reason = reasons.get(kind.removesuffix("_vision_model"), f"{kind} is neither CLIP, ViT nor DINOv2")
-        raise _unsupported(reason)
-    vision = settings.vision_config if kind == "clip" else settings
-    clip = kind.startswith("clip")
-    if vision.hidden_act not in ("quick_gelu", "gelu"):
+    if kind not in ("clip", "siglip", "vit", "dinov2"):
+        raise _unsupported(reasons.get(kind, f"{kind} is neither CLIP, SigLIP, ViT nor DINOv2"))
+    vision = getattr(settings, "vision_config", settings)
+    if vision.hidden_act not in HF_ACTIVATIONS:
         raise _unsupported(f"its activation is {vision.hidden_act}")
     if getattr(vision, "use_swiglu_ffn", False):
         raise _unsupported("its MLPs are SwiGLU")
     if not getattr(vision, "qkv_bias", True):
         raise _unsupported("its attention has no bias")
-    usual = (CLIP_MEAN, CLIP_STD) if clip else ((0.5,) * 3,) * 2 if kind == "vit" else (IMAGENET_MEAN, IMAGENET_STD)
+    if not getattr(vision, "vision_use_head", True):
+        raise _unsupported("its attention pool is left out (vision_use_head)")
+    mean, std = {"clip": (CLIP_MEAN, CLIP_STD), "dinov2": (IMAGENET_MEAN, IMAGENET_STD)}.get(kind, (HALF, HALF))
     hidden = int(vision.hidden_size * vision.mlp_ratio) if kind == "dinov2" else vision.intermediate_size
+    patch_size = _square(vision.patch_size)
     projection = state.get("visual_projection.weight")
     return VisionTransformerConfig(
-        image_size=_square(vision.image_size),
-        patch_size=_square(vision.patch_size),
+        image_size=_whole_patches(_square(vision.image_size), patch_size),
+        patch_size=patch_size,
         width=vision.hidden_size,
         depth=vision.num_hidden_layers,
         heads=vision.num_attention_heads,
         output_dim=None if projection is None else projection.shape[0],
-        activation=vision.hidden_act,
-        mean=_three(pixels.get("image_mean") or usual[0]),
-        std=_three(pixels.get("image_std") or usual[1]),
-        pre_norm=clip,
-        patch_bias=not clip,
+        activation=HF_ACTIVATIONS[vision.hidden_act],
+        mean=_three(pixels.get("image_mean") or mean),
+        std=_three(pixels.get("image_std") or std),
+        pre_norm=kind == "clip",
+        patch_bias=kind != "clip",
         layer_scale=kind == "dinov2",
         mlp_width=_unusual(hidden, vision.hidden_size),
         eps=vision.layer_norm_eps,
+        pool="attention" if kind == "siglip" else "class",
     )
 
 
@@ -134,11 +179,13 @@ def _is(module: Any, kind: type) -> bool:
     return type(module) is kind
 
 
-def _activation(module: nn.Module, quick: type) -> Literal["quick_gelu", "gelu"]:
+def _activation(module: nn.Module, quick: type) -> Activation:
     if isinstance(module, quick):
         return "quick_gelu"
-    if type(module).__name__ == "GELU" and getattr(module, "approximate", "none") == "none":
-        return "gelu"
+    if type(module).__name__ == "GELUTanh":
+        return "gelu_tanh"
+    if type(module).__name__ == "GELU":
+        return "gelu" if getattr(module, "approximate", "none") == "none" else "gelu_tanh"
     raise _unsupported(f"its activation is {module}")
 
 
@@ -152,6 +199,17 @@ def _square(size: Any) -> int:
     if sides[0] != sides[1]:
         raise _unsupported(f"its images or patches are not square: {sides[0]}×{sides[1]}")
     return int(sides[0])
+
+
+def _whole_patches(side: int, patch: int) -> int:
+    """The side of the square that is made of whole patches: all that a convolution reads of the image."""
+    whole = side // patch * patch
+    if whole != side:
+        print(
+            f"note: this model's patches cover {whole} of {side} pixels; images of {whole} are what it gets",
+            file=sys.stderr,
+        )
+    return whole
 
 
 def _three(values: Any) -> tuple[float, float, float]:

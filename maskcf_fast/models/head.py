@@ -88,6 +88,11 @@ class ImageClassifier(nn.Module):
         self.backbone = backbone
         self.head = head
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches in the blocks: the class token, if there is one. The name is timm's."""
+        return int(self.backbone.pool is None)
+
     def features(self, images: Tensor) -> Tensor:
         """Images to features ``[N, D]``."""
         return self.backbone(images)

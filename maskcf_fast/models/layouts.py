@@ -11,6 +11,9 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
+DIVISIONS = (("q", "k", "v"), ("q", "kv"))  # how a packed projection may be cut into layers
+TOKENS = {"class_embedding": 2, "position_embedding": 1}  # [1, 1, width] and [1, tokens, width]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -21,17 +24,16 @@ class Layout:
         names: This package's name (or the start of one) → the library's; ``#`` stands for a block's number.
         marks: A tensor that tells the layout from the others, by the library's name.
         prefixes: What the names may begin with in a file that holds more than the vision tower.
-        token_rank: Dimensions of the class embedding: 1, or 3 where it is ``[1, 1, width]`` (and positions
-            ``[1, tokens, width]``).
+        leading: Tensors that have dimensions of 1 in front there, by this package's name, and how many.
         transposed: The projection is a Linear layer's ``[output, width]``.
-        ignored: Pattern of the library's names that do not belong to the class token's feature.
+        ignored: Pattern of the library's names that do not belong to the feature.
     """
 
     library: str
     names: Mapping[str, str]
     marks: str
     prefixes: tuple[str, ...] = ("",)
-    token_rank: int = 1
+    leading: Mapping[str, int] = field(default_factory=dict)
     transposed: bool = False
     ignored: str = r"$^"
     inverse: Mapping[str, str] = field(init=False)
@@ -43,12 +45,13 @@ class Layout:
         """The library's tensors under this package's names and in its shapes; unknown names stay."""
         ours = {_rename(name, self.inverse): t for name, t in state.items() if not re.match(self.ignored, name)}
         for name in [name for name in ours if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
-            parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-            if all(part in ours for part in parts):
-                ours[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([ours.pop(part) for part in parts])
-        for name in ("class_embedding", "position_embedding"):
-            if name in ours and self.token_rank == 3:
-                ours[name] = ours[name].flatten(0, -2 if name == "position_embedding" else -1)
+            for division in DIVISIONS:
+                parts = [name.replace(".attn.q.", f".attn.{part}.") for part in division]
+                if all(part in ours for part in parts):
+                    ours[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([ours.pop(part) for part in parts])
+        for name, count in self.leading.items():
+            if name in ours and ours[name].dim() > count:
+                ours[name] = ours[name].flatten(0, count)
         if "projection" in ours and self.transposed:
             ours["projection"] = ours["projection"].mT.contiguous()
         return ours
@@ -56,13 +59,16 @@ class Layout:
     def to_theirs(self, state: Mapping[str, Tensor]) -> State:
         """The inverse of `to_ours`."""
         ours = dict(state)
-        if "blocks.#.attn.q" in self.names:
-            for name in [name for name in ours if ".attn.qkv." in name]:
-                parts = ours.pop(name).chunk(3)
-                ours |= {name.replace(".attn.qkv.", f".attn.{p}."): t for p, t in zip("qkv", parts, strict=True)}
-        for name in ("class_embedding", "position_embedding"):
-            if self.token_rank == 3:
-                ours[name] = ours[name].view(1, -1, ours[name].shape[-1])
+        for name in [name for name in ours if ".attn.qkv." in name]:
+            stem = re.sub(r"\.\d+\.", ".#.", name).partition("qkv.")[0]
+            for division in DIVISIONS:
+                if all(stem + part in self.names for part in division):
+                    whole = ours.pop(name)
+                    parts = whole.split([len(part) * len(whole) // 3 for part in division])
+                    ours |= {name.replace("qkv", p): t for p, t in zip(division, parts, strict=True)}
+        for name, count in self.leading.items():
+            if name in ours:
+                ours[name] = ours[name][(None,) * count]
         if "projection" in ours and self.transposed:
             ours["projection"] = ours["projection"].mT
         return {_rename(name, self.names): tensor.contiguous() for name, tensor in ours.items()}
@@ -104,27 +110,48 @@ OPEN_CLIP = Layout(
     marks="conv1.weight",
     prefixes=("visual.", ""),
 )
+_HF_CLIP = {
+    "patch_weight": "embeddings.patch_embedding.weight",
+    "position_embedding": "embeddings.position_embedding.weight",
+    "ln_post": "post_layernorm",
+    "blocks.#.ln_1": "encoder.layers.#.layer_norm1",
+    "blocks.#.ln_2": "encoder.layers.#.layer_norm2",
+    "blocks.#.attn.q": "encoder.layers.#.self_attn.q_proj",
+    "blocks.#.attn.k": "encoder.layers.#.self_attn.k_proj",
+    "blocks.#.attn.v": "encoder.layers.#.self_attn.v_proj",
+    "blocks.#.attn.out": "encoder.layers.#.self_attn.out_proj",
+    "blocks.#.fc": "encoder.layers.#.mlp.fc1",
+    "blocks.#.proj": "encoder.layers.#.mlp.fc2",
+}
 HF_CLIP = Layout(
     "Hugging Face CLIP",
     {
-        "patch_weight": "embeddings.patch_embedding.weight",
+        **_HF_CLIP,
         "class_embedding": "embeddings.class_embedding",
-        "position_embedding": "embeddings.position_embedding.weight",
         "ln_pre": "pre_layrnorm",
-        "ln_post": "post_layernorm",
         "projection": "visual_projection.weight",
-        "blocks.#.ln_1": "encoder.layers.#.layer_norm1",
-        "blocks.#.ln_2": "encoder.layers.#.layer_norm2",
-        "blocks.#.attn.q": "encoder.layers.#.self_attn.q_proj",
-        "blocks.#.attn.k": "encoder.layers.#.self_attn.k_proj",
-        "blocks.#.attn.v": "encoder.layers.#.self_attn.v_proj",
-        "blocks.#.attn.out": "encoder.layers.#.self_attn.out_proj",
-        "blocks.#.fc": "encoder.layers.#.mlp.fc1",
-        "blocks.#.proj": "encoder.layers.#.mlp.fc2",
     },
     marks="embeddings.class_embedding",
     prefixes=("vision_model.", ""),
     transposed=True,
+    ignored=r"embeddings\.position_ids$",
+)
+HF_SIGLIP = Layout(
+    "Hugging Face SigLIP",
+    {
+        **_HF_CLIP,
+        "patch_bias": "embeddings.patch_embedding.bias",
+        "pool.probe": "head.probe",
+        "pool.attn.qkv.weight": "head.attention.in_proj_weight",
+        "pool.attn.qkv.bias": "head.attention.in_proj_bias",
+        "pool.attn.out": "head.attention.out_proj",
+        "pool.ln": "head.layernorm",
+        "pool.fc": "head.mlp.fc1",
+        "pool.proj": "head.mlp.fc2",
+    },
+    marks="head.probe",
+    prefixes=("vision_model.", ""),
+    leading={"pool.probe": 2},
     ignored=r"embeddings\.position_ids$",
 )
 _HF_VIT = {
@@ -149,7 +176,7 @@ HF_VIT = Layout(
     },
     marks="encoder.layer.0.layernorm_before.weight",
     prefixes=("vit.", ""),
-    token_rank=3,
+    leading=TOKENS,
     ignored=r"pooler\.|classifier\.|embeddings\.mask_token$",
 )
 HF_DINOV2 = Layout(
@@ -165,7 +192,7 @@ HF_DINOV2 = Layout(
     },
     marks="encoder.layer.0.layer_scale1.lambda1",
     prefixes=("dinov2.", ""),
-    token_rank=3,
+    leading=TOKENS,
     ignored=r"classifier\.|embeddings\.mask_token$",
 )
 TIMM = Layout(
@@ -186,9 +213,17 @@ TIMM = Layout(
         "blocks.#.proj": "blocks.#.mlp.fc2",
         "blocks.#.scale_1": "blocks.#.ls1.gamma",
         "blocks.#.scale_2": "blocks.#.ls2.gamma",
+        "pool.probe": "attn_pool.latent",
+        "pool.attn.q": "attn_pool.q",
+        "pool.attn.kv": "attn_pool.kv",
+        "pool.attn.out": "attn_pool.proj",
+        "pool.ln": "attn_pool.norm",
+        "pool.fc": "attn_pool.mlp.fc1",
+        "pool.proj": "attn_pool.mlp.fc2",
     },
     marks="patch_embed.proj.weight",
-    token_rank=3,
+    prefixes=("visual.trunk.", "trunk.", ""),  # the first two within open_clip
+    leading={**TOKENS, "pool.probe": 2},
     transposed=True,
 )
-LAYOUTS = (OPEN_CLIP, HF_CLIP, HF_DINOV2, HF_VIT, TIMM)
+LAYOUTS = (OPEN_CLIP, HF_CLIP, HF_SIGLIP, HF_DINOV2, HF_VIT, TIMM)

@@ -21,7 +21,7 @@ def load_source(name: str) -> tuple[VisionTransformerConfig, State]:
 
     Args:
         name: ``open_clip:MODEL/PRETRAINED`` (or ``open_clip:hf-hub:ID``, ``open_clip:local-dir:FOLDER``),
-            ``hf:ID_OR_FOLDER`` (CLIP, ViT, DINOv2) or ``timm:MODEL.TAG`` (or ``timm:hf-hub:ID``,
+            ``hf:ID_OR_FOLDER`` (CLIP, SigLIP, ViT, DINOv2) or ``timm:MODEL.TAG`` (or ``timm:hf-hub:ID``,
             ``timm:local-dir:FOLDER``).
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .architectures import HF_ACTIVATIONS, timm_config
 from .head import ImageClassifier, LinearClassifier
-from .layouts import HF_CLIP, HF_DINOV2, HF_VIT, OPEN_CLIP, TIMM, Layout
+from .layouts import HF_CLIP, HF_DINOV2, HF_SIGLIP, HF_VIT, OPEN_CLIP, TIMM, Layout
 from .vit import VisionTransformerConfig
 
 PT = {"format": "pt"}  # Hugging Face refuses files that do not say so
@@ -77,11 +79,16 @@ def _hugging_face_kind(config: VisionTransformerConfig, linear: bool) -> tuple[s
         "num_attention_heads": config.heads,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
-        "hidden_act": config.activation,
+        "hidden_act": next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == config.activation),
         "layer_norm_eps": config.eps,
     }
     hidden = config.mlp_width or 4 * config.width
     shape = (config.pre_norm, config.patch_bias, config.layer_scale)
+    if config.pool == "attention":
+        if config.output_dim is None and shape == (False, True, False):
+            settings = transformers.SiglipVisionConfig(**common, intermediate_size=hidden)
+            return "SiglipVisionModel", HF_SIGLIP, "vision_model.", settings
+        raise _no_place("Hugging Face", "SigLIP", config)
     if shape == (True, False, False):
         projects = config.output_dim is not None
         kind = "CLIPVisionModelWithProjection" if projects else "CLIPVisionModel"
@@ -98,10 +105,18 @@ def _hugging_face_kind(config: VisionTransformerConfig, linear: bool) -> tuple[s
 def write_open_clip(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple[str, bool]:
     """Write the ``visual`` part of an open_clip model; arguments, result and errors as `write_hugging_face`."""
     config = model.backbone.config
-    if config.output_dim is None or config.patch_bias or config.eps != 1e-5:
+    state = model.backbone.state_dict()
+    if config.pool == "attention":  # a timm model within an open_clip one, whose names alone choose the architecture
+        name = _open_clip_siglip(config)
+        if name is None:
+            raise _no_place("open_clip", "SigLIP", config)
+        state = {f"trunk.{name}": tensor for name, tensor in TIMM.to_theirs(state).items()}
+    elif config.output_dim is None or config.patch_bias or config.eps != 1e-5:
         raise _no_place("open_clip", "vision transformer", config)
-    save_file(OPEN_CLIP.to_theirs(model.backbone.state_dict()), folder / "model.safetensors", PT)
-    name = _open_clip_name(config)
+    else:
+        name = _open_clip_name(config)
+        state = OPEN_CLIP.to_theirs(state)
+    save_file(state, folder / "model.safetensors", PT)
     create = f'open_clip.create_model("{name}")' if name else "model"
     return f'{create}.visual.load_state_dict(safetensors.torch.load_file("{{out}}/model.safetensors"))', False
 
@@ -120,10 +135,28 @@ def _open_clip_name(config: VisionTransformerConfig) -> str | None:
             sizes = (vision["image_size"], vision["patch_size"], vision["width"], vision["layers"], heads)
             hidden = int(vision["width"] * vision.get("mlp_ratio", 4.0))
             wanted = (config.image_size, config.patch_size, config.width, config.depth, config.heads)
-            quick = bool(cfg.get("quick_gelu"))
-            if (sizes, hidden, cfg["embed_dim"], quick) == (
-                wanted, config.mlp_width or 4 * config.width, config.output_dim, config.activation == "quick_gelu",
+            activation = "quick_gelu" if cfg.get("quick_gelu") else "gelu"
+            if (sizes, hidden, cfg["embed_dim"], activation) == (
+                wanted, config.mlp_width or 4 * config.width, config.output_dim, config.activation,
             ):  # fmt: skip
+                names.append(name)
+    return min(names, key=lambda name: (not name.startswith("ViT-"), len(name)), default=None)
+
+
+def _open_clip_siglip(config: VisionTransformerConfig) -> str | None:
+    """The shortest of open_clip's names of SigLIPs for the architecture."""
+    import open_clip
+    import timm
+
+    names = []
+    for name in open_clip.list_models():
+        cfg = open_clip.get_model_config(name)
+        vision = cfg["vision_cfg"]
+        pool = (vision.get("timm_pool"), vision.get("timm_proj"))
+        if pool == ("map", "none") and (vision["image_size"], cfg["embed_dim"]) == (config.image_size, config.width):
+            with torch.device("meta"):
+                trunk = timm.create_model(vision["timm_model_name"], num_classes=0)
+            if replace(timm_config(trunk), mean=config.mean, std=config.std) == config:
                 names.append(name)
     return min(names, key=lambda name: (not name.startswith("ViT-"), len(name)), default=None)
 
@@ -137,7 +170,11 @@ def write_timm(model: ImageClassifier, classes: Sequence[str], folder: Path) -> 
     """
     config = model.backbone.config
     quick = "quickgelu_" if config.activation == "quick_gelu" else ""
-    if config.pre_norm and not config.patch_bias and config.eps == 1e-5:
+    if config.pool == "attention" and not config.pre_norm and config.patch_bias and config.eps == 1e-6:
+        name = "vit_base_patch16_siglip_224"
+    elif config.pool == "attention":
+        raise _no_place("timm", "SigLIP", config)
+    elif config.pre_norm and not config.patch_bias and config.eps == 1e-5:
         name = f"vit_base_patch16_clip_{quick}224"
     elif not config.pre_norm and config.patch_bias and config.eps == 1e-6:
         name = "vit_base_patch16_224"
@@ -160,8 +197,8 @@ def write_timm(model: ImageClassifier, classes: Sequence[str], folder: Path) -> 
         args["mlp_ratio"] = (config.mlp_width + 0.5) / config.width  # rounded down again
     if config.layer_scale:
         args["init_values"] = 1e-5
-    if quick and not config.pre_norm:
-        args["act_layer"] = "quick_gelu"
+    if config.activation == "gelu_tanh" or (quick and not config.pre_norm):
+        args["act_layer"] = config.activation
     num_classes = head["head.weight"].shape[0] if head else 0
     settings = {
         "architecture": name,
@@ -198,6 +235,6 @@ def _timm_head(model: ImageClassifier, projection: Tensor | None, linear: bool) 
 def _no_place(library: str, kinds: str, config: VisionTransformerConfig) -> ValueError:
     traits = ", ".join(
         f"{name}={getattr(config, name)}"
-        for name in ("pre_norm", "patch_bias", "layer_scale", "output_dim", "eps", "mlp_width")
+        for name in ("pool", "activation", "pre_norm", "patch_bias", "layer_scale", "output_dim", "eps", "mlp_width")
     )
     return ValueError(f"{library} has no {kinds} with {traits}: choose another --to")

@@ -7,9 +7,8 @@ patches can be refilled or dropped without embedding them again.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_tensor
-from .._precision import compute_dtype, no_autocast
+from .._precision import compute_dtype
 from ..ops.drop import Packing
 from ..ops.patchify import patchify
+from .blocks import POINTWISE, Block, Tap, class_tokens
+from .pool import AttentionPool, without_probe
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class VisionTransformerConfig:
         depth: Number of blocks.
         heads: Attention heads per block.
         output_dim: Dimension of the feature after the projection; None leaves the projection out.
-        activation: ``"quick_gelu"`` (OpenAI's weights) or ``"gelu"``.
+        activation: ``"quick_gelu"`` (OpenAI's weights), ``"gelu"``, or its approximation ``"gelu_tanh"``.
         mean: Per-channel mean that the input is normalised with.
         std: Per-channel standard deviation.
         pre_norm: LayerNorm on the tokens before the first block (CLIP); plain ViTs have none.
@@ -44,6 +48,8 @@ class VisionTransformerConfig:
         layer_scale: A learned scale per channel at the end of both residual branches (DINOv2, CaiT).
         mlp_width: Hidden dimension of the blocks' MLPs; by default four times ``width``.
         eps: What LayerNorms add to the variance.
+        pool: Where the feature is read: at the ``"class"`` token, or by an ``"attention"`` pool over the patches,
+            without a class token (SigLIP).
     """
 
     image_size: int = 224
@@ -52,7 +58,7 @@ class VisionTransformerConfig:
     depth: int = 12
     heads: int = 12
     output_dim: int | None = 512
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    activation: Activation = "quick_gelu"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     pre_norm: bool = True
@@ -60,6 +66,7 @@ class VisionTransformerConfig:
     layer_scale: bool = False
     mlp_width: int | None = None
     eps: float = 1e-5
+    pool: Literal["class", "attention"] = "class"
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "depth", "heads"):
@@ -69,8 +76,9 @@ class VisionTransformerConfig:
             raise ValueError(f"image_size={self.image_size} does not divide by patch_size={self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width={self.width} does not divide into heads={self.heads}")
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"activation must be 'quick_gelu' or 'gelu', got {self.activation!r}")
+        for name, known in (("activation", get_args(Activation)), ("pool", ("class", "attention"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
         if self.mlp_width is not None and self.mlp_width < 1:
             raise ValueError(f"mlp_width must be at least 1, got {self.mlp_width}")
         if not self.eps > 0:
@@ -94,120 +102,27 @@ PRESETS = {
     "ViT-L/14@336": VisionTransformerConfig(
         image_size=336, patch_size=14, width=1024, depth=24, heads=16, output_dim=768
     ),
-    "tiny": VisionTransformerConfig(32, 8, 96, 4, 4, 64, "gelu", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    "SigLIP-B/16": VisionTransformerConfig(
+        patch_size=16,
+        output_dim=None,
+        activation="gelu_tanh",
+        mean=HALF,
+        std=HALF,
+        pre_norm=False,
+        patch_bias=True,
+        eps=1e-6,
+        pool="attention",
+    ),
+    "tiny": VisionTransformerConfig(32, 8, 96, 4, 4, 64, "gelu", HALF, (0.25, 0.25, 0.25)),
 }
 
 
-class Tap(NamedTuple):
-    """What one layer's attention consumed and produced; ``Tq`` is T, or 1 in the last layer."""
-
-    q: Tensor  # [N, H, Tq, d]
-    k: Tensor  # [N, H, T, d]
-    v: Tensor  # [N, H, T, d]
-    o: Tensor  # [N, H, Tq, d], before the output projection
-    x: Tensor  # [N, T, D], the layer's normalised input
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Fused attention."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # There, forward and backward passes in float32 take 0.45 (50 tokens) to 0.88 (257 tokens) of the time.
-        with no_autocast(q.device):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-class Attention(nn.Module):
-    """Self-attention with packed query, key and value projections."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, cls_only: bool, packing: Packing | None) -> tuple[Tensor, Tap]:
-        """``x [N, T, D]`` → ``[N, Tq, D]`` and the tap; packed, ``[M, D]`` → ``[M, D]`` or ``[N, 1, D]``."""
-        pad = (lambda t: t) if packing is None else packing.pad
-        if cls_only:  # only the class token asks; all tokens answer
-            width = x.shape[-1]
-            q = F.linear(class_tokens(x, packing), self.qkv.weight[:width], self.qkv.bias[:width])
-            k, v = pad(F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])).chunk(2, dim=-1)
-        else:
-            q, k, v = pad(self.qkv(x)).chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        o = attend(q, k, v, None if packing is None else packing.visible[:, None, None, :])
-        joined = o.transpose(1, 2).flatten(2)
-        return self.out(joined if packing is None or cls_only else packing.pack(joined)), Tap(q, k, v, o, x)
-
-
-def class_tokens(x: Tensor, packing: Packing | None) -> Tensor:
-    """``[N, 1, D]`` of a batch's tokens."""
-    return x[:, :1] if packing is None else x.index_select(0, packing.rows[:, 0])[:, None]
-
-
-# What lies between the matrix products. Compiled (`VisionTransformer.compile_pointwise`), each is one kernel; a
-# LayerNorm takes its statistics in float32 and gives the dtype that came in.
-
-
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(x.dtype)
-
-
-def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x + y``, and its LayerNorm."""
-    x = x + y
-    return x, norm(x, weight, bias, eps)
-
-
-def activate(hidden: Tensor, quick: bool) -> Tensor:
-    """GELU, or OpenAI's quick approximation of it."""
-    return hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden)
-
-
-POINTWISE: tuple[Callable[..., Any], ...] = (norm, add_norm, activate)
-
-
-def scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
-    """A residual branch, times its scale if it has one."""
-    return branch if scale is None else branch * scale.to(branch.dtype)
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, config: VisionTransformerConfig) -> None:
-        super().__init__()
-        width, hidden = config.width, config.mlp_width or 4 * config.width
-        self.ln_1 = nn.LayerNorm(width, config.eps)
-        self.attn = Attention(width, config.heads)
-        self.ln_2 = nn.LayerNorm(width, config.eps)
-        self.fc = nn.Linear(width, hidden)
-        self.proj = nn.Linear(hidden, width)
-        self.scale_1, self.scale_2 = (
-            nn.Parameter(torch.full((width,), 0.1)) if config.layer_scale else None for _ in range(2)
-        )
-        self.quick = config.activation == "quick_gelu"
-        self.pointwise = POINTWISE
-
-    def forward(self, x: Tensor, cls_only: bool = False, packing: Packing | None = None) -> tuple[Tensor, Tap]:
-        """``x [N, T, D]`` → ``[N, Tq, D]`` (the class token alone if ``cls_only``) and the tap; packed, as there."""
-        norm, add_norm, activate = self.pointwise
-        first, second = self.ln_1, self.ln_2
-        attended, tap = self.attn(norm(x, first.weight, first.bias, first.eps), cls_only, packing)
-        attended = scaled(attended, self.scale_1)
-        x = class_tokens(x, packing) if cls_only else x
-        x, normed = add_norm(x, attended, second.weight, second.bias, second.eps)
-        return x + scaled(self.proj(activate(self.fc(normed), self.quick)), self.scale_2), tap
-
-
 class VisionTransformer(nn.Module):
-    """CLIP's vision transformer, or a plain one: image → feature of the class token, not L2-normalised.
+    """CLIP's vision transformer, SigLIP's, or a plain one: image → feature, not L2-normalised.
 
     Args:
         config: A `VisionTransformerConfig` or the name of a preset ("ViT-B/32", "ViT-B/16", "ViT-L/14",
-            "ViT-L/14@336", "tiny").
+            "ViT-L/14@336", "SigLIP-B/16", "tiny").
 
     Raises:
         ValueError: Unknown preset (the nearest is suggested).
@@ -220,11 +135,14 @@ class VisionTransformer(nn.Module):
         patch_shape = (width, 3, config.patch_size, config.patch_size)
         self.patch_weight = nn.Parameter(torch.randn(patch_shape) * (3 * config.patch_size**2) ** -0.5)
         self.patch_bias = nn.Parameter(torch.zeros(width)) if config.patch_bias else None
-        self.class_embedding = nn.Parameter(torch.randn(width) * scale)
-        self.position_embedding = nn.Parameter(torch.randn(1 + config.num_patches, width) * scale)
+        pooled = config.pool == "attention"
+        self.class_embedding = None if pooled else nn.Parameter(torch.randn(width) * scale)
+        positions = config.num_patches + (not pooled)  # the pool's probe has none
+        self.position_embedding = nn.Parameter(torch.randn(positions, width) * scale)
         self.ln_pre = nn.LayerNorm(width, config.eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.ln_post = nn.LayerNorm(width, config.eps)
+        self.pool = AttentionPool(config) if pooled else None
         self.projection = (
             None if config.output_dim is None else nn.Parameter(torch.randn(width, config.output_dim) * scale)
         )
@@ -249,7 +167,7 @@ class VisionTransformer(nn.Module):
             images: uint8 ``[N, S, S, 3]`` or float ``[N, 3, S, S]`` in [0, 1], not normalised.
 
         Returns:
-            Tokens ``[N, 1 + L, width]``, class token first.
+            Tokens ``[N, 1 + L, width]``, class token first, or in its place the attention pool's probe.
 
         Raises:
             ValueError: ``S`` is not the model's ``image_size``.
@@ -270,25 +188,33 @@ class VisionTransformer(nn.Module):
     def embed_rows(self, rows: Tensor) -> Tensor:
         """The rest of `embed`."""
         patches = F.linear(rows, self.patch_weight.flatten(1), self.patch_bias)
-        cls_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        return self.ln_pre(torch.cat([cls_token, patches], dim=1) + self.position_embedding).to(patches.dtype)
+        first = cast(Tensor, self.class_embedding) if self.pool is None else self.pool.probe
+        first = first.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        if self.pool is not None:
+            return torch.cat([first, self.ln_pre(patches + self.position_embedding).to(patches.dtype)], dim=1)
+        return self.ln_pre(torch.cat([first, patches], dim=1) + self.position_embedding).to(patches.dtype)
 
     def encode(
         self, tokens: Tensor, *, packing: Packing | None = None, record: bool = False
     ) -> tuple[Tensor, list[Tap]]:
-        """Tokens to the class token's feature. In the last block only the class token is computed.
+        """Tokens to the feature. Where it is the class token's, the last block computes that alone.
 
         Args:
-            tokens: ``[N, T, width]``, class token first; any number of patches may have been left out. With
+            tokens: ``[N, T, width]``, class token or probe first; any number of patches may have been left out. With
                 ``packing``, rows ``[M, width]``.
             packing: Where the rows belong (`pack_tokens`).
             record: Whether to return the taps, for tokens that are not packed.
 
         Returns:
-            The feature ``[N, D]``, and each layer's `Tap` (references to what attention computed anyway), or none.
+            The feature ``[N, D]``, and each layer's `Tap` (references to what attention computed anyway), the
+            attention pool's `PoolTap` last, or none.
         """
-        taps = []
+        taps: list[Tap] = []
         last = len(self.blocks) - 1
+        if self.pool is not None:  # the pool reads all patches
+            last = -1
+            probe = class_tokens(tokens, packing)
+            tokens, packing = without_probe(tokens, packing)
         for layer, block in enumerate(self.blocks):
             inputs = (tokens, layer == last, packing)
             keep_all = not (self.recompute and torch.is_grad_enabled())
@@ -296,7 +222,12 @@ class VisionTransformer(nn.Module):
             if record:
                 taps.append(tap)
             del tap  # else a layer's keys and values live on through the next
-        feature = self.ln_post(tokens[:, 0])
+        if self.pool is None:
+            feature = self.ln_post(tokens[:, 0])
+        else:
+            feature, pool_tap = self.pool(self.ln_post(tokens).to(tokens.dtype), probe, packing)
+            if record:
+                taps.append(pool_tap)
         return feature if self.projection is None else feature @ self.projection, taps
 
     def compile_pointwise(self, enabled: bool = True) -> None:
@@ -313,8 +244,9 @@ class VisionTransformer(nn.Module):
             # With and without gradients, one image or many, one token or many, each dtype: more than the default 8.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         functions = [torch.compile(f, fullgraph=True) for f in POINTWISE] if enabled else POINTWISE
-        for block in cast(list[Block], self.blocks):
-            block.pointwise = tuple(functions)
+        for module in self.modules():
+            if isinstance(module, Block | AttentionPool):
+                module.pointwise = tuple(functions)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (as `embed` takes them) to features ``[N, D]``."""

@@ -22,9 +22,9 @@ def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, T
     """Load the weights of a vision tower into ``model``.
 
     Recognised by their names: this package's own weights, a Hugging Face ``CLIPModel``,
-    ``CLIPVisionModel(WithProjection)``, ``ViTModel`` or ``Dinov2Model``, an open_clip model or its ``visual`` part,
-    and a timm ViT. Text towers and heads in the same file are passed over. No file is read in a way that could
-    execute code.
+    ``CLIPVisionModel(WithProjection)``, ``SiglipModel``, ``SiglipVisionModel``, ``ViTModel`` or ``Dinov2Model``, an
+    open_clip model or its ``visual`` part, and a timm ViT. Text towers and heads in the same file are passed over. No
+    file is read in a way that could execute code.
 
     Args:
         model: The model to fill, in place.
@@ -136,8 +136,8 @@ def _translate(state: State, config: VisionTransformerConfig) -> State:
     if "patch_weight" in state:
         return state
     raise ValueError(
-        "unknown weight layout: expected this package's, open_clip's, timm's, or Hugging Face's CLIP, ViT or DINOv2 "
-        f"names, got {', '.join(sorted(state)[:4]) or 'no tensors'}, …"
+        "unknown weight layout: expected this package's, open_clip's, timm's, or Hugging Face's CLIP, SigLIP, ViT or "
+        f"DINOv2 names, got {', '.join(sorted(state)[:4]) or 'no tensors'}, …"
     )
 
 

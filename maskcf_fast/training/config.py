@@ -26,7 +26,7 @@ class ModelConfig:
     """The model that is fine-tuned, and where its weights come from."""
 
     arch: str = "ViT-B/32"
-    """Preset: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336 or tiny."""
+    """Preset: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336, SigLIP-B/16 or tiny."""
     weights: Path | None = None
     """Pre-trained weights (.safetensors of this package, open_clip, Hugging Face or timm); teacher and start of the
     student. "random" starts from scratch."""
@@ -35,8 +35,8 @@ class ModelConfig:
     default the head in the weights file, if there is one, or a random one."""
     name: str | None = None
     """In place of arch and weights, a model of another library with its own architecture and weights:
-    open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER (CLIP, ViT, DINOv2) or timm:MODEL.TAG. Weights that a run of such a
-    model wrote may be given with it."""
+    open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER (CLIP, SigLIP, ViT, DINOv2) or timm:MODEL.TAG. Weights that a run of
+    such a model wrote may be given with it."""
     head_kind: Literal["cosine", "linear"] = "cosine"
     """cosine: on the feature's direction, as CLIP's zero-shot classifier; linear: on the feature itself, for models
     without a text tower."""

@@ -15,6 +15,7 @@ from torch import nn
 import maskcf_fast as mf
 from maskcf_fast.distill.label_map import LabelMap
 from maskcf_fast.explain import explain, record_attention
+from maskcf_fast.models import preset
 
 sdpa = F.scaled_dot_product_attention
 
@@ -202,12 +203,13 @@ def test_activation_checkpointing():
     assert_close(cam, explain(Toy(), IMAGES, LABELS))
 
 
-def test_own_model():
-    model = mf.ImageClassifier(mf.VisionTransformer("tiny"), mf.CosineClassifier(64, 3))
+@pytest.mark.parametrize("pool", ["class", "attention"])
+def test_own_model(pool):
+    model = mf.ImageClassifier(mf.VisionTransformer(preset("tiny", pool=pool)), mf.CosineClassifier(64, 3))
     images = torch.rand(2, 3, 32, 32)
     labels = torch.tensor([2, 0])
     feature, taps = model.backbone.encode(model.backbone.embed(images), record=True)
-    own = LabelMap("relevance", "logit", 0, len(taps))
+    own = LabelMap("relevance", "logit", 0, model.backbone.config.depth)
     assert_close(explain(model, images, labels), own(model.head(feature), labels, taps))
 
 

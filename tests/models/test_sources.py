@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskcf_fast.models import load_backbone, load_source
+from maskcf_fast.models import VisionTransformer, load_backbone, load_source
 from maskcf_fast.models.sources import load_named
 
 open_clip = pytest.importorskip("open_clip")
@@ -49,12 +49,23 @@ def assert_same_features(name, theirs, mean, std):
         ("CLIPVisionModel", lambda: transformers.CLIPVisionConfig(**SIZES, hidden_act="gelu"), "pooler_output", None),
         ("ViTModel", lambda: transformers.ViTConfig(**SIZES, intermediate_size=256), "class token", None),
         ("Dinov2Model", lambda: transformers.Dinov2Config(**SIZES), "pooler_output", (0.485, 0.456, 0.406)),
+        ("SiglipVisionModel", lambda: transformers.SiglipVisionConfig(**SIZES), "pooler_output", (0.5, 0.5, 0.5)),
+        (
+            "SiglipVisionModel",
+            lambda: transformers.SiglipVisionConfig(**SIZES, intermediate_size=100, hidden_act="gelu"),
+            "pooler_output",
+            None,
+        ),
     ],
 )
 def test_hugging_face_folder(tmp_path, kind, config, feature, mean):
     theirs = randomise(getattr(transformers, kind)(config()))
     theirs.save_pretrained(tmp_path)
-    std = {"CLIPVisionModelWithProjection": (0.26862954, 0.26130258, 0.27577711), "Dinov2Model": (0.229, 0.224, 0.225)}
+    std = {
+        "CLIPVisionModelWithProjection": (0.26862954, 0.26130258, 0.27577711),
+        "Dinov2Model": (0.229, 0.224, 0.225),
+        "SiglipVisionModel": (0.5, 0.5, 0.5) if mean else (0.4, 0.4, 0.4),
+    }
     if mean is None:
         mean = (0.1, 0.2, 0.3)
         (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": [0.4] * 3}))
@@ -86,6 +97,29 @@ def test_hugging_face_whole_clip_in_shards_and_as_a_pickle(tmp_path):
     for other in (sharded, pickled):
         assert other.keys() == state.keys()
         assert all(torch.equal(other[name], state[name]) for name in state)
+
+
+SIGLIP_TEXT = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize("side", [32, 35], ids=["whole patches", "a margin"])
+def test_hugging_face_whole_siglip(tmp_path, capsys, side):
+    """Beside its text tower, and with a margin that no patch covers, as in so400m-patch14-384."""
+    config = transformers.SiglipConfig(text_config=SIGLIP_TEXT, vision_config={**SIZES, "image_size": side})
+    theirs = randomise(transformers.SiglipModel(config))
+    theirs.save_pretrained(tmp_path)
+
+    def features(x):
+        return theirs.vision_model(pixel_values=torch.nn.functional.pad(x, (0, side - 32) * 2, value=9.0)).pooler_output
+
+    assert_same_features(f"hf:{tmp_path}", features, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert ("patches cover 32 of 35 pixels" in capsys.readouterr().err) == (side == 35)
+    config, state = load_source(f"hf:{tmp_path}")
+    assert (config.activation, config.mlp_width, config.eps, config.pool) == ("gelu_tanh", 3072, 1e-6, "attention")
+    state["vision_model.head.attention.in_proj_weight"] = torch.zeros(3 * 64, 63)
+    del state["vision_model.head.layernorm.bias"]
+    with pytest.raises(ValueError, match=r"missing pool.ln.bias \[64\]\s+pool.attn.qkv.weight is \[192, 63\], the"):
+        load_backbone(VisionTransformer(config), state)
 
 
 class Trap:
@@ -122,6 +156,43 @@ def test_open_clip(tmp_path, quick, vision):
     assert_same_features(f"open_clip:local-dir:{tmp_path}", model.visual, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
 
 
+@pytest.fixture
+def small_siglips(monkeypatch):
+    """open_clip's SigLIPs are timm models whose sizes are in their names: make those smaller."""
+    create = timm.create_model
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **{**options, **small}))
+
+
+def open_clip_siglip_folder(folder, **vision):
+    vision = {"image_size": 32, "timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", **vision}
+    vision = {"timm_proj": "none", **vision}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    model = randomise(open_clip.CustomTextCLIP(64, vision, text, init_logit_bias=-10.0))
+    cfg = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "custom_text": True, "init_logit_bias": -10.0}
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": pixels}))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "vit_base_patch32_siglip_256"])
+def test_open_clip_siglip(tmp_path, small_siglips, name):
+    model = open_clip_siglip_folder(tmp_path, timm_model_name=name)
+    source = f"open_clip:local-dir:{tmp_path}"
+    assert_same_features(source, model.visual, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+    config, _ = load_source(source)
+    assert config.activation == ("gelu" if "16" in name else "gelu_tanh")
+    whole = load_backbone(VisionTransformer(config), tmp_path / "open_clip_model.safetensors")
+    assert torch.equal(whole.pool.probe, model.visual.trunk.attn_pool.latent.flatten())
+
+
+def test_a_head_behind_open_clips_siglip_is_refused(tmp_path, small_siglips):
+    open_clip_siglip_folder(tmp_path, timm_proj="linear")
+    with pytest.raises(ValueError, match="its vision tower has a head of its own: drop, proj"):
+        load_source(f"open_clip:local-dir:{tmp_path}")
+
+
 def timm_folder(folder, name, **changes):
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, **changes}
     model = randomise(timm.create_model(name, **args))
@@ -142,6 +213,9 @@ def timm_folder(folder, name, **changes):
         ("vit_base_patch16_clip_224", 0, False),
         ("vit_base_patch16_224", 7, False),
         ("vit_small_patch14_dinov2", 0, False),
+        ("vit_base_patch16_siglip_224", 0, False),
+        ("vit_so400m_patch14_siglip_378", 7, False),
+        ("vit_giantopt_patch16_siglip_256", 0, False),
     ],
 )
 def test_timm(tmp_path, name, classes, projects):
@@ -158,8 +232,13 @@ def test_timm(tmp_path, name, classes, projects):
     [
         (lambda at: timm_folder(at, "vit_base_patch16_224", reg_tokens=4), "it has 4 register tokens"),
         (lambda at: timm_folder(at, "vit_base_patch16_224", global_pool="avg"), "its feature is pooled by 'avg'"),
-        (lambda at: timm_folder(at, "vit_base_patch16_siglip_224"), "its feature is pooled by 'map'"),
-        (lambda at: timm_folder(at, "vit_base_patch16_224", act_layer="gelu_tanh"), "its activation is GELUTanh"),
+        (
+            lambda at: timm_folder(at, "vit_base_patch16_siglip_224", class_token=True),
+            "its attention pool leaves out a class token",
+        ),
+        (lambda at: timm_folder(at, "vit_base_patch16_siglip_224", pos_embed="none"), "its patches have no position"),
+        (lambda at: timm_folder(at, "vit_base_patch16_siglip_gap_224"), "its feature is pooled by 'avg'"),
+        (lambda at: timm_folder(at, "vit_base_patch16_224", act_layer="relu"), "its activation is ReLU"),
         (lambda at: timm_folder(at, "vit_base_patch16_224", qkv_bias=False), "its attention has no bias"),
         (lambda at: open_clip_folder(at, pool_type="avg"), "its feature is pooled from all tokens"),
         (lambda at: open_clip_folder(at, qk_norm=True), "its blocks are CustomResidualAttentionBlocks"),
@@ -174,11 +253,12 @@ def test_what_the_compact_transformer_cannot_express(tmp_path, save, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: transformers.SiglipVisionConfig(**SIZES), "its feature is pooled by attention"),
+        (lambda: transformers.SiglipVisionConfig(**SIZES, vision_use_head=False), "its attention pool is left out"),
+        (lambda: transformers.Siglip2VisionConfig(), "its images are of any shape"),
         (lambda: transformers.Dinov2WithRegistersConfig(**SIZES), "it has register tokens"),
         (lambda: transformers.Dinov2Config(**SIZES, use_swiglu_ffn=True), "its MLPs are SwiGLU"),
         (lambda: transformers.ViTConfig(**SIZES, hidden_act="relu"), "its activation is relu"),
-        (lambda: transformers.BertConfig(), "bert is neither CLIP, ViT nor DINOv2"),
+        (lambda: transformers.BertConfig(), "bert is neither CLIP, SigLIP, ViT nor DINOv2"),
     ],
 )
 def test_hugging_face_models_that_are_refused(tmp_path, config, message):

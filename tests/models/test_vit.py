@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from maskcf_fast.distill.paper_order import plain_forward
-from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, preset
+from maskcf_fast.models import CosineClassifier, ImageClassifier, PoolTap, Tap, VisionTransformer, preset
 from maskcf_fast.ops import pack_tokens
+
+POOLED = replace(preset("tiny"), pool="attention", pre_norm=False, patch_bias=True, activation="gelu_tanh")
 
 
 def test_class_token_only_last_block_and_taps():
@@ -22,9 +24,45 @@ def test_class_token_only_last_block_and_taps():
         torch.testing.assert_close(own @ tap.v, tap.o, rtol=1e-4, atol=1e-6)
 
 
+def test_attention_pool_and_taps():
+    model = VisionTransformer(POOLED)
+    images = torch.rand(3, 3, 32, 32)
+    tokens = model.embed(images)
+    assert tokens.shape == (3, 17, 96)
+    assert torch.equal(tokens[:, 0], model.pool.probe.expand(3, -1))
+    feature, taps = model.encode(tokens, record=True)
+    expected, maps = plain_forward(model, images)
+    torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-6)
+    assert [t.q.shape[2] for t in taps] == [16, 16, 16, 16, 1]
+    assert [type(t) for t in taps] == [Tap] * 4 + [PoolTap]
+    for tap, attention in zip(taps, maps, strict=True):
+        own = torch.softmax(tap.q @ tap.k.mT * tap.q.shape[-1] ** -0.5, dim=-1)
+        torch.testing.assert_close(own, attention, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(own @ tap.v, tap.o, rtol=1e-4, atol=1e-6)
+
+
+def test_an_attention_pool_without_patches():
+    """Attention to nothing gives nothing: what is left are the biases, and no gradient but theirs."""
+    model = VisionTransformer(replace(POOLED, output_dim=None))
+    torch.nn.init.normal_(model.pool.attn.out.bias)
+    tokens = model.embed(torch.rand(3, 3, 32, 32))
+    pool = model.pool
+    x = pool.attn.out.bias
+    expected = x + pool.proj(torch.nn.functional.gelu(pool.fc(pool.ln(x)), approximate="tanh"))
+    rows, packing = pack_tokens(tokens, torch.ones(3, 16, dtype=torch.bool))
+    left = {"attn.out.bias", "ln.weight", "ln.bias", "fc.weight", "fc.bias", "proj.weight", "proj.bias"}
+    for feature in (model.encode(tokens[:, :1])[0], model.encode(rows, packing=packing)[0]):
+        torch.testing.assert_close(feature, expected.expand(3, -1))
+        model.zero_grad()
+        feature.square().sum().backward(retain_graph=True)
+        moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert moved == {f"pool.{name}" for name in left}
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-def test_packed_images_are_those_encoded_one_by_one(recompute):
-    model = VisionTransformer(replace(preset("tiny"), layer_scale=True))
+@pytest.mark.parametrize("pool", ["class", "attention"])
+def test_packed_images_are_those_encoded_one_by_one(recompute, pool):
+    model = VisionTransformer(replace(preset("tiny"), layer_scale=True, pool=pool))
     model.recompute = recompute
     tokens = model.embed(torch.rand(4, 3, 32, 32)).detach().requires_grad_()
     mask = torch.arange(16) >= torch.tensor([3, 16, 0, 9])[:, None]  # one whole, one without a patch
@@ -32,7 +70,8 @@ def test_packed_images_are_those_encoded_one_by_one(recompute):
     feature = model.encode(rows, packing=packing)[0]
     alone = torch.cat([model.encode(t[None, : 17 - int(m.sum())])[0] for t, m in zip(tokens, mask, strict=True)])
     torch.testing.assert_close(feature, alone, rtol=1e-5, atol=1e-6)
-    inputs = [tokens, *model.blocks.parameters()]
+    inside = [p for name, p in model.named_parameters() if name.startswith(("blocks.", "pool.attn.", "pool.fc."))]
+    inputs = [tokens, *inside]
     grads, wanted = (torch.autograd.grad(f.square().sum(), inputs, retain_graph=True) for f in (feature, alone))
     for grad, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-6)
@@ -51,9 +90,10 @@ def test_uint8_and_float_pixels_agree():
         ("ViT-B/16", 86_192_640),
         ("ViT-L/14", 303_966_208),
         ("ViT-L/14@336", 304_293_888),
+        ("SigLIP-B/16", 92_884_224),
     ],
 )
-def test_presets_are_clips_vision_towers(name, parameters):
+def test_presets_are_the_published_vision_towers(name, parameters):
     with torch.device("meta"):
         model = VisionTransformer(name)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -68,6 +108,10 @@ def test_bad_arguments():
         preset("tiny", width=97)
     with pytest.raises(ValueError, match="mlp_width must be at least 1, got 0"):
         preset("tiny", mlp_width=0)
+    with pytest.raises(ValueError, match="pool must be 'class' or 'attention', got 'map'"):
+        preset("tiny", pool="map")
+    with pytest.raises(ValueError, match="activation must be 'quick_gelu' or 'gelu' or 'gelu_tanh', got 'relu'"):
+        preset("tiny", activation="relu")
     with pytest.raises(ValueError, match="eps must be positive, got 0"):
         preset("tiny", eps=0.0)
     with pytest.raises(ValueError, match=r"images must have shape \[N, 3, 32, 32\], got \[1, 3, 40, 40\]"):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from maskcf_fast.models import VisionTransformer, VisionTransformerConfig, load_backbone, preset
-from maskcf_fast.models.layouts import HF_CLIP, HF_DINOV2, HF_VIT, OPEN_CLIP, TIMM
+from maskcf_fast.models.layouts import HF_CLIP, HF_DINOV2, HF_SIGLIP, HF_VIT, OPEN_CLIP, TIMM
 
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # the others expect normalised pixels
 
@@ -115,7 +115,9 @@ def test_refusals(tmp_path):
         (HF_CLIP, {}),
         (HF_VIT, {"output_dim": None, "pre_norm": False, "patch_bias": True}),
         (HF_DINOV2, {"output_dim": None, "pre_norm": False, "patch_bias": True, "layer_scale": True}),
+        (HF_SIGLIP, {"output_dim": None, "pre_norm": False, "patch_bias": True, "pool": "attention"}),
         (TIMM, {"layer_scale": True, "patch_bias": True}),
+        (TIMM, {"output_dim": None, "pre_norm": False, "patch_bias": True, "pool": "attention"}),
     ],
     ids=lambda value: getattr(value, "library", ""),
 )

@@ -36,6 +36,28 @@ def test_row_recurrence_equals_full_products(start_layer):
     torch.testing.assert_close(cam, full[:, 0, 1:])
 
 
+@pytest.mark.parametrize("start_layer", [0, 2])
+def test_a_pools_row_equals_full_products(start_layer):
+    """Its query is no token: what it takes, times the product of the layers before it, without an identity."""
+    layers = [tuple(x + i for x in make()) for i in range(3)]
+    pool = make(tq=1)
+    full = torch.eye(10, dtype=torch.float64).expand(3, 10, 10)
+    for q, k, v, grad in layers[start_layer:]:
+        full = full + weights(q, k, v, grad) @ full
+    taps, grads = [x[:3] for x in (*layers, pool)], [x[3] for x in (*layers, pool)]
+    cam = mf.relevance_cam(taps, grads, start_layer=start_layer, pooled=True)
+    torch.testing.assert_close(cam, (weights(*pool) @ full)[:, 0])
+    half = mf.relevance_cam(
+        [[x.half() for x in tap] for tap in taps], [g.half() for g in grads], start_layer=start_layer, pooled=True
+    )
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), cam, rtol=2e-2, atol=1e-3)
+
+
+def weights(q, k, v, grad):
+    return (torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) * (grad @ v.mT)).clamp(min=0).mean(dim=1)
+
+
 def test_one_query_equals_the_first_row_of_all():
     q, k, v, grad = make()
     all_rows = mf.attention_relevance(q, k, v, grad)
@@ -83,3 +105,5 @@ def test_bad_layers():
         mf.relevance_cam([(q, k, v)] * 2, [grad])
     with pytest.raises(ValueError, match=r"start_layer must lie in \[-1, 0\], got 1"):
         mf.relevance_cam([(q, k, v)], [grad], start_layer=1)
+    with pytest.raises(ValueError, match="an attention pool has one query, got Tq=10"):
+        mf.relevance_cam([(q, k, v)], [grad], pooled=True)

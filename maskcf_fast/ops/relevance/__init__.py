@@ -83,9 +83,10 @@ def relevance_cam(
     *,
     start_layer: int = 0,
     scale: float | None = None,
+    pooled: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """The class token's relevance for every patch, from all layers of a transformer.
+    """The relevance of every patch for what is read out, from all layers of a transformer.
 
     Args:
         taps: One entry per layer, first layer first, each beginning with ``q, k, v`` as
@@ -93,14 +94,17 @@ def relevance_cam(
         grads: Gradient of the explained score at each layer's attention output, same order.
         start_layer: First layer that counts, 0 for all; negative counts from the end, as in indexing.
         scale: Softmax scale; ``d ** -0.5`` when None.
+        pooled: The last entry is an attention pool, and all tokens are patches. Its one query is no token: the row
+            starts as what the query takes from each patch, instead of at the class token.
         impl: ``"auto"``, or the name of an implementation.
 
     Returns:
-        ``[N, L]`` float32, ``L = T - 1`` (the class token's own relevance is left out). Not normalised.
+        ``[N, L]`` float32, ``L = T - 1`` (the class token's own relevance is left out), or T where ``pooled``. Not
+        normalised.
 
     Raises:
-        ValueError: No layers, unequal counts, or a ``start_layer`` outside the model; and as
-            `attention_relevance`.
+        ValueError: No layers, unequal counts, a ``start_layer`` outside the model, or a pool of several queries; and
+            as `attention_relevance`.
     """
     depth = len(taps)
     if depth == 0 or depth != len(grads):
@@ -110,6 +114,20 @@ def relevance_cam(
     row: Tensor | None = None
     for layer in reversed(range(start_layer % depth, depth)):
         q, k, v = taps[layer][:3]
-        row = attention_relevance(q, k, v, grads[layer], row, scale=scale, impl=impl)
+        if pooled and row is None:
+            row = _pool_row(q, k, v, grads[layer], scale)
+        else:
+            row = attention_relevance(q, k, v, grads[layer], row, scale=scale, impl=impl)
     assert row is not None  # depth > 0
-    return row[:, 1:]
+    return row if pooled else row[:, 1:]
+
+
+def _pool_row(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float | None) -> Tensor:
+    """What a single query that is no token takes from each token, ``[N, T]``; of one query the map is small."""
+    if q.shape[2] != 1:
+        raise ValueError(f"an attention pool has one query, got Tq={q.shape[2]}")
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v, grad_out = (x.detach().to(wide) for x in (q, k, v, grad_out))
+    with no_autocast(q.device):
+        weights = reference.attention_weights(q, k, v, grad_out, q.shape[-1] ** -0.5 if scale is None else scale)
+    return weights[:, 0]

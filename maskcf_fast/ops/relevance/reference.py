@@ -15,8 +15,18 @@ def attention_relevance(
     scale: float,
 ) -> Tensor:  # [N, T]
     """``r + r A`` with ``A = mean over heads of max(0, P * dP)``, ``P = softmax(q kT)``, ``dP = dO vT``."""
+    queries = relevance[:, None, : q.shape[2]]  # [N, 1, Tq]
+    return relevance + (queries @ attention_weights(q, k, v, grad_out, scale)).squeeze(1)
+
+
+def attention_weights(
+    q: Tensor,  # [N, H, Tq, d]
+    k: Tensor,  # [N, H, T, d]
+    v: Tensor,  # [N, H, T, d]
+    grad_out: Tensor,  # [N, H, Tq, d]
+    scale: float,
+) -> Tensor:  # [N, Tq, T]
+    """``A`` of `attention_relevance`."""
     attention = torch.softmax(q @ k.mT * scale, dim=-1)  # [N, H, Tq, T]
     grad_attention = grad_out @ v.mT  # [N, H, Tq, T]
-    weights = (attention * grad_attention).clamp(min=0).mean(dim=1)  # [N, Tq, T]
-    queries = relevance[:, None, : q.shape[2]]  # [N, 1, Tq]
-    return relevance + (queries @ weights).squeeze(1)
+    return (attention * grad_attention).clamp(min=0).mean(dim=1)
