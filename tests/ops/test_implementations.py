@@ -205,10 +205,10 @@ def test_relevance_errs_at_most_twice_as_much_as_torch(name, mode, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["q", "k", "grad_out", "relevance"])
-@pytest.mark.parametrize("tq", [None, 1])
-def test_a_nan_reaches_the_relevance(where, bad, tq, impl):
+@pytest.mark.parametrize(("tq", "dtype"), [(None, torch.float32), (1, torch.float32), (None, torch.float16)])
+def test_a_nan_reaches_the_relevance(where, bad, tq, dtype, impl):
     """Non-finite input is seen in the image it belongs to, and nowhere else."""
-    arguments = cases.relevance_case(tq=tq)()
+    arguments = cases.relevance_case(tq=tq, dtype=dtype)()
     arguments[where].view(2, -1)[1, 0] = bad
     out = run(mf.attention_relevance, impl, "eager", arguments)
     assert out[0].isfinite().all()
