@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import FLOATS, check_tensor
 from ..ops import attention_relevance
+from ..ops.relevance import pool_row
 
 if TYPE_CHECKING:
     from .record import Call
@@ -80,7 +81,8 @@ def chain_relevance(
     start = _start(layers[-1], grads[-1], prefix, readout)  # [T]
     row = start.expand(len(logits), -1)  # [N, T]
     if pooled:
-        row = _pooling_weights(layers[-1], grads.pop())
+        pool = layers[-1]
+        row = pool_row(pool.q, *_key_values(pool), grads.pop(), pool.scale)
         start = torch.zeros_like(start)  # the learned query is no token, and hands over only what it attends to
         used = used[:-1]
     for call, grad in zip(reversed(used), reversed(grads), strict=True):
@@ -95,15 +97,6 @@ def _key_values(call: Call) -> tuple[Tensor, Tensor]:
     """Keys and values with as many heads as the queries, ``[N, H, T, d]`` each."""
     k, v = (x.repeat_interleave(call.q.shape[1] // x.shape[1], dim=1) for x in (call.k, call.v))
     return k, v
-
-
-def _pooling_weights(call: Call, grad: Tensor) -> Tensor:
-    """What a single query that is no token takes from each token, ``[N, T]``: ``mean over heads of max(0, P * dP)``."""
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    k, v = (x.to(wide) for x in _key_values(call))
-    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    attention = torch.softmax(call.q.to(wide) @ k.mT * scale, dim=-1)  # [N, H, 1, T]
-    return (attention * (grad.to(wide) @ v.mT)).clamp(min=0).mean(dim=1).squeeze(1)
 
 
 def _start(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tensor | None) -> Tensor:

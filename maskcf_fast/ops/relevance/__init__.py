@@ -115,15 +115,18 @@ def relevance_cam(
     for layer in reversed(range(start_layer % depth, depth)):
         q, k, v = taps[layer][:3]
         if pooled and row is None:
-            row = _pool_row(q, k, v, grads[layer], scale)
+            row = pool_row(q, k, v, grads[layer], scale)
         else:
             row = attention_relevance(q, k, v, grads[layer], row, scale=scale, impl=impl)
     assert row is not None  # depth > 0
     return row if pooled else row[:, 1:]
 
 
-def _pool_row(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float | None) -> Tensor:
-    """What a single query that is no token takes from each token, ``[N, T]``; of one query the map is small."""
+def pool_row(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float | None) -> Tensor:
+    """What a single query that is no token takes from each token, ``[N, T]``: ``mean over heads of max(0, P * dP)``.
+
+    The map of one query is small.
+    """
     if q.shape[2] != 1:
         raise ValueError(f"an attention pool has one query, got Tq={q.shape[2]}")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
