@@ -8,19 +8,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+CHARTS = ("step.png", "scaling.png", "breakdown.png")
 BLUE, GREY, ORANGE = "#2f6db3", "#9aa1a9", "#d9772b"
 PALETTE = ("#9aa1a9", "#2f6db3", "#d9772b", "#5aa5d6", "#8a6fb0", "#57a773", "#2e7d4f", "#c9ced4")
 
 
 def charts(report: dict[str, Any]) -> dict[str, bytes]:
     """PNG files by name, of what the report holds."""
-    makers: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
-        "step.png": _step,
-        "scaling.png": _scaling,
-        "breakdown.png": _breakdown,
-    }
+    makers: tuple[Callable[[dict[str, Any]], Figure | None], ...] = (_step, _scaling, _breakdown)
     found = {}
-    for name, make in makers.items():
+    for name, make in zip(CHARTS, makers, strict=True):
         if (figure := make(report)) is not None:
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=140, bbox_inches="tight", metadata={"Software": None})

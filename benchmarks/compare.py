@@ -47,6 +47,9 @@ def failures(report: dict[str, Any]) -> set[str]:
         if reason is not None and not reason.startswith(OUT_OF_TIME):
             name = ", ".join(str(cell[k]) for k in ("arch", "method", "order", "run", "precision"))
             failed.add(f"{name}: {reason}")
+    for name in ("step", "breakdown", "scaling", "ops"):  # the loader may be missing: it needs other packages
+        if "not_measured" in (section := report.get(name, {})):
+            failed.add(f"{name}: {section['not_measured']}")
     return failed
 
 
@@ -56,7 +59,7 @@ def check_comparable(old: dict[str, Any], device: str, threads: int) -> None:
     Raises:
         ValueError: It is no report, or of another device or number of threads.
     """
-    environment = old.get("environment")
+    environment = old.get("environment") if isinstance(old, dict) else None
     if not isinstance(environment, dict) or not {"device", "threads"} <= environment.keys():
         raise ValueError('the old report has no "environment" with device and threads: it is none of benchmarks.report')
     for name, now in (("device", device), ("threads", threads)):

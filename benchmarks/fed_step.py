@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from . import measure as m
 from .workload import Variant, Workload
 
 ROUNDS = (3, 9)
-STEPS = {"cpu": 3, "cuda": 16}  # per epoch; a GPU's are short, and the first waits for its images
+STEPS = {"cpu": 3, "cuda": 16}  # per turn; a GPU's are short, and a turn's first waits for its images
 
 
 def measure(
     device: torch.device, seconds: float, images: Path | None, arch: str, batch: int, threads: int
 ) -> dict[str, Any]:
-    """Whole epochs of the loader, in turns with as many steps on one batch.
+    """Some steps fed by the loader, in turns with as many on one batch that is there.
 
     Returns:
         ``fed_ms`` and ``synthetic_ms`` per step, ``slowdown`` (median over the rounds of their ratio, minus 1), or
@@ -54,19 +55,18 @@ def _measure(loader: Any, work: Workload, seconds: float) -> dict[str, Any]:
     synthetic: list[float] = []
     end = time.perf_counter() + seconds
 
-    def epoch() -> int:
-        steps = 0
-        for images, labels, _ in loader:
+    steps = min(STEPS[work.device.type], len(loader))
+
+    def feed() -> None:
+        for images, labels, _ in islice(loader, steps):
             batch[:] = images.to(work.device, non_blocking=True), labels.to(work.device, non_blocking=True)
             step()
-            steps += 1
-        return steps
 
-    steps = epoch()  # workers start, kernels are tuned
+    feed()  # workers start, kernels are tuned
     for done in range(ROUNDS[1]):
         if done >= ROUNDS[0] and time.perf_counter() > end:
             break
-        fed.append(m.timed(epoch, work.device) / steps)
+        fed.append(m.timed(feed, work.device) / steps)
         batch[:] = work.images, work.labels
         synthetic.append(m.timed(step, work.device, steps))
     return {

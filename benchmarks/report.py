@@ -28,7 +28,7 @@ from maskcf_fast._cache import atomic_write
 
 from . import breakdown, correctness, fed_step, ops, scaling, step
 from . import measure as m
-from .charts import charts
+from .charts import CHARTS, charts
 from .compare import check_comparable, compare, failures
 from .report_page import readme_section, targets, to_markdown
 
@@ -105,7 +105,7 @@ def measure(
         progress(f"{name}: {seconds:.0f} s")
         try:
             report[name] = _section(name, config, device, seconds, checks, progress)
-        except RuntimeError as error:  # one section must not cost the others their figures
+        except Exception as error:  # one section must not cost the others their figures
             report[name] = {"not_measured": f"{type(error).__name__}: {ops.first_line(error)}"}
         report["seconds"] = time.perf_counter() - start
         report["targets"] = targets(report)
@@ -136,7 +136,10 @@ def _section(
         return {"fed": fed, "not_measured": f"not available: {error}"}
     each = seconds / 2 / 6  # ways to load
     settings = loader.Config(config.images, batch=batch, threads=threads, seconds=each, device=str(device))
-    return loader.measure(settings) | {"fed": fed}
+    try:
+        return loader.measure(settings) | {"fed": fed}
+    except (RuntimeError, OSError) as error:
+        return {"fed": fed, "not_measured": ops.first_line(error)}
 
 
 def build_extension(progress: Progress) -> None:
@@ -165,10 +168,17 @@ def write_readme(report: dict[str, Any], readme: Path) -> None:
 def write(report: dict[str, Any], out: Path) -> None:
     """``report.json``, ``report.md`` and the charts."""
     pictures = charts(report)
+    for name in CHARTS:
+        (out / name).unlink(missing_ok=True)
     for name, data in pictures.items():
         atomic_write(out / name, data)
     atomic_write(out / "report.md", to_markdown(report, list(pictures)).encode())
-    atomic_write(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_json(report, out / "report.json")
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """A report as it is so far."""
+    atomic_write(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         old = None if given.compare is None else json.loads(given.compare.read_text())
         config = Config(given.device, given.minutes, tuple(given.sections.split(",")), given.images)
+        if given.images is not None and not given.images.exists():
+            raise ValueError(f"there are no --images {given.images}: check the path")
         device = m.resolve_device(given.device)
         if old is not None:
             check_comparable(old, m.device_name(device), torch.get_num_threads())
@@ -202,7 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = given.out or ROOT / "benchmarks" / "results" / m.slug(m.device_name(device))
     out.mkdir(parents=True, exist_ok=True)  # before the measurement, not after: it may not be allowed
     build_extension(progress)
-    report = measure(config, progress, lambda so_far: write(so_far, out))
+    partial = out / "partial.json"  # a report that is cut short replaces no complete one
+    try:
+        report = measure(config, progress, lambda so_far: write_json(so_far, partial))
+    except KeyboardInterrupt:
+        progress(f"interrupted; the sections that were measured: {partial}")
+        return 130
+    write(report, out)
+    partial.unlink(missing_ok=True)
     print((out / "report.md").read_text())
     progress(f"Written: {out}")
     for failure in sorted(failures(report)):

@@ -77,7 +77,10 @@ def measure(
                 points.append({"x": x, "not_measured": str(error).splitlines()[0]})
             last = time.perf_counter() - start
         found[name] = {"points": points, "exponents": exponents(points)}
-    found["ranks"] = _ranks(preset(arch), batch, precision, device, progress)
+    try:
+        found["ranks"] = _ranks(preset(arch), batch, precision, device, progress)
+    except Exception as error:  # of a process of its own
+        found["ranks"] = {"not_measured": str(error).strip().splitlines()[-1]}
     return found
 
 

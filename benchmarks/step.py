@@ -6,6 +6,7 @@ on the same weights. Variants of a model and batch size are timed in turns, in t
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from .workload import STRATEGIES, Variant, Workload
 ROUNDS = (3, 15)
 RUNS_PER_CELL = 3 + ROUNDS[0]  # warm-up with the FLOP counter, peak memory, first timing, and the rounds
 HALF_OF_PEAK = 0.5  # share of the matrix rate that a step is assumed to reach, before one was timed
+OUT_OF_MEMORY = "out of memory"
 TOGETHER = 2  # a group's first variants: a baseline and what is held against it
 
 
@@ -119,7 +121,11 @@ def measure(
         cells += dropped
         if group.variants:
             progress(f"step: {group.arch}, N={group.batch}, {len(group.variants)} variants")
-            measured = measure_group(group, device, end, rate, failed, progress)
+            measured = _measured(group, device, end, rate, failed, progress)
+            while _ran_out(measured) and group.batch >= 4:  # a comparison without its baseline is none
+                group = Group(group.arch, group.batch // 2, group.variants)
+                progress(f"  out of memory: {group.batch} images instead")
+                measured = _measured(group, device, end, rate, failed, progress)
             cells += measured
             for cell in measured:
                 if "ms" in cell and cell["run"] == "eager":
@@ -158,6 +164,26 @@ def _fit(group: Group, seconds: float, reached: dict[str, float]) -> tuple[Group
     return Group(group.arch, batch, tuple(kept)), cells
 
 
+def _measured(group: Group, *rest: Any) -> list[dict[str, Any]]:
+    """`measure_group`; what breaks a whole group must not cost the others their figures."""
+    try:
+        return measure_group(group, *rest)
+    except RuntimeError as error:
+        return [_absent(group, variant, str(error).splitlines()[0][:200]) for variant in group.variants]
+
+
+def _ran_out(cells: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of a group's first variants did not fit into the memory."""
+    return any(OUT_OF_MEMORY in cell.get("not_measured", "") for cell in cells[:TOGETHER])
+
+
+def _clean_up(device: torch.device) -> None:
+    """Give back what a variant that failed, or the last group's graphs, held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def measure_group(
     group: Group,
     device: torch.device,
@@ -167,6 +193,7 @@ def measure_group(
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Count, weigh, and time in turns; what runs over ``end`` (of `time.perf_counter`) is given up."""
+    _clean_up(device)
     work = Workload(preset(group.arch), group.batch, device)
     cells: dict[Variant, dict[str, Any]] = {}
     calls: dict[Variant, Callable[[], None]] = {}
@@ -196,8 +223,7 @@ def measure_group(
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             cells[variant] = _absent(group, variant, reason[:200])
             work.optimizer.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            _clean_up(device)
             continue
         ahead += took * (1 + ROUNDS[0])
         if variant.run != "graphed" and calls and time.perf_counter() + ahead > end:
@@ -210,11 +236,36 @@ def measure_group(
         names = {str(variant): call for variant, call in calls.items()}
         # The device's time is shared by groups: a group that is quick does not use it up on more rounds.
         left = min(end - time.perf_counter(), 2 * ahead)
-        samples = m.interleaved(names, device, seconds=left, rounds=ROUNDS)
+        samples, reason = None, ""
+        try:
+            samples = m.interleaved(names, device, seconds=left, rounds=ROUNDS)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0][:200]
+        if samples is None:
+            del names, calls, call, backward, work
+            return _without_graphs(group, device, end, rate, failed, progress, reason)
         for variant in calls:
             cells[variant] |= _figures(samples, variant, group, cells, rate, failed(variant))
     work.optimizer.zero_grad(set_to_none=True)
     return list(cells.values())
+
+
+def _without_graphs(
+    group: Group,
+    device: torch.device,
+    end: float,
+    rate: dict[str, float],
+    failed: Callable[[Variant], str | None],
+    progress: Callable[[str], None],
+    reason: str,
+) -> list[dict[str, Any]]:
+    """A group once more: in turns its variants may need more memory, which graphs keep, than one by one."""
+    lost = tuple(variant for variant in group.variants if variant.run == "graphed")
+    rest = tuple(variant for variant in group.variants if variant.run != "graphed")
+    cells = [_absent(group, variant, reason) for variant in (lost if rest and lost else group.variants)]
+    if rest and lost:
+        cells = measure_group(Group(group.arch, group.batch, rest), device, end, rate, failed, progress) + cells
+    return cells
 
 
 def _figures(

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from maskcf_fast.models import preset
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks
-report_, page, step, workload, flops, breakdown, scaling, correctness, compare, measure_ = (
+report_, page, step, workload, flops, breakdown, scaling, correctness, compare, measure_, fed_step = (
     importlib.import_module(f"benchmarks.{name}")
     for name in (
         "report",
@@ -29,6 +30,7 @@ report_, page, step, workload, flops, breakdown, scaling, correctness, compare, 
         "correctness",
         "compare",
         "measure",
+        "fed_step",
     )
 )
 CPU = torch.device("cpu")
@@ -81,12 +83,19 @@ def test_a_report_cut_short_keeps_its_sections(monkeypatch, tmp_path):
     monkeypatch.setattr(report_.correctness, "measure", lambda *_, **__: [])
     monkeypatch.setattr(report_.breakdown, "measure", lambda *_, **__: {"not_measured": "no time"})
     monkeypatch.setattr(report_.scaling, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        report_.measure(replace(CONFIG, sections=("breakdown", "scaling")), keep=lambda r: report_.write(r, tmp_path))
-    written = json.loads((tmp_path / "report.json").read_text())
+    for name in ("report.json", "step.png", "mine.png"):
+        (tmp_path / name).write_text("an earlier one")
+    command = ["--out", str(tmp_path), "--device", "cpu", "--sections", "breakdown,scaling"]
+    assert report_.main(command) == 130
+    written = json.loads((tmp_path / "partial.json").read_text())
     assert written["breakdown"] == {"not_measured": "no time"}
     assert "scaling" not in written
-    assert "Not measured: no time." in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.json").read_text() == "an earlier one"
+    monkeypatch.setattr(report_.scaling, "measure", lambda *_: {"not_measured": "no time either"})
+    assert report_.main(command) == 0
+    assert "Not measured: no time either." in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "partial.json").exists()
+    assert [path.name for path in tmp_path.glob("*.png")] == ["mine.png"]
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each process")
@@ -175,6 +184,57 @@ def test_a_failed_op_fails_what_uses_the_ops():
     assert correctness.failure(checks, workload.Variant("object-single", "paper")) is None
 
 
+def test_a_group_that_runs_out_of_memory_is_halved(monkeypatch):
+    backward = workload.Workload.backward
+
+    def limited(self, variant):
+        if variant.order == "paper" and self.batch > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+        return backward(self, variant)
+
+    monkeypatch.setattr(step, "matrix_rate", lambda device: {"fp32": 1e12, "bf16": 1e12})
+    monkeypatch.setattr(workload.Workload, "backward", limited)
+    found = step.measure(CPU, 20, (step.Group("tiny", 8, VARIANTS[:2]),))["cells"]
+    assert [(cell["batch"], "ms" in cell) for cell in found] == [(2, True), (2, True)]
+
+
+def test_graphs_that_leave_no_memory_are_given_up(monkeypatch):
+    seen = []
+
+    def interleaved(names, *_, **__):
+        seen.append(set(names))
+        if len(seen) == 1:
+            raise RuntimeError("CUDA out of memory")
+        return {name: [1.0, 1.0, 1.0] for name in names}
+
+    monkeypatch.setattr(step.m, "interleaved", interleaved)
+    monkeypatch.setattr(workload, "why_no_graph", lambda *_: None)
+    monkeypatch.setattr(workload.Workload, "_graphed", lambda self, method: lambda: None)
+    monkeypatch.setattr(workload.Workload, "_compile", lambda self, method: workload.POINTWISE)
+    cells = step.measure_group(step.Group("tiny", 2, VARIANTS[:4]), CPU, float("inf"), {"fp32": 1e12}, lambda _: None)
+    assert [cell["run"] for cell in cells if "ms" in cell] == ["eager"] * 3
+    assert [cell["not_measured"] for cell in cells if "ms" not in cell] == ["CUDA out of memory"]
+    assert seen[0] - seen[1] == {str(VARIANTS[3])}
+
+
+def test_a_slow_loader_slows_the_step_down():
+    work = workload.Workload(preset("tiny"), 2, CPU)
+
+    class Loader:
+        def __len__(self):
+            return 100
+
+        def __iter__(self):
+            while True:
+                time.sleep(0.2)
+                yield torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), torch.arange(2)
+
+    found = fed_step._measure(Loader(), work, 0)
+    assert found["steps"] == 3
+    assert found["fed_ms"] > 200
+    assert found["fed_ms"] / found["synthetic_ms"] == pytest.approx(found["slowdown"] + 1, rel=0.5)
+
+
 def test_what_does_not_fit_is_named(monkeypatch):
     monkeypatch.setattr(step, "matrix_rate", lambda device: {"fp32": 1e11, "bf16": 1e11})
     groups = (step.Group("ViT-B/32", 64, VARIANTS[:2]), step.Group("tiny", 4, VARIANTS[:2]))
@@ -214,6 +274,15 @@ def test_compare_fails_on_a_regression_beyond_the_noise_only(report, tmp_path, m
     ):
         with pytest.raises(ValueError, match=message):
             compare.compare(report, wrong)
+
+
+def test_compare_fails_on_a_section_that_broke(report):
+    new = copy.deepcopy(report) | {"step": {"not_measured": "OutOfMemoryError"}}
+    lines, regressed = compare.compare(new, report)
+    assert regressed
+    assert "step: OutOfMemoryError  REGRESSION" in lines
+    with pytest.raises(ValueError, match=r"none of benchmarks\.report"):
+        compare.compare(report, [1])
 
 
 def test_compare_fails_on_what_no_longer_works(report):

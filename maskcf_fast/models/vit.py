@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -117,6 +118,10 @@ PRESETS = {
 }
 
 
+# A block draws no random numbers: there is no state of a generator to keep, which a CUDA graph could not.
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
 class VisionTransformer(nn.Module):
     """CLIP's vision transformer, SigLIP's, or a plain one: image → feature, not L2-normalised.
 
@@ -218,7 +223,7 @@ class VisionTransformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             inputs = (tokens, layer == last, packing)
             keep_all = not (self.recompute and torch.is_grad_enabled())
-            tokens, tap = block(*inputs) if keep_all else checkpoint(block, *inputs, use_reentrant=False)
+            tokens, tap = block(*inputs) if keep_all else recomputed(block, *inputs)
             if record:
                 taps.append(tap)
             del tap  # else a layer's keys and values live on through the next

@@ -27,31 +27,41 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int = -1) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             atomic_write(path, "".join(line + "\n" for line in lines).encode())
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step >= 0 else None)
+        self._board = _board(folder / "tensorboard", purge_step=step + 1 if step >= 0 else None)
 
     def write(self, step: int, **values: Any) -> None:
         """One line, and a TensorBoard scalar for every number in it."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            if isinstance(value, int | float):
+            if self._board is not None and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, pixels: Tensor) -> None:
         """A picture for TensorBoard, uint8 ``[H, W, 3]``."""
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+        if self._board is not None:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write out what is buffered."""
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _board(folder: Path, purge_step: int | None) -> Any:
+    """TensorBoard's writer; None where it is not installed, which costs a run its pictures only."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("tensorboard is not installed: metrics.jsonl has the figures, and there are no pictures")
+        return None
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _step_of(line: str) -> float:

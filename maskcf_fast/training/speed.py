@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from .._checks import debug_enabled
 from ..distill import Method, StepOutput
 from ..distill.methods import run
 from ..models import VisionTransformer
@@ -39,11 +41,14 @@ class Graphed(Generic[T]):
     """A function of nothing as one CUDA graph: the host launches its thousands of kernels at once.
 
     The first calls run it as it is, while kernels are compiled and tuned and libraries allocate; the next captures it.
-    What it reads and writes besides its result must stay where it is.
+    What it reads and writes besides its result must stay where it is. The memory it works in stays reserved for it.
 
     Args:
         function: It draws random numbers from ``generator`` only.
         generator: On the GPU.
+
+    Raises:
+        RuntimeError: On the call that captures, if something in the function cannot be captured.
     """
 
     WARM_UP = 3
@@ -52,6 +57,7 @@ class Graphed(Generic[T]):
         self.function = function
         self.generator = generator
         self.calls = 0
+        self.side: torch.cuda.Stream | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> T:
@@ -60,26 +66,35 @@ class Graphed(Generic[T]):
             self.calls += 1
             return self._aside()
         if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
-                self.out = self.function()
-            self.graph = graph
+            self.graph = self._capture()
         self.graph.replay()
         return self.out
 
     def _aside(self) -> T:
         """The function, on a stream that is not the default one, as in the capture."""
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+        self.side = self.side or torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        self.side.wait_stream(current)
+        with torch.cuda.stream(self.side):
             out = self.function()
-        current.wait_stream(side)
+        current.wait_stream(self.side)
         return out
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        try:
+            # Loaders' threads go on calling CUDA meanwhile: only this thread's calls are held to a capture's rules.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.out = self.function()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(f"the step cannot be captured ({reason}): run without --cuda-graph") from error
+        return graph
 
 
 class GraphedBackward:
-    """`Method.backward` as one CUDA graph. Steps of another batch size or scale than the first one's run without it.
+    """`Method.backward` as one CUDA graph, of one batch size and scale. Steps of others run without it.
 
     Args:
         method: Its parameters' gradients stay where they are: set them to zero, not to None.
@@ -89,7 +104,8 @@ class GraphedBackward:
     def __init__(self, method: Method, generator: torch.Generator) -> None:
         self.method = method
         self.generator = generator
-        self.graphed: Callable[[], StepOutput] | None = None
+        self.graphed: Graphed[StepOutput] | None = None
+        self.key: tuple[Any, ...] = ()
 
     def __call__(
         self,
@@ -102,11 +118,12 @@ class GraphedBackward:
     ) -> StepOutput:
         """As `Method.backward`; ``generator`` and ``last`` are always the same."""
         options: dict[str, Any] = {"generator": generator, "scale": scale, "last": last}
-        if self.graphed is None:
-            self.images, self.labels, self.scale = images.clone(), labels.clone(), scale
-            self.graphed = Graphed(lambda: self.method.backward(self.images, self.labels, **options), self.generator)
-        same = (images.shape, images.dtype, scale) == (self.images.shape, self.images.dtype, self.scale)
-        if not same:  # as in an epoch's last step, of fewer images or micro-batches
+        key = (images.shape, images.dtype, scale)
+        # A run may be continued at an epoch's last step, of fewer images or micro-batches: what comes later counts.
+        if self.graphed is None or (key != self.key and self.graphed.graph is None):
+            self.key, self.images, self.labels = key, images.clone(), labels.clone()
+            self.graphed = Graphed(partial(self.method.backward, self.images, self.labels, **options), self.generator)
+        if key != self.key:
             return self.method.backward(images, labels, **options)
         self.images.copy_(images)
         self.labels.copy_(labels)
@@ -119,6 +136,8 @@ def why_no_graph(device: torch.device, world_size: int, method: Method) -> str |
         return f"--cuda-graph is left out: it is for a GPU, and the device is {device}"
     if world_size > 1:
         return f"--cuda-graph is left out: it is for one process, and there are {world_size}"
+    if debug_enabled():
+        return "--cuda-graph is left out: MASKCF_DEBUG asks for checks that read values"
     strategy = getattr(method, "strategy", None)
     if strategy is not None and strategy.fill == "none" and strategy.dropped(1) is None:
         return f"--cuda-graph is left out: {strategy.name} by threshold keeps another number of patches at each step"

@@ -5,6 +5,7 @@ import copy
 import inspect
 import textwrap
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from shutil import copytree
@@ -18,6 +19,7 @@ from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransfor
 from maskcf_fast.training import Trainer, speed, trainer
 from maskcf_fast.training.speed import GraphedBackward, compile_pointwise, why_no_graph
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
@@ -125,19 +127,115 @@ def test_compiled_runs_survive_every_shape(change, write_images, tmp_path, strat
     assert compiled.step == compiled.total_steps == 30
 
 
+class Cuda:
+    """What `Graphed` asks of torch.cuda, written down in order; a capture runs nothing but the function."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        cuda = self
+
+        class Stream:
+            def __init__(self, name="side"):
+                self.name = name
+
+            def wait_stream(self, other):
+                cuda.calls.append(f"{self.name} waits for {other.name}")
+
+        class Graph:
+            def register_generator_state(self, generator):
+                assert isinstance(generator, torch.Generator)
+                cuda.calls.append("generator")
+
+            def replay(self):
+                cuda.calls.append("replay")
+
+        @contextmanager
+        def capture(graph, capture_error_mode):
+            cuda.calls.append(f"capture, {capture_error_mode}")
+            yield
+
+        current = Stream("current")
+        for name, fake in {
+            "Stream": Stream, "current_stream": lambda: current, "stream": lambda _: nullcontext(),
+            "CUDAGraph": Graph, "graph": capture,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_a_graph_is_captured_after_steps_that_run(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    graphed = speed.Graphed(lambda: cuda.calls.append("run") or len(cuda.calls), torch.Generator())
+    for _ in range(3):
+        graphed()
+    assert cuda.calls == ["side waits for current", "run", "current waits for side"] * 3
+    cuda.calls.clear()
+    out = graphed()
+    assert cuda.calls == ["generator", "capture, thread_local", "run", "replay"]
+    assert graphed() == out
+    assert cuda.calls[4:] == ["replay"]
+
+
+def test_what_cannot_be_captured_is_said(monkeypatch):
+    Cuda(monkeypatch)
+    calls = []
+
+    def function():
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    graphed = speed.Graphed(function, torch.Generator())
+    for _ in range(3):
+        graphed()
+    with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing\): run without --cuda-graph"):
+        graphed()
+
+
 def test_a_graph_is_for_one_scale(method, monkeypatch):
-    """Without a GPU, a graph that only counts its replays."""
-    replays = []
-    monkeypatch.setattr(speed, "Graphed", lambda function, generator: lambda: replays.append(1) or "captured")
+    cuda = Cuda(monkeypatch)
     graphed = GraphedBackward(method, torch.Generator())
     images, labels = torch.rand(6, 3, 32, 32), torch.randint(5, (6,))
     options = {"generator": torch.Generator().manual_seed(0), "last": run}
-    assert graphed(images, labels, scale=0.5, **options) == "captured"
-    assert graphed(images + 1, labels, scale=0.5, **options) == "captured"
+    graphed(images, labels, scale=1.0, **options)  # the last step of an epoch, that a run was continued at
+    for _ in range(4):
+        out = graphed(images, labels, scale=0.5, **options)
+    assert cuda.calls[-1] == "replay"
+    assert graphed(images + 1, labels, scale=0.5, **options) is out
     assert torch.equal(graphed.images, images + 1)
-    assert graphed(images, labels, scale=1.0, **options) != "captured"
-    assert graphed(images[:4], labels[:4], scale=0.5, **options) != "captured"
-    assert len(replays) == 2
+    assert graphed(images, labels, scale=1.0, **options) is not out
+    assert graphed(images[:4], labels[:4], scale=0.5, **options) is not out
+    assert cuda.calls.count("replay") == 2
+
+
+@gpu
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("beta1", [False, True])
+def test_a_graphed_run_is_the_plain_run(change, tmp_path, recompute, beta1):
+    """Six steps and the remainder of an epoch, with a loader's threads beside; nothing read back in a step."""
+
+    def train(name, **options):
+        settings = {"cycle_beta1": beta1, "accumulate": 2, "epochs": 4}
+        config = change(out=tmp_path / name, device="cuda", data={"threads": 2}, optim=settings, **options)
+        trained = Trainer(config, quiet=True)
+        start = torch.cat([p.detach().flatten() for p in trained.method.student.parameters()])
+        step = trained._optimizer_step
+
+        def watched(micro):
+            warm = trained.step >= 5  # kernels are loaded, the graph is captured
+            torch.cuda.set_sync_debug_mode("error" if warm else "default")
+            step(micro)
+            torch.cuda.set_sync_debug_mode("default")
+
+        trained._optimizer_step = watched
+        trained.run()
+        weights = torch.cat([p.detach().flatten() for p in trained.method.student.parameters()])
+        return weights, weights - start, trained
+
+    plain, moved, _ = train("plain")
+    weights, _, graphed = train("graphed", cuda_graph=True, recompute=recompute)
+    assert graphed.backward.graphed.graph is not None
+    assert beta1 or graphed.update.graph is not None
+    assert (weights - plain).norm() < 1e-2 * moved.norm()
 
 
 def test_what_graphs_capture_stays_where_it_is(change, tmp_path, monkeypatch, capsys):
