@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import statistics
 from collections.abc import Sequence
@@ -10,8 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ._cache import atomic_write
+from .data import Manifest
+from .data._verify import image_stamps
 from .evaluation import Reader, Results, Spec, Suite
-from .training.config import TrainConfig, changed_settings
+from .training.config import ModelConfig, TrainConfig, changed_settings
 from .training.distributed import Processes
 from .training.trainer import Trainer
 
@@ -40,38 +44,81 @@ def train_or_reuse(config: TrainConfig, processes: Processes, title: str, basis:
         config: The run, with its folder in ``out``.
         processes: The processes that train it.
         title: What the progress bar says.
-        basis: What the run depends on besides its settings, such as a checksum of its data.
+        basis: What the run depends on besides its settings and initial weights, such as a checksum of its data.
 
     Raises:
-        ValueError: The folder holds a run with other settings, or of another basis.
+        FileNotFoundError: The initial weights are not there.
+        ValueError: The folder holds a run with other settings, initial weights or basis, or one that is damaged.
     """
     assert config.out is not None
-    path = config.out / "result.json"
+    path, initial = config.out / "result.json", weights_checksum(config.model)
     if path.exists():
-        saved = json.loads(path.read_text())
-        changed = changed_settings(config, config.out / "config.yaml")
-        if changed or saved.get("basis") != basis:
+        try:
+            saved = json.loads(path.read_text())
+            result = Result(dict(saved["accuracy"]), saved["images_per_second"], True)
+            changed = changed_settings(config, config.out / "config.yaml")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{config.out} holds a finished run that cannot be read ({error!r}): choose another --out, or remove it"
+            ) from error
+        # A run of an earlier version did not keep what it started from.
+        if changed or saved.get("basis") != basis or saved.get("initial", initial) != initial:
             what = ", ".join(changed) or "other data or initial weights"
             raise ValueError(
                 f"{config.out} holds a run with other settings ({what}): choose another --out, or remove it"
             )
-        return Result(saved["accuracy"], saved["images_per_second"], True)
+        return result
     accuracy, speed = train(config, processes, title)
     if processes.main:
-        content = {"basis": basis, "accuracy": accuracy, "images_per_second": speed}
+        content = {"basis": basis, "initial": initial, "accuracy": accuracy, "images_per_second": speed}
         atomic_write(path, json.dumps(content, indent=1).encode())
     processes.barrier()  # the other processes read what the main one has written
     return Result(accuracy, speed, False)
 
 
+def weights_checksum(config: ModelConfig) -> str:
+    """SHA-256, in hex, of the files of the initial weights and head. Models that are named are told by their name.
+
+    Raises:
+        FileNotFoundError: One of the files is not there.
+    """
+    digest = hashlib.sha256()
+    for path in (config.weights, config.head):
+        if path is not None and str(path) != "random":
+            if not path.is_file():
+                raise FileNotFoundError(f"no weights at {path}: restore them")
+            stat = path.stat()
+            digest.update(_checksum(path, stat.st_size, stat.st_mtime_ns))
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+@functools.cache  # many runs start from the same file
+def _checksum(path: Path, size: int, time: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def images_checksum(manifest: Manifest) -> str:
+    """SHA-256, in hex, of the names, labels and sizes of images; unlike their times of change, a copy keeps them."""
+    stamps = image_stamps(manifest.root, manifest.paths, manifest.spans)
+    sizes = [stamp and stamp[:-1] for stamp in stamps]
+    return hashlib.sha256(f"{manifest.fingerprint} {sizes}".encode()).hexdigest()
+
+
 def build_suite(
-    config: TrainConfig, specs: Sequence[Spec], reader: Reader, file: Path, processes: Processes, id: str | None = None
+    config: TrainConfig,
+    specs: Sequence[Spec],
+    reader: Reader,
+    results: Results,
+    processes: Processes,
+    id: str | None = None,
 ) -> Suite:
-    """Test sets for the models of runs, decoded as the runs' own images are; ``file`` keeps what is measured."""
+    """Test sets for the models of runs, decoded as the runs' own images are."""
     return Suite(
         specs,
         reader,
-        Results(file, writes=processes.main),
+        results,
         processes,
         id=id,
         batch_size=max(1, config.optim.batch_size // (processes.world_size * config.optim.accumulate)),

@@ -24,7 +24,8 @@ from ._cache import atomic_write, cache_dir
 from .comparison import build_suite, spread, train, train_or_reuse
 from .data.demo import DemoData, DemoSpec, build_demo_data
 from .distill import CounterfactualDistiller
-from .evaluation import Reader, choose_specs, read_run
+from .evaluation import Reader, Results, choose_specs, read_run
+from .evaluation.results import check_writable, refuse_others
 from .ops import refill_patches
 from .plots import Point, plot_counterfactuals, plot_tradeoff
 from .training.build import build_loaders, build_method, build_model, scan
@@ -57,6 +58,13 @@ class DemoConfig:
     threads: int | None = None
     """Threads of torch; as many as it chooses by default."""
 
+    def validate(self) -> None:
+        """Raise a ValueError if there is no seed or one twice, or no thread."""
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("--seeds needs at least one seed, and none twice")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {self.threads}")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -82,11 +90,13 @@ class Demo:
 
     def run(self) -> None:
         """Everything: data, pre-training, fine-tuning, table and pictures."""
+        file = self.config.out / "results.json"
+        check_writable(file)
+        refuse_others(file, "demo")
         self.prepare()
         rows = self._fine_tune_all()
-        self.config.out.mkdir(parents=True, exist_ok=True)
-        results = {"data": self.data.checksum, "rows": [dataclasses.asdict(row) for row in rows]}
-        atomic_write(self.config.out / "results.json", json.dumps(results, indent=1).encode())
+        results = {"command": "demo", "data": self.data.checksum, "rows": [dataclasses.asdict(row) for row in rows]}
+        atomic_write(file, json.dumps(results, indent=1).encode())
         table = markdown_table(rows)
         atomic_write(self.config.out / "table.md", (table + "\n").encode())
         print(f"\n{table}\n")
@@ -167,8 +177,8 @@ class Demo:
         config = self._config("ft", 0.0, seed)
         assert config.out is not None
         run = read_run(config.out)
-        specs, file = choose_specs([], None, config.data), config.out.parent / "measurements.json"
-        suite = build_suite(config, specs, Reader(run.classes), file, self.processes)
+        specs, results = choose_specs([], None, config.data), Results(config.out.parent / "measurements.json", "demo")
+        suite = build_suite(config, specs, Reader(run.classes), results, self.processes)
         rows = []
         for alpha, model in run.models(ALPHAS):
             if alpha is None:
@@ -286,8 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         config: Any = tyro.cli(DemoConfig, args=arguments, prog="python -m maskcf_fast.demo", description=__doc__)
-        if not config.seeds:
-            raise ValueError("--seeds needs at least one seed")
+        config.validate()
         if config.threads:
             torch.set_num_threads(config.threads)
         Demo(config).run()

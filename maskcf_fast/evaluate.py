@@ -13,12 +13,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .evaluation.config import EvaluateConfig
     from .train import CONTINUES, report_errors
 
-    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m maskcf_fast.evaluate")
-
     def evaluate() -> int:
         from .evaluation.session import Evaluation
         from .training.distributed import Processes
 
+        config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m maskcf_fast.evaluate")
         processes = Processes.start(config.device)
         try:
             Evaluation(config, processes).run()

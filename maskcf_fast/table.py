@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ._cache import atomic_write
-from .comparison import build_suite, spread, train_or_reuse
+from .comparison import build_suite, images_checksum, spread, train_or_reuse
 from .distill import PAPER_CUTS, OutputEnsemble, average
-from .evaluation import Reader, Run, choose_specs, read_run
+from .evaluation import Reader, Results, Run, choose_specs, read_run
 from .evaluation.benchmark import read_class_map
 from .evaluation.config import Repeated, flat
 from .plots import Point, plot_tradeoff
@@ -77,7 +77,8 @@ class TableConfig:
         """Check the rows and seeds.
 
         Raises:
-            ValueError: An unknown method (the nearest is suggested), no seed, one twice, or an α outside [0, 1].
+            ValueError: An unknown method (the nearest is suggested), no seed, one twice, no α or one outside [0, 1],
+                or a setting that the demo does not take.
         """
         for name in self.methods:
             if name not in METHODS:
@@ -89,10 +90,24 @@ class TableConfig:
                 raise ValueError(f"--{option} needs at least one, and none twice")
         if bad := [alpha for alpha in self.alphas if not 0 <= alpha <= 1]:
             raise ValueError(f"--alphas must lie in [0, 1], got {bad[0]}")
+        if "wise-ft" in self.methods and not self.alphas:
+            raise ValueError("--alphas needs at least one for wise-ft: give one, or --methods without wise-ft")
+        if self.demo and (fixed := self._fixed_by_demo()):
+            raise ValueError(f"--demo has its own data, model and settings: leave out {', '.join(fixed)}, or --demo")
         if self.quick and not self.demo:
             raise ValueError("--quick shortens the demo only: add --demo")
         if not self.demo and self.data.train is None:
             raise ValueError("--data.train DIR is missing (--demo needs no data)")
+
+    def _fixed_by_demo(self) -> list[str]:
+        """Options that are not at their defaults and would have no effect on the demo."""
+        fixed = []
+        for name in ("model", "data", "optim"):
+            own, default = getattr(self, name), getattr(TableConfig(), name)
+            changed = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(default, f.name)]
+            fixed += [f"--{name}.{option.replace('_', '-')}" for option in changed]
+        fixed += ["--precision"] if self.precision != "fp32" else []
+        return fixed + (["--device"] if self.device not in ("auto", "cpu") else [])
 
 
 @dataclass(frozen=True)
@@ -130,9 +145,12 @@ class Table:
                 "--test [NAME=][LAYOUT:]PATH…, or --data.id DIR and --data.ood DIR…"
             )
         class_map = read_class_map(config.class_map) if config.class_map else None
-        self.classes = scan(data, processes)[0].classes
+        train = scan(data, processes)[0]
+        self.classes = train.classes
+        self.basis = self.basis or images_checksum(train)
         reader = Reader(self.classes, class_map, config.outside, data.on_bad_image, data.verify, processes.main)
-        self.suite = build_suite(self.base, specs, reader, config.out / "results.json", processes, config.id)
+        results = Results(config.out / "results.json", "table", writes=processes.main)
+        self.suite = build_suite(self.base, specs, reader, results, processes, config.id)
 
     def run(self) -> str:
         """Train, evaluate and write what is asked for; the table as Markdown."""
@@ -188,13 +206,7 @@ class Table:
         config = self.settings(method, seed)
         assert config.out is not None
         train_or_reuse(config, self.processes, f"{method}, seed {seed}", self.basis)
-        run = read_run(config.out)
-        if run.classes != self.classes:
-            raise ValueError(
-                f"{config.out} was trained on other classes than {config.data.train} has now: choose another --out, or "
-                "remove it"
-            )
-        return run
+        return read_run(config.out)
 
     def settings(self, method: str, seed: int) -> TrainConfig:
         """The run of a method: its preset's method section, on the table's data, model and optimiser."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ CONTINUES = "interrupted: the same command continues with what is missing"  # of
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    survive_encoding()
     if not arguments:
         from .demo import main as demo
 
@@ -53,6 +55,7 @@ def report_errors(command: Callable[[], int], interrupted: str = "interrupted") 
     from .data import LoadingError
     from .training.trainer import TrainingDiverged
 
+    survive_encoding()
     try:
         return command()
     except (ValueError, OSError, ImportError, LoadingError, TrainingDiverged) as error:
@@ -61,6 +64,12 @@ def report_errors(command: Callable[[], int], interrupted: str = "interrupted") 
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+
+
+def survive_encoding() -> None:
+    """Print a ? for what the terminal's encoding lacks, such as α, rather than stop."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """The demo in its shortened form, and the arithmetic of its table."""
 
+import io
 import json
+import sys
 
 import pytest
 
+from maskcf_fast import demo
 from maskcf_fast.demo import Row, main, markdown_table, on_curve
+from maskcf_fast.train import report_errors
 
 ROWS = [
     Row("zero-shot", None, 0, 60.0, 62.0),
@@ -60,13 +64,27 @@ def test_quick_demo_and_its_reuse(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 
-def test_bad_arguments(capsys):
-    assert main(["--seeds"]) == 1
-    assert "at least one seed" in capsys.readouterr().err
+def test_bad_arguments(capsys, tmp_path):
+    (tmp_path / "results.json").write_text('{"version": 1, "command": "table", "measurements": {}}')
+    for arguments, words in (
+        (["--seeds"], "at least one seed"),
+        (["--seeds", "0", "0"], "--seeds needs at least one seed, and none twice"),
+        (["--threads", "-1"], "--threads must be at least 1, got -1"),
+        (["--out", str(tmp_path)], "results.json holds the results of table, not of demo: choose another --out"),
+        (["--out", str(tmp_path / "results.json" / "x")], "(Not a directory): choose another --out"),
+    ):
+        assert main(arguments) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_output_in_an_encoding_without_alpha(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    assert report_errors(lambda: print("α ± 1", flush=True) or 0) == 0
+    assert written.getvalue() == b"? \xb1 1\n"
 
 
 def test_training_without_arguments_is_the_demo(monkeypatch, capsys):
-    from maskcf_fast import demo
     from maskcf_fast.train import main as train
 
     monkeypatch.setattr(demo, "main", lambda arguments: 7 if arguments == [] else 0)
@@ -74,3 +92,13 @@ def test_training_without_arguments_is_the_demo(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "running the embedded demo" in out
     assert "--data.train DIR" in out
+
+
+def test_picture_of_the_demo(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(demo, "plot_tradeoff", lambda path, curves, title: drawn.append(curves))
+    made = demo.Demo.__new__(demo.Demo)
+    made.config = demo.DemoConfig(out=tmp_path)
+    monkeypatch.setattr(made, "_plot_counterfactuals", lambda: None)
+    made._plot(ROWS)
+    assert drawn[0]["object-single"] == [("1", [75.0, 71.0], [60.5, 61.5])]

@@ -101,6 +101,10 @@ class LoadingError(RuntimeError):
 class Loader(Protocol):
     """An endless sequence of epochs, of which each ``iter()`` yields what is left of the current one."""
 
+    @property
+    def decoder(self) -> str:
+        """What turns a file into pixels, with its version."""
+
     def __len__(self) -> int:
         """Batches per epoch on this rank: in training the same on all ranks; in evaluation maybe 0."""
 

@@ -173,7 +173,8 @@ def report_bad_images(root: Path, bad: dict[str, str], on_bad_image: str) -> Non
         shown = "\n".join(f"  {path}: {reason}" for path, reason in list(bad.items())[:5])
         raise ValueError(
             f"{len(bad)} file(s) below {root} are not usable images:\n{shown}{_ellipsis(bad)}\n"
-            "Repair or remove them; --data.on-bad-image skip drops them."
+            "Repair or remove them; --data.on-bad-image skip (of python -m maskcf_fast.evaluate: --on-bad-image skip) "
+            "drops them."
         )
 
 

@@ -207,7 +207,9 @@ def _read_shard(shard: Path, length: int) -> Iterator[Sample]:
         if not _ends(shard, end):  # tarfile takes a damaged header for the end
             raise ValueError(f"{shard} is damaged or cut short at byte {end}: get it again")
     except tarfile.TarError as error:
-        raise ValueError(f"{shard} is no complete, uncompressed tar file: {error}") from error
+        raise ValueError(
+            f"{shard} is no complete, uncompressed tar file ({error}): get it again, or repack it"
+        ) from error
     for key, files in samples.items():
         images = [files[extension] for extension in files if extension.rpartition(".")[2] in IMAGES]
         if len(images) > 1:

@@ -49,8 +49,16 @@ class TorchLoader(EpochLoader):
             # Of its own: the DataLoader would draw from the global one and so disturb the caller's.
             generator=torch.Generator(),
         )
-        for images, labels in start_workers(loader):
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        try:
+            for images, labels in start_workers(loader):
+                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        except RuntimeError as error:
+            raise RuntimeError(without_traceback(error)) from error
+
+
+def without_traceback(error: RuntimeError) -> str:
+    """What an error says: a worker process sends its whole traceback, at whose end that stands."""
+    return str(error).strip().rpartition("\nRuntimeError: ")[2]
 
 
 def start_workers(loader: DataLoader) -> Iterator[Any]:

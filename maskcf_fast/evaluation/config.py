@@ -18,7 +18,7 @@ class EvaluateConfig:
     """Measure fine-tuned models on test sets, in and out of distribution.
 
     Writes results.json, table.md and tradeoff.png. Results that are already in results.json are reused, unless the
-    weights or the data have changed; so an interrupted evaluation continues when it is started again.
+    weights, the data or what decodes it have changed; so an interrupted evaluation continues when it is started again.
     """
 
     run: Repeated[Path] = ()

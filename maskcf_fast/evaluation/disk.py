@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..data import Batch, LoaderConfig, LoadingError, Manifest
 from ..data._verify import image_source
-from ..data.torch_loader import start_workers
+from ..data.torch_loader import start_workers, without_traceback
 from ..data.transforms import resize_and_crop
 
 
@@ -96,6 +97,8 @@ class DiskLoader:
         border: Pixels to cut off at each side before anything else.
     """
 
+    decoder = f"PIL {PIL.__version__}"
+
     def __init__(self, source: Manifest | DiskImages, config: LoaderConfig, border: int = 0) -> None:
         n, rank, world = len(source), config.rank, config.world_size
         share = range(n * rank // world, n * (rank + 1) // world)
@@ -114,8 +117,7 @@ class DiskLoader:
                 images, labels = (x.to(self._device, non_blocking=True) for x in (images, labels))
                 yield Batch(images, labels, indices)
         except RuntimeError as error:
-            # A worker process sends its whole traceback, whose last line says it.
-            raise LoadingError(str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")) from error
+            raise LoadingError(without_traceback(error)) from error
 
 
 class _Decoded(Dataset):

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..data import scan_images
+from ..data import Manifest, scan_images
+from ..data._verify import find_bad_images
+from ..data.manifest import report_bad_images
 from .benchmark import Benchmark, Reader
 from .classes import WNID, class_names, data_folder, folders_in, numbered_classes, some, with_images
 from .disk import read_disk_images
@@ -176,7 +178,7 @@ def _read_folders(spec: Spec, reader: Reader) -> Benchmark:
         meanings: list[tuple[str, ...]] = [(numbered[int(name)],) for name in source.classes]
     else:
         meanings = reader.translate(source.classes)
-    notes = [f"{len(source.skipped)} files of {spec.name} are no usable images and left out."] if source.skipped else []
+    notes = _skipped(spec, source)
     return reader.benchmark(spec.name, spec.layout, source, meanings, restricted=layout.restricted, notes=notes)
 
 
@@ -188,14 +190,29 @@ def _read_objectnet(spec: Spec, reader: Reader) -> Benchmark:
             f"classes {some(class_names(spec.path)) or 'none'}"
         )
     images, mappings = found
-    # Most classes are not ImageNet's: a look into all files would take longer than the evaluation.
     source = with_images(scan_images(images, on_bad_image=reader.on_bad_image, verify=False))
     meanings = objectnet_meanings(mappings, source.classes, numbered_classes(reader.classes))
     left_out = sum(not meaning for meaning in meanings)
     notes = [f"{left_out} of {len(meanings)} classes of {spec.name} are not ImageNet's: their images are left out."]
-    return reader.benchmark(
-        spec.name, "objectnet", source, meanings, restricted=True, border=BORDER, notes=notes if left_out else []
-    )
+    # Before verifying: most images are of these classes.
+    source = source.subset(i for i, label in enumerate(source.labels) if meanings[label])
+    if reader.verify:
+        source = _verified(source, reader)
+    notes = [*(notes if left_out else []), *_skipped(spec, source)]
+    return reader.benchmark(spec.name, "objectnet", source, meanings, restricted=True, border=BORDER, notes=notes)
+
+
+def _verified(source: Manifest, reader: Reader) -> Manifest:
+    """The usable ones of images that were listed without a look into them."""
+    bad = find_bad_images(source.root, list(source.paths), source.spans, None, reader.progress)
+    report_bad_images(source.root, bad, reader.on_bad_image)
+    kept = source.subset(i for i, path in enumerate(source.paths) if path not in bad)
+    return replace(kept, skipped=(*source.skipped, *bad.items()))
+
+
+def _skipped(spec: Spec, source: Manifest) -> list[str]:
+    """What to know of images that were left out."""
+    return [f"{len(source.skipped)} files of {spec.name} are no usable images and left out."] if source.skipped else []
 
 
 def _read_hugging_face(spec: Spec, reader: Reader) -> Benchmark:

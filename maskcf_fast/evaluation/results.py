@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,20 @@ class Results:
 
     Args:
         path: The file; it need not exist.
+        command: The command that it belongs to, which writes other files beside it.
         writes: Whether to write it: one process does.
 
     Raises:
-        ValueError: The file is not one of these.
+        OSError: It cannot be written.
+        ValueError: The file is not one of these, or another command's.
     """
 
-    def __init__(self, path: Path, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, command: str, writes: bool = True) -> None:
+        self.path, self.command, self.writes = path, command, writes
         self._saved: dict[str, dict[str, Any]] = {}
+        if writes:
+            check_writable(path)
+        refuse_others(path, command)
         if not path.exists():
             return
         try:
@@ -53,8 +59,34 @@ class Results:
         self.write({})
 
     def write(self, report: dict[str, Any]) -> None:
-        """Write the file, and its folder, with ``report`` before the measurements."""
+        """Write the file, with ``report`` before the measurements."""
         if self.writes:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            content = {"version": VERSION, **report, "measurements": self._saved}
+            content = {"version": VERSION, "command": self.command, **report, "measurements": self._saved}
             atomic_write(self.path, json.dumps(content, indent=1).encode())
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written later, after much work.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {path.parent} ({error.strerror or error}): choose another --out") from error
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: choose another --out, or remove it")
+
+
+def refuse_others(path: Path, command: str) -> None:
+    """Raise a ValueError if a ``results.json`` is another command's, whose tables and pictures would be lost."""
+    try:
+        content = json.loads(path.read_text())
+        owner = content.get("command", command)
+    except (OSError, ValueError, AttributeError):  # absent or damaged
+        return
+    if owner != command:
+        raise ValueError(f"{path} holds the results of {owner}, not of {command}: choose another --out")

@@ -16,6 +16,9 @@ from ..training.checkpoint import fingerprint, load_checkpoint
 from ..training.config import TrainConfig, parse
 from .classes import classes_of_run
 
+MOST_ALPHAS = 1000  # more are taken for a slip
+WITHOUT = "leave out --wise-ft (of a table: the methods wise-ft and ensemble)"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -49,15 +52,14 @@ class Run:
             model = self._build(self.config)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{error}: --wise-ft needs the weights that {self.folder} started from, where its config.yaml says"
+                f"{error}: put back the weights that {self.folder} started from, as its config.yaml says, or {WITHOUT}"
             ) from error
         if (checkpoint := self.folder / "last.pt").is_file():
             started = load_checkpoint(checkpoint).get("initial")
             if started != fingerprint(model):
                 source = self.config.model.weights or self.config.model.name
                 raise ValueError(
-                    f"{source} no longer holds the weights that {self.folder} started from: "
-                    "restore them, or leave out --wise-ft"
+                    f"{source} no longer holds the weights that {self.folder} started from: restore them, or {WITHOUT}"
                 )
         return model
 
@@ -120,7 +122,7 @@ def parse_alphas(text: str) -> tuple[float, ...]:
     """α from "first:last:step", both ends included, or from "a,b,c"; none from "".
 
     Raises:
-        ValueError: Neither of these, or outside [0, 1].
+        ValueError: Neither of these, more than 1000 values, or one outside [0, 1].
     """
     parts = text.replace(":", ",").split(",") if text else []
     try:
@@ -129,9 +131,12 @@ def parse_alphas(text: str) -> tuple[float, ...]:
             first, last, step = numbers
             if not step > 0 or last < first:
                 raise ValueError
-            numbers = [round(first + i * step, 10) for i in range(int((last - first) / step + 1e-9) + 1)]
+            count = int(min((last - first) / step + 1e-9, MOST_ALPHAS)) + 1
+            numbers = [round(first + i * step, 10) for i in range(count)]
     except ValueError:
         raise ValueError(f"--wise-ft {text!r} is neither FIRST:LAST:STEP, such as 0:1:0.1, nor A,B,C") from None
+    if len(numbers) > MOST_ALPHAS:
+        raise ValueError(f"--wise-ft {text} is more than {MOST_ALPHAS} values: take a larger STEP")
     if any(not 0 <= alpha <= 1 for alpha in numbers):
         raise ValueError(f"--wise-ft {text}: every α must lie in [0, 1]")
     return tuple(sorted(set(numbers)))

@@ -41,7 +41,7 @@ class Evaluation:
         if not self.specs:
             raise ValueError(f"--data is missing, and {folders[0]} was trained without test sets")
         self.folder = config.out or folders[0] / "evaluation"
-        self.results = Results(self.folder / "results.json", writes=processes.main)
+        self.results = Results(self.folder / "results.json", "evaluate", writes=processes.main)
         self._suites: dict[tuple[str, ...], Suite] = {}
 
     def run(self) -> Report:

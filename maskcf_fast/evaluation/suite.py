@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from tqdm import tqdm
 
-from ..data import Batch, LoaderConfig, build_loader
+from ..data import Batch, Loader, LoaderConfig, build_loader
 from ..models import VisionTransformer
 from ..training.build import named_test_sets
 from ..training.checkpoint import fingerprint
@@ -118,12 +118,13 @@ class Suite:
         model = model.to(self.processes.device)
         results = {}
         for i, benchmark in enumerate(self.benchmarks):
-            key = f"{state}-{benchmark.fingerprint[:32]}"
+            loader = self._loader(model, benchmark)
+            key = f"{state}-{benchmark.fingerprint[:32]}-{loader.decoder}"  # decoders differ by a rounding
             found = self.results.find(key)
             result = found
             if result is None:
                 progress = f"{title}: {benchmark.name} ({i + 1}/{len(self.benchmarks)})"
-                batches = self._shown(self._batches(model, benchmark), len(benchmark), progress)
+                batches = self._shown(loader, len(benchmark), progress)
                 try:
                     result = measure(model, benchmark, batches, self.processes, precision)
                 except ValueError as error:
@@ -159,7 +160,7 @@ class Suite:
             for b in self.benchmarks
         ]
 
-    def _batches(self, model: nn.Module, benchmark: Benchmark) -> Iterable[Batch]:
+    def _loader(self, model: nn.Module, benchmark: Benchmark) -> Loader | DiskLoader:
         settings = LoaderConfig(
             batch_size=self.batch_size,
             image_size=_transformers(model)[0].config.image_size,

@@ -264,7 +264,11 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def changed_settings(config: TrainConfig, path: Path) -> list[str]:
-    """What differs from the settings in a run's ``config.yaml``, of all that decides the result."""
+    """What differs from the settings in a run's ``config.yaml``, of all that decides the result.
+
+    Raises:
+        OSError, ValueError: The file cannot be read, or holds no settings.
+    """
 
     def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         items: dict[str, Any] = {}
@@ -275,7 +279,7 @@ def changed_settings(config: TrainConfig, path: Path) -> list[str]:
 
     # A run of an earlier version lacks the settings that came later: it ran with their defaults.
     default = flat(yaml.safe_load(to_yaml(TrainConfig())))
-    new, old = flat(yaml.safe_load(to_yaml(config))), default | flat(yaml.safe_load(path.read_text()))
+    new, old = flat(yaml.safe_load(to_yaml(config))), default | flat(_read_settings(path))
     free = ("out", "resume", "data.threads", "data.cache", "log_every", "compile", "cuda_graph", "recompute")
     return [
         f"--{name.replace('_', '-')} (was {old.get(name)}, is {new.get(name)})"
@@ -290,13 +294,17 @@ def yaml_arguments(path: Path) -> list[str]:
     Raises:
         ValueError: Not YAML, or a key that is no setting (the nearest is suggested).
     """
+    return _flatten(_read_settings(path), TrainConfig, path, "")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings by name, such as 'seed: 1'")
-    return _flatten(content, TrainConfig, path, "")
+    return content
 
 
 def _flatten(content: dict[str, Any], kind: type, path: Path, prefix: str) -> list[str]:

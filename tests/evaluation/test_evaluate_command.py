@@ -14,7 +14,7 @@ from coloured import write_shards
 from safetensors.torch import load_file
 
 from maskcf_fast.evaluate import main
-from maskcf_fast.evaluation import session, suite
+from maskcf_fast.evaluation import report, session, suite
 from maskcf_fast.evaluation.metrics import Baseline
 from maskcf_fast.evaluation.results import Results
 from maskcf_fast.evaluation.runs import parse_alphas
@@ -80,6 +80,15 @@ def test_a_run_with_its_wise_ft_curve(runs, call, tmp_path):
         "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "last.pt", "best.safetensors",
         "model.safetensors",
     }  # fmt: skip
+
+
+def test_picture_axes(runs, call, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "plot_tradeoff", lambda path, curves, title: drawn.append((curves, title)))
+    assert call("--run", runs / "ft", "--wise-ft", "0")[0] == 0
+    start, end = ([[value] for value in logged(runs / "ft", step).values()] for step in (0, -1))
+    assert start[0] != start[1] or end[0] != end[1]
+    assert drawn == [({"ft": [("", *end)], "WiSE-FT": [("0", *start)]}, "id against ood")]
 
 
 def test_wise_ft_is_between_the_weights(runs):
@@ -315,7 +324,7 @@ def test_initial_weights_that_are_gone_or_changed(runs, call, tmp_path, weights)
     code, printed, _ = call("--run", run, "--wise-ft", "0")
     assert code == 1
     assert f"no weights at {own}" in printed
-    assert "--wise-ft needs the weights" in printed
+    assert "put back the weights that" in printed
     torch.manual_seed(4)
     save_weights(own, ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3)).state_dict())
     assert "no longer holds the weights that" in call("--run", run, "--wise-ft", "0")[1]
@@ -329,10 +338,36 @@ def test_files_of_others_are_not_overwritten(runs, call, tmp_path):
     for content in ("mine", "{}", '{"version": 7, "measurements": {}}', damaged, "[1]"):
         (tmp_path / "out" / "results.json").write_text(content)
         with pytest.raises(ValueError, match="holds no results that can be continued"):
-            Results(tmp_path / "out" / "results.json")
+            Results(tmp_path / "out" / "results.json", "evaluate")
     code = main(["--run", str(runs / "ft"), "--out", str(tmp_path / "out"), "--device", "cpu"])
     assert code == 1
     assert (tmp_path / "out" / "results.json").read_text() == "[1]"
+    for command in ("table", "demo"):
+        theirs = f'{{"version": 1, "command": "{command}", "measurements": {{}}}}'
+        (tmp_path / "out" / "results.json").write_text(theirs)
+        code, printed, results = call("--run", runs / "ft")
+        assert (code, results) == (1, json.loads(theirs))
+        assert f"holds the results of {command}, not of evaluate: choose another --out" in printed
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_found_at_once(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(suite, "measure", None)  # calling it would be another error
+    (tmp_path / "file").touch()
+    assert main(["--run", str(runs / "ft"), "--device", "cpu", "--out", str(tmp_path / "file" / "out")]) == 1
+    assert f"cannot write to {tmp_path}/file/out (Not a directory): choose another --out" in capsys.readouterr().err
+    (tmp_path / "results.json").mkdir()
+    assert main(["--run", str(runs / "ft"), "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "results.json is a folder: choose another --out, or remove it" in capsys.readouterr().err
+
+
+def test_bad_images_name_the_commands_own_option(runs, call, tmp_path, image_folders):
+    shutil.copytree(image_folders["ood"], tmp_path / "data")
+    (tmp_path / "data" / "cat" / "000.jpg").write_bytes(b"no image")
+    code, printed, _ = call("--run", runs / "ft", "--data", tmp_path / "data")
+    assert (code, "(of python -m maskcf_fast.evaluate: --on-bad-image skip)" in printed) == (1, True)
+    code, _, results = call("--run", runs / "ft", "--data", tmp_path / "data", "--on-bad-image", "skip")
+    assert (code, results["data"][0]["images"]) == (0, 14)
 
 
 def test_models_that_are_not_finite(runs, call, tmp_path):
@@ -366,6 +401,13 @@ def test_runs_of_the_same_name(runs, call, tmp_path):
 )
 def test_alphas(text, alphas):
     assert parse_alphas(text) == alphas
+
+
+def test_too_many_alphas():
+    assert len(parse_alphas("0.001:1:0.001")) == 1000
+    for text in ("0:1:0.001", "0:1:1e-9", "0:1:1e-320", "0:inf:1"):
+        with pytest.raises(ValueError, match=f"--wise-ft {text} is more than 1000 values: take a larger STEP"):
+            parse_alphas(text)
 
 
 @pytest.mark.parametrize("text", ["a", "0:1", "0:1:0", "1:0:0.1", "0:1:-1", "-1", "0,,1", "nan", "0:1:nan"])

@@ -238,11 +238,25 @@ def test_bad_images_are_named_or_left_out(score, wnids, tmp_path):
     assert "1 files of imagenet are no usable images" in benchmark.notes[0]
 
 
+def test_bad_images_of_objectnet(score, tmp_path):
+    """Of classes that ImageNet has; the others' are not looked at."""
+    root = write_objectnet(tmp_path / "objectnet")
+    before = score(f"objectnet:{root}")[1]
+    (root / "images" / "air_freshener" / "0.png").write_bytes(b"no image")
+    assert score(f"objectnet:{root}")[1] == before
+    (root / "images" / "alarm_clock" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 file\(s\) below .*\n  alarm_clock/0\.png: not an image"):
+        score(f"objectnet:{root}")
+    benchmark, result = score(f"objectnet:{root}", on_bad_image="skip")
+    assert result.per_class == {"alarm_clock": (3, 1), "backpack": (1, 1), "drill": (1, 1)}
+    assert "1 files of objectnet are no usable images" in benchmark.notes[1]
+
+
 @pytest.mark.parametrize("threads", [0, 1])
 def test_broken_image_of_objectnet_is_named(tmp_path, wnids, threads):
     root = write_objectnet(tmp_path / "objectnet")
     (root / "images" / "drill" / "0.png").write_bytes(b"no image")
-    benchmark = read_benchmark(Spec.parse(f"objectnet:{root}"), Reader(wnids))
+    benchmark = read_benchmark(Spec.parse(f"objectnet:{root}"), Reader(wnids, verify=False))
     config = LoaderConfig(batch_size=4, image_size=SIZE, train=False, threads=threads)
     with pytest.raises(LoadingError, match=r"^cannot decode .*drill/0\.png: cannot identify"):
         list(DiskLoader(benchmark.source, config, benchmark.border))

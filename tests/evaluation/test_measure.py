@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from coloured import SIZE, ByColour, write_tree
+from coloured import SIZE, ByColour, write_objectnet, write_tree
 
-from maskcf_fast.data import LoaderConfig, Manifest, build_loader
-from maskcf_fast.evaluation import Reader, Spec, measure, read_benchmark
+from maskcf_fast.data import LoaderConfig, LoadingError, Manifest, build_loader, scan_images
+from maskcf_fast.evaluation import Reader, Results, Spec, Suite, measure, read_benchmark, suite
 from maskcf_fast.evaluation.benchmark import Benchmark
 from maskcf_fast.evaluation.disk import DiskLoader
 from maskcf_fast.evaluation.measure import Measurement, Tally
@@ -142,3 +142,33 @@ def test_images_smaller_than_their_border(tmp_path):
     benchmark = read_benchmark(Spec.parse(f"folder:{root}"), Reader(("a",)))
     with pytest.raises(LoadingError, match=r"a/0\.png: its sides \(16, 16\) leave nothing inside a border of 8"):
         list(DiskLoader(benchmark.source, LoaderConfig(1, SIZE, train=False, threads=0), border=8))
+
+
+def test_a_suite_cuts_the_border_and_tells_decoders_apart(wnids, tmp_path, monkeypatch):
+    """The stub sees ObjectNet's red frame, class 31, where it is not cut off; DALI's pixels are not PIL's."""
+    monkeypatch.setattr(suite, "_transformers", lambda model: [model.backbone])
+    specs = [Spec.parse(f"objectnet:{write_objectnet(tmp_path / 'objectnet')}")]
+    specs += [Spec.parse(f"imagenet:{write_tree(tmp_path / 'val', {wnids[0]: [0, 0]})}")]
+    for backend in ("torch", "dali", "torch"):
+        if backend == "dali":
+            pytest.importorskip("nvidia.dali")
+        results = Results(tmp_path / "results.json", "evaluate")
+        made = Suite(specs, Reader(wnids), results, ALONE, batch_size=4, threads=1, backend=backend)
+        found = made.measure(ByColour(1000), "fp32", "stub")
+        assert found["objectnet"].per_class == {"alarm_clock": (4, 2), "backpack": (1, 1), "drill": (1, 1)}
+        keys = [key.rsplit("-", 1)[1].split()[0] for key in results._saved]
+        # ObjectNet's border is cut off by PIL whatever else decodes.
+        assert keys == ["PIL", "PIL", *(["DALI"] if "DALI" in keys else [])]
+        assert backend == "torch" or len(keys) == 3
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_an_image_that_has_gone_is_named_without_a_traceback(tmp_path, threads):
+    manifest = scan_images(write_tree(tmp_path / "data", {"cat": [0, 0], "dog": [1]}))
+    (tmp_path / "data" / "dog" / "0.png").unlink()
+    loader = build_loader(manifest, LoaderConfig(4, SIZE, train=False, threads=threads), "torch")
+    with pytest.raises(LoadingError) as info:
+        list(loader)
+    says = str(info.value).partition("torch says: ")[2]
+    assert says.startswith(f"cannot decode {tmp_path}/data/dog/0.png: [Errno 2] No such file")
+    assert "\n" not in says

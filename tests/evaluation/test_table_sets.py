@@ -167,7 +167,7 @@ def test_training_folders_that_were_renamed(call, sets, data, tmp_path):
     folder.rename(folder.with_name("n99999999"))
     code, printed, _ = call(*arguments, "--outside", "skip")
     assert code == 1
-    assert "ft-seed0 was trained on other classes than" in printed
+    assert "ft-seed0 holds a run with other settings (other data or initial weights)" in printed
 
 
 def test_held_out_images_choose_the_epoch(call, sets, tmp_path):
