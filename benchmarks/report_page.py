@@ -230,7 +230,7 @@ def _breakdown(section: dict[str, Any]) -> list[str]:
 
 
 def _scaling(section: dict[str, Any]) -> list[str]:
-    arch, batch, precision = section["arch"], section["batch"], section["precision"]
+    arch, batch, precision = section["arch"], section["images"], section["precision"]
     lines = [
         f"{arch}, {batch} images, {section['method']}, {precision}, where not varied; tokens at half the depth.",
         "",

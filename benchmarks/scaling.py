@@ -50,7 +50,7 @@ def measure(
     """
     arch, batch, values = series or SERIES[device.type]
     precision = "bf16" if device.type == "cuda" else "fp32"
-    found: dict[str, Any] = {"arch": arch, "batch": batch, "precision": precision, "method": METHOD}
+    found: dict[str, Any] = {"arch": arch, "images": batch, "precision": precision, "method": METHOD}
     end = time.perf_counter() + seconds
     for i, (name, sizes) in enumerate(values.items()):
         until = time.perf_counter() + (end - time.perf_counter()) / (len(values) - i)

@@ -73,6 +73,7 @@ def test_all_sections_are_there_and_survive_json(report, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "## Loader\n\nNot measured: not asked for." in text
     assert "it is for a GPU, and the device is cpu" in text
+    assert "\ntiny, 4 images, object-single, fp32, where not varied" in text
     assert text == page.to_markdown(written, ["step.png", "breakdown.png", "scaling.png"])
 
 

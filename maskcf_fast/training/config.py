@@ -160,7 +160,8 @@ class TrainConfig:
     compile: bool = False
     """Compile what lies between the matrix products."""
     cuda_graph: bool = False
-    """Capture the step's forward and backward passes as one CUDA graph."""
+    """Capture the step's forward and backward passes as one CUDA graph, and the update as another where beta1 rests.
+    Memory for them stays reserved."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: a whole model in each, or (fsdp) its parameters divided among them."""
     recompute: bool = False
