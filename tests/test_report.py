@@ -17,7 +17,7 @@ from maskcf_fast.models import preset
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks
-report_, page, step, workload, flops, breakdown, scaling, correctness, compare, measure_, fed_step = (
+report_, page, step, workload, flops, breakdown, scaling, correctness, compare, measure_, fed_step, memory = (
     importlib.import_module(f"benchmarks.{name}")
     for name in (
         "report",
@@ -31,6 +31,7 @@ report_, page, step, workload, flops, breakdown, scaling, correctness, compare, 
         "compare",
         "measure",
         "fed_step",
+        "memory",
     )
 )
 CPU = torch.device("cpu")
@@ -234,6 +235,18 @@ def test_a_slow_loader_slows_the_step_down():
     assert found["steps"] == 3
     assert found["fed_ms"] > 200
     assert found["fed_ms"] / found["synthetic_ms"] == pytest.approx(found["slowdown"] + 1, rel=0.5)
+
+
+def test_memory_is_the_least_of_its_repeats(monkeypatch):
+    peaks = iter([9e6, 8e6, 5e6, 7e6, 2e6, 4e6])
+    steps = []
+    monkeypatch.setattr(memory.m, "peak_memory", lambda call, device: steps.append(call()) or int(next(peaks)))
+    rows = memory.measure(preset("tiny"), 2, "fp32", "cpu")
+    assert [(row["order"], row["peak_bytes"]) for row in rows] == [
+        ("paper", 8_000_000), ("one graph", 5_000_000), ("two passes", 2_000_000)
+    ]  # fmt: skip
+    assert len(steps) == 6
+    assert memory.to_markdown(rows).splitlines()[-1].split("|")[2:4] == ["  2 ", "                 0.25 "]
 
 
 def test_what_does_not_fit_is_named(monkeypatch):
