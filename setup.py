@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent
 
 
 def load_builder():
-    """maskcf_fast/_build.py, without importing the package: PyTorch may be absent here."""
-    spec = util.spec_from_file_location("maskcf_build", ROOT / "maskcf_fast" / "_build.py")
+    """maskcf_fast/ops/building.py, without importing the package: PyTorch may be absent here."""
+    spec = util.spec_from_file_location("maskcf_build", ROOT / "maskcf_fast" / "ops" / "building.py")
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskcf_fast._precision import autocast
-from maskcf_fast.distill import CounterfactualDistiller, Draw
-from maskcf_fast.distill.counterfactual import encode_masked
-from maskcf_fast.distill.methods import feature_loss, task_loss
+from maskcf_fast.core.precision import autocast
+from maskcf_fast.methods import CounterfactualDistiller, Draw
+from maskcf_fast.methods.counterfactual import encode_masked
+from maskcf_fast.methods.method import feature_loss, task_loss
 from maskcf_fast.models import VisionTransformer, VisionTransformerConfig, preset
 
 from . import measure as m

@@ -36,7 +36,7 @@ class Case:
 
     @property
     def package(self) -> str:
-        """Package of the op, as `maskcf_fast.ops._dispatch` names it."""
+        """Package of the op, as `maskcf_fast.ops.dispatch` names it."""
         return self.op.func.__module__
 
     def call(self, function: Callable[..., Any]) -> tuple[Tensor, ...]:

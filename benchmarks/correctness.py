@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskcf_fast.distill import Draw, MaskStrategy, StepOutput
-from maskcf_fast.distill.paper_order import plain_forward
+from maskcf_fast.methods import Draw, MaskStrategy, StepOutput
+from maskcf_fast.methods.paper_order import plain_forward
 from maskcf_fast.models import preset
 
 from .cases import CASES, make_case

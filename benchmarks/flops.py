@@ -10,14 +10,14 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from maskcf_fast import _native
 from maskcf_fast.models import VisionTransformerConfig
+from maskcf_fast.ops import extension
 
 
 def complete_flop_counter() -> None:
     """Tell the FLOP counter about what it does not know: the compiled relevance op, and fused attention on a CPU."""
     aten = torch.ops.aten
-    if _native.loading_error() is None and torch.ops.maskcf.attention_relevance not in flop_registry:
+    if extension.loading_error() is None and torch.ops.maskcf.attention_relevance not in flop_registry:
 
         @register_flop_formula(torch.ops.maskcf.attention_relevance)
         def relevance(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:

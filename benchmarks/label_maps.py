@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskcf_fast.data import LoaderConfig, build_loader, scan_image_folder
-from maskcf_fast.distill import CounterfactualDistiller
-from maskcf_fast.distill.label_map import LabelMap
+from maskcf_fast.methods import CounterfactualDistiller
+from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import ImageClassifier
 from maskcf_fast.ops import select_patches
 from maskcf_fast.training.build import build_model
-from maskcf_fast.training.config import ModelConfig
+from maskcf_fast.training.settings import ModelConfig
 
 from .flops import complete_flop_counter, forward_flops
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from maskcf_fast._cache import atomic_write
+from maskcf_fast.core.files import atomic_write
 from maskcf_fast.data import LoaderConfig, Manifest, build_loader, scan_images
 
 from .measure import environment, resolve_device, synchronize

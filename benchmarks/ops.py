@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskcf_fast._cache import atomic_write
+from maskcf_fast.core.files import atomic_write
 from maskcf_fast.models.vit import PRESETS
-from maskcf_fast.ops._dispatch import MODULES, ORDER, resolve, why_not
+from maskcf_fast.ops.dispatch import MODULES, ORDER, resolve, why_not
 
 from . import measure as m
 from .cases import CASES, OPS, SIZES, Case, make_case

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from maskcf_fast import _native
-from maskcf_fast._cache import atomic_write
+from maskcf_fast.core.files import atomic_write
+from maskcf_fast.ops import extension
 
 from . import breakdown, correctness, fed_step, ops, scaling, step
 from . import measure as m
@@ -144,7 +144,7 @@ def _section(
 
 def build_extension(progress: Progress) -> None:
     """Compile the extension where nvcc is and none was built; a failure leaves it out, as the report then says."""
-    if shutil.which("nvcc") is None or _native.library_path().is_file():
+    if shutil.which("nvcc") is None or extension.library_path().is_file():
         return
     progress("building the extension")
     done = subprocess.run([sys.executable, "-m", "maskcf_fast.build"], cwd=ROOT, capture_output=True, text=True)

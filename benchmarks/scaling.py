@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from maskcf_fast.core.processes import Processes
 from maskcf_fast.models import VisionTransformerConfig, preset
-from maskcf_fast.training.distributed import Processes, reduce_gradients
+from maskcf_fast.training.distributed import reduce_gradients
 
 from . import measure as m
 from .workload import Variant, Workload

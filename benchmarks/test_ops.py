@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from maskcf_fast.ops._dispatch import MODULES
+from maskcf_fast.ops.dispatch import MODULES
 
 from .cases import CASES, make_case
 from .measure import resolve_device, synchronize

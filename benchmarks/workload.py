@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskcf_fast._precision import autocast
-from maskcf_fast.distill import (
+from maskcf_fast.core.precision import autocast
+from maskcf_fast.methods import (
     PAPER_CUTS,
     CounterfactualDistiller,
     Draw,
@@ -20,7 +20,7 @@ from maskcf_fast.distill import (
     Method,
     paper_order_step,
 )
-from maskcf_fast.distill.paper_order import paper_cam
+from maskcf_fast.methods.paper_order import paper_cam
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
 from maskcf_fast.models.vit import POINTWISE
 from maskcf_fast.training.speed import Graphed, GraphedBackward, compile_pointwise, why_no_graph

@@ -3,8 +3,8 @@
 Importing it compiles nothing, touches no GPU and loads no data library.
 """
 
-from .distill import CounterfactualDistiller, MaskStrategy
 from .explain import explain, record_attention
+from .methods import CounterfactualDistiller, MaskStrategy
 from .models import CosineClassifier, ImageClassifier, VisionTransformer, load_backbone
 from .ops import (
     attention_relevance,

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ._build import LIBRARY, build, output_folder
+from .ops.building import LIBRARY, build, output_folder
 
 
 def main() -> None:

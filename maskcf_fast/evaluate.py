@@ -10,12 +10,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     import tyro
 
-    from .evaluation.config import EvaluateConfig
-    from .train import CONTINUES, report_errors
+    from .core.errors import CONTINUES, report_errors
+    from .experiments.evaluate_settings import EvaluateConfig
 
     def evaluate() -> int:
-        from .evaluation.session import Evaluation
-        from .training.distributed import Processes
+        from .core.processes import Processes
+        from .experiments.evaluate import Evaluation
 
         config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m maskcf_fast.evaluate")
         processes = Processes.start(config.device)

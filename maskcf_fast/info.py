@@ -9,8 +9,9 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, _native
-from .ops._dispatch import MODULES, ORDER, resolve, why_not
+from . import __version__
+from .ops import extension
+from .ops.dispatch import MODULES, ORDER, resolve, why_not
 
 OPS = ("select", "refill", "patchify", "gather", "relevance")
 
@@ -31,10 +32,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def extension() -> dict[str, str]:
+def extension_rows() -> dict[str, str]:
     """The build facts of the extension."""
-    facts = _native.facts()
-    rows = {"library": str(_native.library_path()), "loads": _native.loading_error() or "yes"}
+    facts = extension.facts()
+    rows = {"library": str(extension.library_path()), "loads": extension.loading_error() or "yes"}
     names = {
         "torch_target": "stable ABI of torch",
         "torch_headers": "built with headers of",
@@ -66,7 +67,7 @@ def table(device: str) -> list[str]:
 
 def main() -> None:
     """Print it all."""
-    for title, rows in (("Versions", versions()), ("Extension", extension())):
+    for title, rows in (("Versions", versions()), ("Extension", extension_rows())):
         print(title)
         for name, value in rows.items():
             print(f"  {name:<22} {value}")

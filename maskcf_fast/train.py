@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from .training.config import TrainConfig, parse
-
-CONTINUES = "interrupted: the same command continues with what is missing"  # of commands that keep what is finished
+from .core.errors import UserError, report_errors, survive_encoding
+from .training.settings import TrainConfig, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config: TrainConfig) -> int:
     """One run."""
-    from .training.distributed import Processes
+    from .core.processes import Processes
     from .training.trainer import Trainer
 
     if config.data.train is None:
-        raise ValueError("--data.train DIR is missing (with no arguments at all, the embedded demo runs)")
+        raise UserError("--data.train DIR is missing (with no arguments at all, the embedded demo runs)")
     processes = Processes.start(config.device)
     try:
         trainer = Trainer(config, processes)
@@ -48,28 +46,6 @@ def train(config: TrainConfig) -> int:
             print(f"{name}: {value:.2f} %")
         print(f"model, metrics and checkpoints: {trainer.folder}")
     return 0
-
-
-def report_errors(command: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """Run a command; an error that a user can mend becomes one message and exit code 1, without a traceback."""
-    from .data import LoadingError
-    from .training.trainer import TrainingDiverged
-
-    survive_encoding()
-    try:
-        return command()
-    except (ValueError, OSError, ImportError, LoadingError, TrainingDiverged) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
-
-
-def survive_encoding() -> None:
-    """Print a ? for what the terminal's encoding lacks, such as α, rather than stop."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

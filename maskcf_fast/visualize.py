@@ -10,8 +10,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     import tyro
 
-    from .train import report_errors
-    from .visualization.session import VisualizeConfig, visualize
+    from .core.errors import report_errors
+    from .experiments.visualize import VisualizeConfig, visualize
 
     config = tyro.cli(VisualizeConfig, args=arguments, prog="python -m maskcf_fast.visualize")
 

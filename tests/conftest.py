@@ -17,7 +17,7 @@ from PIL import Image
 
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training.checkpoint import save_weights
-from maskcf_fast.training.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
+from maskcf_fast.training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 

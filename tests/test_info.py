@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import maskcf_fast as mf
-from maskcf_fast import _native
-from maskcf_fast.ops import _dispatch
-from maskcf_fast.ops._dispatch import ORDER, resolve, why_not
+from maskcf_fast.ops import dispatch, extension
+from maskcf_fast.ops.dispatch import ORDER, resolve, why_not
 
 CAM = torch.rand(2, 16)
 
@@ -24,7 +23,7 @@ def info() -> str:
 def test_it_names_versions_the_extension_and_every_implementation():
     text = info()
     assert f"torch                  {torch.__version__}" in text
-    assert str(_native.library_path()) in text
+    assert str(extension.library_path()) in text
     for device, impls in ORDER.items():
         part = text.split(f"Implementations for tensors on {device}")[1].split("Implementations")[0]
         for op in ("select", "refill", "patchify", "gather", "relevance"):
@@ -58,7 +57,7 @@ def test_the_wrong_device(impl, monkeypatch):
 
 def test_an_extension_that_is_not_built(monkeypatch):
     """Without it, "auto" goes on to the next; to ask for it is an error that says what to do."""
-    monkeypatch.setattr(_native, "why_not", lambda impl: "the extension is not built: python -m maskcf_fast.build")
+    monkeypatch.setattr(extension, "why_not", lambda impl: "the extension is not built: python -m maskcf_fast.build")
     with pytest.raises(RuntimeError, match=r"impl='cpu' on cpu: the extension is not built: python -m maskcf_fast.b"):
         mf.select_patches(CAM, threshold=0.3, impl="cpu")
     assert resolve("maskcf_fast.ops.select", "auto", torch.device("cpu")) == "reference"
@@ -66,11 +65,11 @@ def test_an_extension_that_is_not_built(monkeypatch):
 
 
 def test_without_triton(monkeypatch):
-    real = _dispatch.util.find_spec
-    monkeypatch.setattr(_dispatch.util, "find_spec", lambda name: None if name == "triton" else real(name))
+    real = dispatch.util.find_spec
+    monkeypatch.setattr(dispatch.util, "find_spec", lambda name: None if name == "triton" else real(name))
     package, gpu = "maskcf_fast.ops.refill", torch.device("cuda")
     assert why_not(package, "triton", gpu) == "triton is not installed"
-    monkeypatch.setattr(_native, "why_not", lambda impl: "not built")
+    monkeypatch.setattr(extension, "why_not", lambda impl: "not built")
     assert resolve(package, "auto", gpu) == "reference"
 
 
@@ -80,6 +79,6 @@ def test_a_size_that_a_kernel_lacks(monkeypatch):
     lacks = import_module(f"{package}.triton").lacks
     assert "float64" in lacks("cuda", torch.float64, 64)
     assert lacks("cuda", torch.float16, 64) is None
-    monkeypatch.setattr(_native, "why_not", lambda impl: "not built")
+    monkeypatch.setattr(extension, "why_not", lambda impl: "not built")
     assert resolve(package, "auto", gpu, ("cuda", torch.float64, 64)) == "reference"
     assert resolve(package, "auto", gpu, ("cuda", torch.float16, 64)) == "triton"

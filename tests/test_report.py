@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskcf_fast.distill import MaskStrategy
+from maskcf_fast.methods import MaskStrategy
 from maskcf_fast.models import preset
 
 ROOT = Path(__file__).parents[1]

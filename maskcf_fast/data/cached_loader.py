@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..core.errors import UserError
 from .disk_cache import DiskCache
 from .loader import Decoded, EpochLoader, Indices
 
@@ -94,7 +95,7 @@ class CachedLoader(EpochLoader):
         size, n = self.config.image_size, len(self.share)
         needed, free = n * size * size * 3, free_memory(self.device)
         if needed > MEMORY_SHARE * free:
-            raise ValueError(
+            raise UserError(
                 f'cache="device": {n:,} images of {size}×{size} take {needed / 2**30:.2f} GiB, more than '
                 f'{MEMORY_SHARE:.0%} of the {free / 2**30:.2f} GiB that are free on {self.device}: use cache="disk"'
             )

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._verify import image_file, read_span
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
 from .transforms import CROP_AREA, CROP_RATIO
+from .verify import image_file, read_span
 
 PREFETCH = 2  # batches that are ready, or being made, while the caller has one
 

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .._cache import atomic_write, cache_dir
-from ._verify import image_stamps
+from ..core.files import atomic_write, cache_dir
 from .loader import EpochLoader, Indices
+from .verify import image_stamps
 
 CHUNK_BYTES = 64 * 2**20  # of pixels per file, roughly
 _VERSION = 1  # to be raised whenever the files would hold something else

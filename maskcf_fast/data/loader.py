@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.errors import UserError
 from .manifest import Manifest
 
 
@@ -70,19 +71,19 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         for name, low in (("batch_size", 1), ("image_size", 1), ("world_size", 1), ("threads", 0)):
             if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank must be from 0 to world_size - 1 = {self.world_size - 1}, got {self.rank}")
+            raise UserError(f"rank must be from 0 to world_size - 1 = {self.world_size - 1}, got {self.rank}")
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be from 0 to 2**31 - 1, got {self.seed}")
+            raise UserError(f"seed must be from 0 to 2**31 - 1, got {self.seed}")
         if self.augment not in ("none", "crop-flip"):
-            raise ValueError(f'augment must be "none" or "crop-flip", got {self.augment!r}')
+            raise UserError(f'augment must be "none" or "crop-flip", got {self.augment!r}')
         if self.augment != "none" and not self.train:
-            raise ValueError(f'augment must be "none" unless train=True, got {self.augment!r}')
+            raise UserError(f'augment must be "none" unless train=True, got {self.augment!r}')
         if self.cache not in ("none", "disk", "device"):
-            raise ValueError(f'cache must be "none", "disk" or "device", got {self.cache!r}')
+            raise UserError(f'cache must be "none", "disk" or "device", got {self.cache!r}')
         if self.cache != "none" and self.augment != "none":
-            raise ValueError(
+            raise UserError(
                 f'cache="{self.cache}" keeps one version of every image, but augment="{self.augment}" makes another '
                 'each time: use cache="none" or augment="none"'
             )
@@ -91,10 +92,10 @@ class LoaderConfig:
         except RuntimeError:
             kind = ""
         if kind not in ("cpu", "cuda"):
-            raise ValueError(f'device must be "cpu", "cuda" or "cuda:<index>", got {self.device!r}')
+            raise UserError(f'device must be "cpu", "cuda" or "cuda:<index>", got {self.device!r}')
 
 
-class LoadingError(RuntimeError):
+class LoadingError(UserError):
     """A batch could not be read or decoded."""
 
 
@@ -143,7 +144,7 @@ class EpochLoader(ABC):
     def __init__(self, manifest: Manifest, config: LoaderConfig) -> None:
         global_batch = config.batch_size * config.world_size
         if config.train and len(manifest) < global_batch:
-            raise ValueError(
+            raise UserError(
                 f"{manifest.root} has {len(manifest)} training images, fewer than one batch of "
                 f"{config.batch_size} on each of {config.world_size} rank(s), {global_batch} in all: "
                 "lower the batch size"
@@ -191,7 +192,7 @@ class EpochLoader(ABC):
         saved = state["settings"]
         if different := [name for name in settings if saved.get(name) != settings[name]]:
             detail = ", ".join(f"{name} (was {saved.get(name)!r}, is {settings[name]!r})" for name in different)
-            raise ValueError(f"this loader cannot continue from the saved state, because of another {detail}")
+            raise UserError(f"this loader cannot continue from the saved state, because of another {detail}")
         self._epoch, self._batch = state["epoch"], state["batch"]
         self._batches = None
 
@@ -269,7 +270,7 @@ def build_loader(
             that does not fit in the device's memory.
     """
     if backend not in ("auto", "dali", "torch"):
-        raise ValueError(f'backend must be "auto", "dali" or "torch", got {backend!r}')
+        raise UserError(f'backend must be "auto", "dali" or "torch", got {backend!r}')
     loader: EpochLoader
     if backend == "dali" or (backend == "auto" and _has_dali()):
         from .dali import DaliLoader

@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from ._verify import find_bad_images
+from ..core.errors import UserError
+from .verify import find_bad_images
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Manifest:
             ValueError: ``n`` is out of range.
         """
         if not 0 < n < len(self):
-            raise ValueError(f"cannot hold out {n} of {len(self)} images: it must be between 1 and {len(self) - 1}")
+            raise UserError(f"cannot hold out {n} of {len(self)} images: it must be between 1 and {len(self) - 1}")
         labels = np.asarray(self.labels)
         # Exact integers: share = n * size / len(self).
         share, remainder = np.divmod(n * np.bincount(labels, minlength=len(self.classes)), len(self))
@@ -84,11 +85,11 @@ class Manifest:
         extra = sorted(set(other.classes) - set(self.classes))
         differences = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"{other.root} must have the class folders of {self.root}, but it {' and '.join(differences)}"
             )
         if self.classes != other.classes:  # possible only with a classes.txt
-            raise ValueError(
+            raise UserError(
                 f"{other.root} has the classes of {self.root} in another order: give it the same classes.txt"
             )
 
@@ -144,18 +145,18 @@ def scan_image_folder(
     if not classes:
         loose = any(entry.name[0] != "." for entry in os.scandir(root))
         why = "files lie in it directly" if loose else "it is empty"
-        raise ValueError(f"{root} has no class folders ({why}): put the images into one sub-folder per class")
+        raise UserError(f"{root} has no class folders ({why}): put the images into one sub-folder per class")
 
     files = {name: sorted(_files_below(root / name, name)) for name in classes}
     if empty := [name for name in classes if not files[name]]:
-        raise ValueError(f"no images in the class folder(s) {_some(empty)} of {root}: fill or remove them")
+        raise UserError(f"no images in the class folder(s) {_some(empty)} of {root}: fill or remove them")
     bad: dict[str, str] = {}
     if verify:
         bad = find_bad_images(root, [path for name in classes for path in files[name]], None, workers, progress)
     report_bad_images(root, bad, on_bad_image)
     kept = [(path, label) for label, name in enumerate(classes) for path in files[name] if path not in bad]
     if lost := [name for name in classes if all(path in bad for path in files[name])]:
-        raise ValueError(f"no usable image is left in the class folder(s) {_some(lost)} of {root}")
+        raise UserError(f"no usable image is left in the class folder(s) {_some(lost)} of {root}")
     return Manifest(
         root=root.absolute(),
         classes=classes,
@@ -168,10 +169,10 @@ def scan_image_folder(
 def report_bad_images(root: Path, bad: dict[str, str], on_bad_image: str) -> None:
     """Raise a ValueError that lists unusable images by path and reason, unless they are to be skipped."""
     if on_bad_image not in ("error", "skip"):
-        raise ValueError(f'on_bad_image must be "error" or "skip", got {on_bad_image!r}')
+        raise UserError(f'on_bad_image must be "error" or "skip", got {on_bad_image!r}')
     if bad and on_bad_image == "error":
         shown = "\n".join(f"  {path}: {reason}" for path, reason in list(bad.items())[:5])
-        raise ValueError(
+        raise UserError(
             f"{len(bad)} file(s) below {root} are not usable images:\n{shown}{_ellipsis(bad)}\n"
             "Repair or remove them; --data.on-bad-image skip (of python -m maskcf_fast.evaluate: --on-bad-image skip) "
             "drops them."

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from .._cache import atomic_write, cache_dir
-from ._verify import Span, find_bad_images, read_span
+from ..core.errors import UserError
+from ..core.files import atomic_write, cache_dir
 from .manifest import Manifest, report_bad_images, scan_image_folder
+from .verify import Span, find_bad_images, read_span
 
 IMAGES = {"bmp", "jpg", "jpeg", "jp2", "j2k", "png", "pbm", "pgm", "ppm", "tif", "tiff", "webp"}
 _INDEX_VERSION = 2  # to be raised whenever an index would hold something else
@@ -103,7 +104,7 @@ def scan_tar_shards(
             else:
                 named.append((f"{shown}:{name}", span, label))
     if not named:
-        raise ValueError(f"no images with a class in the tar shards {source}{': ' if bad else ''}{_first(bad)}")
+        raise UserError(f"no images with a class in the tar shards {source}{': ' if bad else ''}{_first(bad)}")
     classes, labels = _classes(root, [label for *_, label in named], [path for path, *_ in named])
     paths, spans = [path for path, *_ in named], [span for _, span, _ in named]
     if verify:
@@ -111,7 +112,7 @@ def scan_tar_shards(
     report_bad_images(root, bad, on_bad_image)
     kept = [i for i, path in enumerate(paths) if path not in bad]
     if not kept:
-        raise ValueError(f"no usable image is left in the tar shards {source}: {_first(bad)}")
+        raise UserError(f"no usable image is left in the tar shards {source}: {_first(bad)}")
     return Manifest(root, classes, tuple(paths), labels, tuple(bad.items()), tuple(spans)).subset(kept)
 
 
@@ -129,7 +130,7 @@ def _expand(source: Path) -> list[Path]:
         for first, last in zip(parts[1::3], parts[2::3], strict=True)
     ]
     if not all(ranges):
-        raise ValueError(f"{source} has an empty range: write the smaller number first")
+        raise UserError(f"{source} has an empty range: write the smaller number first")
     shards = [
         Path("".join(itertools.chain(*itertools.zip_longest(parts[::3], numbers, fillvalue=""))))
         for numbers in itertools.product(*ranges)
@@ -144,15 +145,15 @@ def _classes(root: Path, labels: list[int | str], paths: list[str]) -> tuple[tup
     file = root / "classes.txt"
     names = [line.strip() for line in file.read_text().splitlines() if line.strip()] if file.is_file() else None
     if names is not None and len(set(names)) < len(names):
-        raise ValueError(f"{file} names a class twice: {next(name for name in names if names.count(name) > 1)!r}")
+        raise UserError(f"{file} names a class twice: {next(name for name in names if names.count(name) > 1)!r}")
     if names is None:
         kinds = {type(label) for label in labels}
         if len(kinds) > 1:
-            raise ValueError(f"the classes of {root} are partly integers, partly names: list the names in {file}")
+            raise UserError(f"the classes of {root} are partly integers, partly names: list the names in {file}")
         if kinds == {int}:
             for label, path in zip(labels, paths, strict=True):
                 if not 0 <= int(label) <= MOST_CLASSES:
-                    raise ValueError(
+                    raise UserError(
                         f"{root / path} has a class outside 0 to {MOST_CLASSES} ({label}): classes count from 0"
                     )
             names = [str(i) for i in range(max(int(label) for label in labels) + 1)]
@@ -162,7 +163,7 @@ def _classes(root: Path, labels: list[int | str], paths: list[str]) -> tuple[tup
     numbers = [label if isinstance(label, int) else index.get(label, -1) for label in labels]
     for number, label, path in zip(numbers, labels, paths, strict=True):
         if not 0 <= number < len(names):
-            raise ValueError(f"{root / path} has the class {label!r}, which is not one of the {len(names)} in {file}")
+            raise UserError(f"{root / path} has the class {label!r}, which is not one of the {len(names)} in {file}")
     return tuple(names), tuple(numbers)
 
 
@@ -196,24 +197,24 @@ def _read_shard(shard: Path, length: int) -> Iterator[Sample]:
                 if not member.isreg() or name.startswith("."):
                     continue
                 if member.offset_data + member.size > length:
-                    raise ValueError(f"{shard} is cut short within {member.name}: get it again")
+                    raise UserError(f"{shard} is cut short within {member.name}: get it again")
                 # As WebDataset has it: the key ends at the first dot of the file's name.
                 stem, _, extension = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 found = samples.setdefault(key, {})
                 if extension.lower() in found:
-                    raise ValueError(f"{shard} holds {member.name} twice: repack it")
+                    raise UserError(f"{shard} holds {member.name} twice: repack it")
                 found[extension.lower()] = (member.name, (member.offset_data, member.size))
         if not _ends(shard, end):  # tarfile takes a damaged header for the end
-            raise ValueError(f"{shard} is damaged or cut short at byte {end}: get it again")
+            raise UserError(f"{shard} is damaged or cut short at byte {end}: get it again")
     except tarfile.TarError as error:
-        raise ValueError(
+        raise UserError(
             f"{shard} is no complete, uncompressed tar file ({error}): get it again, or repack it"
         ) from error
     for key, files in samples.items():
         images = [files[extension] for extension in files if extension.rpartition(".")[2] in IMAGES]
         if len(images) > 1:
-            raise ValueError(f"{shard}:{key} has several images ({', '.join(name for name, _ in images)}): keep one")
+            raise UserError(f"{shard}:{key} has several images ({', '.join(name for name, _ in images)}): keep one")
         yield key, *(images[0] if images else (None, None)), _label(str(shard), key, files)
 
 

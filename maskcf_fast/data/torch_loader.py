@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ._verify import image_source
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
 from .transforms import random_flip, random_resized_crop, resize_and_crop
+from .verify import image_source
 
 
 class TorchLoader(EpochLoader):

@@ -1,12 +1,12 @@
 """Accuracy in and out of distribution: the published test sets, what is measured on them, and reports."""
 
+from ..training.runs import Run, read_run
 from .benchmark import Benchmark, Reader
 from .layouts import LAYOUTS, Spec, read_benchmark
 from .measure import Measurement, measure
 from .metrics import Baseline, wilson
 from .report import Report, Row
 from .results import Results
-from .runs import Run, read_run
 from .suite import Suite, choose_specs
 
 __all__ = [

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
 from ..data import Manifest
-from ..data._verify import image_stamps
+from ..data.verify import image_stamps
 from .classes import some
 from .disk import DiskImages
 
@@ -134,11 +135,11 @@ class Reader:
             )
             if self.outside == "error":
                 remedy = "--outside skip leaves their images out, --class-map FILE translates names"
-                raise ValueError(f"{what}: {some(unknown)}; {remedy}")
+                raise UserError(f"{what}: {some(unknown)}; {remedy}")
             notes.append(f"{what}: their images are left out.")
         kept = np.flatnonzero(np.asarray(found)[np.asarray(source.labels, dtype=np.int64)])
         if not len(kept):
-            raise ValueError(
+            raise UserError(
                 f"no image of {name} ({source.root}) is of a class that the model knows: its classes are "
                 f"{some(source.classes)}, the model's {some(self.classes)}"
             )
@@ -166,9 +167,9 @@ def read_class_map(path: Path) -> dict[str, tuple[str, ...]]:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
+        raise UserError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} must hold the model's class, or a list of them, for each class of the data set")
+        raise UserError(f"{path} must hold the model's class, or a list of them, for each class of the data set")
     return {
         str(name): tuple(map(str, value)) if isinstance(value, list) else (str(value),)
         for name, value in content.items()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..core.errors import UserError
 from ..data import Manifest, scan_images
 from ..models.weights import read_metadata
 
@@ -52,10 +53,10 @@ def read_classes(source: str) -> tuple[str, ...]:
         raise FileNotFoundError(f'--classes {source}: no such file (one class per line, or "imagenet")')
     names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     if not names:
-        raise ValueError(f"{path} holds no class names: write one per line, in the order of the model's outputs")
+        raise UserError(f"{path} holds no class names: write one per line, in the order of the model's outputs")
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{path} names {some(twice)} more than once")
+        raise UserError(f"{path} names {some(twice)} more than once")
     return names
 
 
@@ -90,7 +91,7 @@ def classes_of_run(weights: Path, train: Path | None, outputs: int, source: str 
             "model's outputs"
         )
     if len(names) != outputs:
-        raise ValueError(
+        raise UserError(
             f"the model has {outputs} outputs, but {where} has {len(names)} classes: pass --classes FILE with one "
             "folder name per line in the order of the model's outputs"
         )

@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..core.errors import UserError
 from ..data import Batch, LoaderConfig, LoadingError, Manifest
-from ..data._verify import image_source
 from ..data.torch_loader import start_workers, without_traceback
 from ..data.transforms import resize_and_crop
+from ..data.verify import image_source
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_disk_images(root: Path) -> DiskImages:
     """
     if (root / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in root.glob("*/state.json"))
-        raise ValueError(
+        raise UserError(
             f"{root} holds the splits {', '.join(splits)}: pass the folder of one, such as {root / splits[0]}"
         )
     try:
@@ -77,13 +78,13 @@ def read_disk_images(root: Path) -> DiskImages:
     pictures = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
     labels = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
     if len(pictures) != 1 or len(labels) != 1:
-        raise ValueError(
+        raise UserError(
             f"{root} must have one column of images and one of class labels, "
             f"its columns are {', '.join(f'{name} ({type(kind).__name__})' for name, kind in table.features.items())}"
         )
     values = tuple(table[labels[0]])
     if unlabelled := [i for i, value in enumerate(values) if value is None or value < 0]:
-        raise ValueError(f"{len(unlabelled)} images of {root} have no label, first in row {unlabelled[0]}: remove them")
+        raise UserError(f"{len(unlabelled)} images of {root} have no label, first in row {unlabelled[0]}: remove them")
     classes = tuple(table.features[labels[0]].names)
     return DiskImages(root.absolute(), classes, tuple(range(len(values))), values, table, pictures[0])
 
@@ -139,7 +140,7 @@ class _Decoded(Dataset):
                 where = f"row {source.rows[index]} of {source.root}"
                 image = source.table[source.rows[index]][source.column]
             if min(image.size) <= 2 * border:
-                raise ValueError(f"its sides {image.size} leave nothing inside a border of {border}")
+                raise UserError(f"its sides {image.size} leave nothing inside a border of {border}")
             if border:
                 image = image.crop((border, border, image.width - border, image.height - border))
             pixels = resize_and_crop(image, self.size)

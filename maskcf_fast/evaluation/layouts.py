@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..core.errors import UserError
 from ..data import Manifest, scan_images
-from ..data._verify import find_bad_images
 from ..data.manifest import report_bad_images
+from ..data.verify import find_bad_images
 from .benchmark import Benchmark, Reader
 from .classes import WNID, class_names, data_folder, folders_in, numbered_classes, some, with_images
 from .disk import read_disk_images
@@ -62,12 +63,12 @@ class Spec:
         # A name holds no "/", so that a path may hold "=" and ":".
         match = re.fullmatch(r"(?:([^=/]+)=)?(?:([^:/]+):)?(.+)", text)
         if match is None:
-            raise ValueError(f"the test set {text!r} is not of the form [NAME=][LAYOUT:]PATH")
+            raise UserError(f"the test set {text!r} is not of the form [NAME=][LAYOUT:]PATH")
         name, layout, path = match.groups()
         if layout is not None and layout not in LAYOUTS:
             near = difflib.get_close_matches(layout.lower(), LAYOUTS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"test set {text}: unknown layout {layout!r} (there are {', '.join(LAYOUTS)}){hint}")
+            raise UserError(f"test set {text}: unknown layout {layout!r} (there are {', '.join(LAYOUTS)}){hint}")
         if layout is None and name in LAYOUTS:
             layout = name
         published = layout is not None and LAYOUTS[layout].complete is not None
@@ -160,7 +161,7 @@ def _check_layout(spec: Spec) -> None:
             hint += f"; {data_folder(spec.path) / 'classes.txt'} names the classes of tar shards, one per line"
     kind = "folders" if folders else "tar shards of the classes"
     found = f"{kind} {some(names)}" if names else "no folders"
-    raise ValueError(f"{spec.path} is not laid out as {spec.layout}: expected {layout.expects}, found {found}{hint}")
+    raise UserError(f"{spec.path} is not laid out as {spec.layout}: expected {layout.expects}, found {found}{hint}")
 
 
 def _read_folders(spec: Spec, reader: Reader) -> Benchmark:
@@ -185,7 +186,7 @@ def _read_folders(spec: Spec, reader: Reader) -> Benchmark:
 def _read_objectnet(spec: Spec, reader: Reader) -> Benchmark:
     found = find_objectnet(spec.path)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{spec.path} is not laid out as objectnet: expected {LAYOUTS['objectnet'].expects}, found "
             f"classes {some(class_names(spec.path)) or 'none'}"
         )
@@ -217,7 +218,7 @@ def _skipped(spec: Spec, source: Manifest) -> list[str]:
 
 def _read_hugging_face(spec: Spec, reader: Reader) -> Benchmark:
     if not (spec.path / "state.json").is_file() and not (spec.path / "dataset_dict.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{spec.path} is not laid out as hf: expected {LAYOUTS['hf'].expects}, found "
             f"{some(sorted(path.name for path in data_folder(spec.path).iterdir())) or 'an empty folder'}"
         )

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._precision import autocast
+from ..core.errors import UserError
+from ..core.precision import autocast
+from ..core.processes import Processes
 from ..data import Batch
-from ..training.distributed import Processes
 from .benchmark import Benchmark
 from .metrics import BINS, calibration_error, wilson
 
@@ -99,7 +100,7 @@ class Tally:
         seen, correct = self.by_class.tolist()
         n, right = sum(seen), sum(correct)
         if broken:
-            raise ValueError(f"the model's outputs are NaN or infinite for {broken} of {n} images")
+            raise UserError(f"the model's outputs are NaN or infinite for {broken} of {n} images")
         predictions, hits = self.by_bin.cpu().numpy()
         low, high = wilson(right, n)
         return Measurement(

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..core.errors import UserError
+
 BINS = 15  # of the calibration error
 
 
@@ -21,7 +23,7 @@ def wilson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
     approximation, stays within [0, 100] and is right near its ends. It says nothing of other training seeds.
     """
     if not 0 <= correct <= n or n < 1:
-        raise ValueError(f"{correct} of {n} is no proportion")
+        raise UserError(f"{correct} of {n} is no proportion")
     z = NormalDist().inv_cdf((1 + level) / 2)
     p = correct / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -64,9 +66,9 @@ class Baseline:
             ValueError: Fewer than two different ID accuracies, or one that is not between 0 and 100.
         """
         if any(not 0 < value < 100 for pair in pairs for value in pair):
-            raise ValueError("accuracies of a baseline must lie between 0 and 100 per cent, both excluded")
+            raise UserError("accuracies of a baseline must lie between 0 and 100 per cent, both excluded")
         if len({x for x, _ in pairs}) < 2:
-            raise ValueError(f"a line needs at least two models of different ID accuracy, got {len(pairs)} model(s)")
+            raise UserError(f"a line needs at least two models of different ID accuracy, got {len(pairs)} model(s)")
         x, y = np.array([[logit(value) for value in pair] for pair in pairs]).T
         slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
         return cls(slope, float(y.mean() - slope * x.mean()))
@@ -99,9 +101,9 @@ def read_baselines(path: Path) -> dict[str, Baseline]:
     try:
         content: Any = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
+        raise UserError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} must hold a baseline for each shifted test set, by its name")
+        raise UserError(f"{path} must hold a baseline for each shifted test set, by its name")
     baselines = {}
     for name, value in content.items():
         try:
@@ -110,7 +112,7 @@ def read_baselines(path: Path) -> dict[str, Baseline]:
             else:
                 baselines[str(name)] = Baseline.fit([(float(x), float(y)) for x, y in value])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} must be {{slope: number, intercept: number}}, or a list of [ID, OOD] accuracies of "
                 f"at least two models ({error!r})"
             ) from error

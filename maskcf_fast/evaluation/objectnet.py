@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import UserError
 from .classes import data_folder
 
 BORDER = 2  # every image has a red frame of this many pixels, put there to tell it from training data
@@ -53,16 +54,16 @@ def objectnet_meanings(mappings: Path, folders: Sequence[str], numbered: Sequenc
     numbers: dict[str, list[int]] = {}
     for number, line in lines_of.items():
         if not 0 <= line < len(lines) or not 0 <= int(number) < len(numbered):
-            raise ValueError(f"{mappings / FILES[3]}: class {number} is said to be in line {line} of {len(lines)}")
+            raise UserError(f"{mappings / FILES[3]}: class {number} is said to be in line {line} of {len(lines)}")
         numbers.setdefault(lines[line].strip(), []).append(int(number))
 
     def classes(folder: str) -> tuple[str, ...]:
         if folder not in labels:
-            raise ValueError(f"the class {folder!r} of ObjectNet is not in {mappings / FILES[0]}")
+            raise UserError(f"the class {folder!r} of ObjectNet is not in {mappings / FILES[0]}")
         wanted = [name.strip() for name in translations.get(labels[folder], "").split(";") if name.strip()]
         for name in wanted:
             if (count := len(numbers.get(name, []))) != 1:
-                raise ValueError(
+                raise UserError(
                     f"{mappings / FILES[1]}: {count} ImageNet classes are called {name!r} ({labels[folder]}), not one"
                 )
         return tuple(numbered[numbers[name][0]] for name in wanted)
@@ -76,7 +77,7 @@ def _read(path: Path) -> Any:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON file ({error}): extract it from ObjectNet again") from error
+        raise UserError(f"{path} is no JSON file ({error}): extract it from ObjectNet again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object: extract it from ObjectNet again")
+        raise UserError(f"{path} must hold an object: extract it from ObjectNet again")
     return content

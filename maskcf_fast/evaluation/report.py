@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..plots import WISE, Point, plot_tradeoff
+from ..visualization.plots import WISE, Point, plot_tradeoff
 from .benchmark import Benchmark
 from .measure import Measurement
 from .metrics import Baseline

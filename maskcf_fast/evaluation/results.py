@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .._cache import atomic_write
+from ..core.errors import UserError
+from ..core.files import atomic_write
 from .measure import Measurement
 
 VERSION = 1
@@ -39,12 +40,12 @@ class Results:
         try:
             content = json.loads(path.read_text())
             if content["version"] != VERSION:
-                raise ValueError(f"its version is {content['version']}, not {VERSION}")
+                raise UserError(f"its version is {content['version']}, not {VERSION}")
             self._saved = dict(content["measurements"])
             for key in self._saved:
                 self.find(key)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds no results that can be continued ({error!r}): choose another --out, or remove it"
             ) from error
 
@@ -89,4 +90,4 @@ def refuse_others(path: Path, command: str) -> None:
     except (OSError, ValueError, AttributeError):  # absent or damaged
         return
     if owner != command:
-        raise ValueError(f"{path} holds the results of {owner}, not of {command}: choose another --out")
+        raise UserError(f"{path} holds the results of {owner}, not of {command}: choose another --out")

@@ -10,12 +10,13 @@ from typing import Any, Literal
 from torch import nn
 from tqdm import tqdm
 
+from ..core.errors import UserError
+from ..core.processes import Processes
 from ..data import Batch, Loader, LoaderConfig, build_loader
 from ..models import VisionTransformer
 from ..training.build import named_test_sets
 from ..training.checkpoint import fingerprint
-from ..training.config import DataConfig
-from ..training.distributed import Processes
+from ..training.settings import DataConfig
 from .benchmark import Benchmark, Reader
 from .classes import some
 from .disk import DiskImages, DiskLoader
@@ -40,7 +41,7 @@ def choose_specs(texts: Sequence[str], id: str | None, own: DataConfig) -> list[
     specs = specs or [Spec(name, None, path) for name, path in named_test_sets(own).items()]
     names = [spec.name for spec in specs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"several test sets are called {some(twice)}: name them, NAME=PATH")
+        raise UserError(f"several test sets are called {some(twice)}: name them, NAME=PATH")
     for spec in specs:
         spec.check_path()
     if specs and id is not None:
@@ -54,7 +55,7 @@ def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{what} {name!r} is none of the test sets ({', '.join(known)}){hint}")
+            raise UserError(f"{what} {name!r} is none of the test sets ({', '.join(known)}){hint}")
 
 
 class Suite:
@@ -128,7 +129,7 @@ class Suite:
                 try:
                     result = measure(model, benchmark, batches, self.processes, precision)
                 except ValueError as error:
-                    raise ValueError(f"{title} on {benchmark.name}: {error}") from error
+                    raise UserError(f"{title} on {benchmark.name}: {error}") from error
                 self.results.add(key, result, **about, data=benchmark.name)
             interval = f"[{result.low:.2f}, {result.high:.2f}]{'' if found is None else ' (reused)'}"
             self._say(f"{title}  {benchmark.name}: {result.top1:.2f} % {interval}")

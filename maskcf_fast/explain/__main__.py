@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ..train import report_errors
+from ..core.errors import report_errors
 from .gallery import GalleryConfig, draw_gallery
 
 

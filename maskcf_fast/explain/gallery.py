@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
 from .load import Loaded, load
 from .models import explained
 
@@ -65,12 +66,12 @@ def draw_gallery(config: GalleryConfig) -> list[Path]:
         ValueError: A bad setting, no readable image, or a model that cannot be loaded or explained.
     """
     if config.batch_size < 1:
-        raise ValueError(f"batch-size must be at least 1, got {config.batch_size}")
+        raise UserError(f"batch-size must be at least 1, got {config.batch_size}")
     out = config.out.resolve()  # may lie among the images, with pictures of an earlier run
     files = (p for p in config.images.rglob("*") if p.suffix.lower() in SUFFIXES)
     paths = sorted(p for p in files if out not in p.resolve().parents)
     if not paths:
-        raise ValueError(f"there are no images in {config.images}")
+        raise UserError(f"there are no images in {config.images}")
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     )
@@ -83,7 +84,7 @@ def draw_gallery(config: GalleryConfig) -> list[Path]:
         _save([picture], written[-1], columns=1)
         sheet += [picture] if len(sheet) < SHEET else []
     if not written:
-        raise ValueError(f"none of the {len(paths)} images in {config.images} can be read")
+        raise UserError(f"none of the {len(paths)} images in {config.images} can be read")
     written.append(config.out / "gallery.png")
     _save(sheet, written[-1], columns=min(3, len(sheet)))
     return written
@@ -120,7 +121,7 @@ def _explain(
     labels = None if config.label is None else torch.full((len(batch),), config.label, device=device)
     cam, logits, grid = explained(model.logits, images, labels, config.start_layer, readout=model.readout)
     if grid is None:
-        raise ValueError(f"how the {cam.shape[1]} patches lie in the image is not known")
+        raise UserError(f"how the {cam.shape[1]} patches lie in the image is not known")
     labels = logits.argmax(dim=1) if labels is None else labels
     shares = logits.float().softmax(dim=1).gather(1, labels[:, None])[:, 0]
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.mean, model.std))

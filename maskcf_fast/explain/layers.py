@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ..core.errors import UserError
+
 if TYPE_CHECKING:
     from .record import AttentionRecord, Call
 
@@ -30,7 +32,7 @@ def select_layers(record: AttentionRecord, logits: Tensor) -> list[Call]:
         ValueError: As `AttentionRecord.relevance`.
     """
     if not record.calls:
-        raise ValueError(_nothing_recorded(record))
+        raise UserError(_nothing_recorded(record))
     if logits.grad_fn is None or all(call.edge is None for call in record.calls):
         raise RuntimeError(
             "the relevance map needs gradients: compute the logits inside record_attention() with gradients enabled, "
@@ -40,7 +42,7 @@ def select_layers(record: AttentionRecord, logits: Tensor) -> list[Call]:
     reached = graph_levels(logits.grad_fn, ())
     calls = [call for call in record.calls if call.edge is not None and call.node in reached]
     if not calls:
-        raise ValueError("the logits do not depend on any recorded attention call: were they computed in the context?")
+        raise UserError("the logits do not depend on any recorded attention call: were they computed in the context?")
     layers = _one_stream(calls, len(logits))
     _refuse_incomplete(record, layers)
 
@@ -49,7 +51,7 @@ def select_layers(record: AttentionRecord, logits: Tensor) -> list[Call]:
     levels = graph_levels(logits.grad_fn, {call.node for call in layers})
     order = sorted(layers, key=lambda call: levels[call.node])
     if [levels[call.node] for call in order] != list(range(1, len(order) + 1)):
-        raise ValueError(
+        raise UserError(
             f"the score depends on attention calls side by side (parallel branches, differential attention, or "
             f"several forward passes of the same shape): {ONE_BRANCH}"
         )
@@ -76,31 +78,31 @@ def _one_stream(calls: Sequence[Call], n: int) -> list[Call]:
     batch = [call for call in calls if call.q.ndim == 4 and call.q.shape[0] == n]
     if not batch:
         shapes = sorted({tuple(call.q.shape) for call in calls})
-        raise ValueError(
+        raise UserError(
             f"no attention call has {n} rows, as the logits have, but query shapes {shapes}: windowed attention, or "
             f"heads or frames folded into the batch, cannot be explained"
         )
     plain = [call for call in batch if not call.masked]
     if not plain:
-        raise ValueError(
+        raise UserError(
             "attention runs with a mask, a position bias or causally: only attention over all tokens can be explained"
         )
     lengths = sorted({call.k.shape[2] for call in plain})
     if len(lengths) > 1:
-        raise ValueError(
+        raise UserError(
             f"attention calls over sequences of different lengths {lengths} lead to the score. Hierarchical models, "
             f"whose tokens change between layers, cannot be explained. If one length belongs to a text encoder, "
             f"compute the text features before, under torch.no_grad()"
         )
     t = lengths[0]
     if any(call.masked and call.k.shape[2] == t for call in batch):
-        raise ValueError(
+        raise UserError(
             f"some of the attention calls over {t} tokens run with a mask or position bias: only attention over all "
             f"tokens can be explained"
         )
     queries = [call.q.shape[2] for call in plain]
     if any(tq != t for tq in queries[:-1]) or queries[-1] not in (1, t) or queries[0] != t:
-        raise ValueError(
+        raise UserError(
             f"cross-attention leads to the score ({queries} queries to {t} keys): only self-attention, and one last "
             f"call with a single query, can be explained"
         )
@@ -112,13 +114,13 @@ def _refuse_incomplete(record: AttentionRecord, layers: Sequence[Call]) -> None:
     n, t = layers[0].q.shape[0], layers[0].k.shape[2]
     written = [shape for shape in record.maps if shape[-1] == t and shape[:-2].numel() % n == 0]
     if written:
-        raise ValueError(
+        raise UserError(
             f"{len(written)} attention maps over the same {t} tokens were computed by an explicit softmax, so layers "
             f"are missing from the record. Switch fused attention on. {FUSED}"
         )
     rates = {call.dropout for call in layers if call.dropout > 0}
     if rates:
-        raise ValueError(
+        raise UserError(
             f"attention runs with dropout {max(rates)}, whose draw is not known: call model.eval(), or set the "
             f"attention dropout to 0"
         )

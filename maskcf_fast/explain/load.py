@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.errors import UserError
 from .models import known_readout
 from .readout import ReadOut
 
@@ -46,11 +47,11 @@ def load(name: str, *, pretrained: bool, prompts: Sequence[str], device: torch.d
     library, _, model = name.partition(":")
     loaders = {"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip, "hf": _hugging_face}
     if library not in loaders or not model:
-        raise ValueError(f"the model must be given as {FORMS}, got {name!r}{_nearest(library, loaders)}")
+        raise UserError(f"the model must be given as {FORMS}, got {name!r}{_nearest(library, loaders)}")
     try:
         return loaders[library](model, pretrained, prompts, device)
     except (OSError, RuntimeError) as error:  # the libraries' and the hub's own
-        raise ValueError(f"{name} cannot be loaded: {error}") from error
+        raise UserError(f"{name} cannot be loaded: {error}") from error
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -60,7 +61,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def _no_prompts(prompts: Sequence[str]) -> None:
     if prompts:
-        raise ValueError("--prompts are for CLIP-like models (open_clip:, hf:); this one has classes of its own")
+        raise UserError("--prompts are for CLIP-like models (open_clip:, hf:); this one has classes of its own")
 
 
 def _timm(name: str, pretrained: bool, prompts: Sequence[str], device: torch.device) -> Loaded:
@@ -68,7 +69,7 @@ def _timm(name: str, pretrained: bool, prompts: Sequence[str], device: torch.dev
 
     _no_prompts(prompts)
     if not (name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name)):
-        raise ValueError(f"timm has no model {name!r}{_nearest(name.partition('.')[0], timm.list_models())}")
+        raise UserError(f"timm has no model {name!r}{_nearest(name.partition('.')[0], timm.list_models())}")
     model = timm.create_model(name, pretrained=pretrained).to(device).eval()
     data = timm.data.resolve_model_data_config(model)
     classes: dict[int, str] = {}
@@ -84,7 +85,7 @@ def _torchvision(name: str, pretrained: bool, prompts: Sequence[str], device: to
 
     _no_prompts(prompts)
     if name not in models.list_models():
-        raise ValueError(f"torchvision has no model {name!r}{_nearest(name, models.list_models())}")
+        raise UserError(f"torchvision has no model {name!r}{_nearest(name, models.list_models())}")
     weights = models.get_model_weights(name)["DEFAULT"]
     transform = weights.transforms()
     model = models.get_model(name, weights=weights if pretrained else None).to(device).eval()
@@ -103,12 +104,12 @@ def _open_clip(name: str, pretrained: bool, prompts: Sequence[str], device: torc
     name, tag = (name, "") if name.startswith("hf-hub:") else (name.partition("/")[0], name.partition("/")[2])
     if not name.startswith("hf-hub:"):
         if name not in open_clip.list_models():
-            raise ValueError(f"open_clip has no model {name!r}{_nearest(name, open_clip.list_models())}")
+            raise UserError(f"open_clip has no model {name!r}{_nearest(name, open_clip.list_models())}")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained and tag not in tags:
-            raise ValueError(f"open_clip:{name}/PRETRAINED needs one of {', '.join(tags)}{_nearest(tag, tags)}")
+            raise UserError(f"open_clip:{name}/PRETRAINED needs one of {', '.join(tags)}{_nearest(tag, tags)}")
     if not prompts:
-        raise ValueError('an open_clip model has no classes: give --prompts "a photo of a cat" "a photo of a dog" …')
+        raise UserError('an open_clip model has no classes: give --prompts "a photo of a cat" "a photo of a dog" …')
     model, _, transform = open_clip.create_model_and_transforms(
         name, pretrained=tag if pretrained and tag else None, device=device
     )
@@ -128,7 +129,7 @@ def _hugging_face(name: str, pretrained: bool, prompts: Sequence[str], device: t
         model, report = kind.from_pretrained(name, output_loading_info=True)
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise ValueError(
+            raise UserError(
                 f"the weights of {name} lack {missing}: no image classifier. For a CLIP-like model, give --prompts"
             )
     else:
@@ -138,7 +139,7 @@ def _hugging_face(name: str, pretrained: bool, prompts: Sequence[str], device: t
     logits, classes = model, dict(model.config.id2label)
     if prompts:
         if not hasattr(model, "get_text_features"):
-            raise ValueError(f"{name} has no text encoder: --prompts are for CLIP-like models")
+            raise UserError(f"{name} has no text encoder: --prompts are for CLIP-like models")
         tokens = transformers.AutoTokenizer.from_pretrained(name)(list(prompts), padding=True, return_tensors="pt")
         with torch.no_grad():
             text = _features(model.get_text_features(**tokens.to(device)))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_tensor
+from ..core.checks import FLOATS, check_tensor
+from ..core.errors import UserError
 from ..ops import attention_relevance
 from ..ops.relevance import pool_row
 
@@ -23,10 +24,10 @@ def check_labels(logits: Tensor, labels: Tensor) -> None:
     check_tensor("logits", logits, ["N", "C"], dtypes=FLOATS)
     check_tensor("labels", labels, [len(logits)], dtypes=[torch.int64], device=logits.device)
     if len(labels) == 0:
-        raise ValueError("logits are empty: there is no image to explain")
+        raise UserError("logits are empty: there is no image to explain")
     low, high = (int(x) for x in torch.stack(labels.aminmax()).tolist())
     if low < 0 or high >= logits.shape[1]:
-        raise ValueError(f"labels must lie in [0, {logits.shape[1] - 1}], got {low} to {high}")
+        raise UserError(f"labels must lie in [0, {logits.shape[1] - 1}], got {low} to {high}")
 
 
 def count_prefix(first: Call, prefix_tokens: int | None) -> tuple[int, tuple[int, int] | None]:
@@ -37,7 +38,7 @@ def count_prefix(first: Call, prefix_tokens: int | None) -> tuple[int, tuple[int
         grid = (first.grid[1], first.grid[2])
     if prefix_tokens is not None:
         if not 0 <= prefix_tokens < t:
-            raise ValueError(f"prefix_tokens must lie in [0, {t - 1}], got {prefix_tokens}")
+            raise UserError(f"prefix_tokens must lie in [0, {t - 1}], got {prefix_tokens}")
         side = round((t - prefix_tokens) ** 0.5)
         if grid is None or grid[0] * grid[1] != t - prefix_tokens:
             grid = (side, side) if side**2 == t - prefix_tokens else None
@@ -47,7 +48,7 @@ def count_prefix(first: Call, prefix_tokens: int | None) -> tuple[int, tuple[int
     side = round((t - 1) ** 0.5)
     if grid is None and side and side**2 == t - 1:  # no convolution: a class token and a square of patches
         return 1, (side, side)
-    raise ValueError(
+    raise UserError(
         f"which of the {t} tokens are patches is not known: pass prefix_tokens, the number of tokens before them"
     )
 
@@ -62,16 +63,16 @@ def chain_relevance(
 ) -> Tensor:
     """The recurrence, ``[N, L]``; arguments as `AttentionRecord.relevance`."""
     if isinstance(readout, str) and readout not in get_args(ReadOut):
-        raise ValueError(f"readout must be one of {', '.join(get_args(ReadOut))}, or weights, got {readout!r}")
+        raise UserError(f"readout must be one of {', '.join(get_args(ReadOut))}, or weights, got {readout!r}")
     pooled = readout == "attention"
     if pooled and layers[-1].q.shape[2] == layers[-1].k.shape[2]:
-        raise ValueError(
+        raise UserError(
             'readout="attention" needs a last fused attention call with one query, and none was recorded. '
             "torch.nn.MultiheadAttention makes one with need_weights=False only"
         )
     depth = len(layers) - pooled
     if not -depth <= start_layer < depth:
-        raise ValueError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
+        raise UserError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
     used = layers[start_layer % depth :]
 
     score = logits.gather(1, labels[:, None]).sum()
@@ -108,7 +109,7 @@ def _start(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tensor | No
         return readout.to(start.dtype)
     if last.q.shape[2] == 1 and t > 1:
         if readout not in ("class", "attention"):
-            raise ValueError(
+            raise UserError(
                 'the last attention call has a single query: pass readout="class" if it is the class token\'s, or '
                 'readout="attention" if it is a learned query that pools the tokens'
             )
@@ -116,7 +117,7 @@ def _start(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tensor | No
         return start
     if readout in ("class", "class+mean"):
         if prefix == 0:
-            raise ValueError(f'readout="{readout}" needs a class token, but all {t} tokens are patches')
+            raise UserError(f'readout="{readout}" needs a class token, but all {t} tokens are patches')
         start[0] = 1
         if readout == "class+mean":
             start[prefix:] = 1 / (t - prefix)
@@ -128,13 +129,13 @@ def _start(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tensor | No
     patches, prefixes = int(read[prefix:].sum()), int(read[:prefix].sum())
     if readout == "mean":
         if patches not in (0, t - prefix) or prefixes not in (0, prefix) or (prefixes and not patches):
-            raise ValueError(
+            raise UserError(
                 f"the score reads {patches} of {t - prefix} patches and {prefixes} of {prefix} tokens before them: "
                 f'not the mean of either, as readout="mean" says'
             )
         start[0 if prefixes else prefix :] = 1
     elif patches:
-        raise ValueError(
+        raise UserError(
             f"the score reads {patches} of {t - prefix} patches after the last layer, and {prefixes} of {prefix} "
             f'tokens before them, not the class token alone. If it reads their mean, pass readout="mean"; the mean '
             f'beside the class token, readout="class+mean"; attention pooling that is not fused is not covered'

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._precision import no_autocast
+from ..core.precision import no_autocast
 from ..ops.drop import Packing
 
 if TYPE_CHECKING:

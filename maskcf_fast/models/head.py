@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import FLOATS, check_tensor
-from .._precision import no_autocast
+from ..core.checks import FLOATS, check_tensor
+from ..core.errors import UserError
+from ..core.precision import no_autocast
 from .vit import VisionTransformer
 
 
@@ -64,7 +65,7 @@ HEADS: dict[str, type[CosineClassifier | LinearClassifier]] = {"cosine": CosineC
 
 def _check_sizes(feature_dim: int, num_classes: int) -> None:
     if feature_dim < 1 or num_classes < 1:
-        raise ValueError(f"a head needs positive sizes, got {feature_dim} features, {num_classes} classes")
+        raise UserError(f"a head needs positive sizes, got {feature_dim} features, {num_classes} classes")
 
 
 class ImageClassifier(nn.Module):
@@ -81,7 +82,7 @@ class ImageClassifier(nn.Module):
     def __init__(self, backbone: VisionTransformer, head: CosineClassifier | LinearClassifier) -> None:
         super().__init__()
         if head.weight.shape[1] != backbone.config.feature_dim:
-            raise ValueError(
+            raise UserError(
                 f"the head expects features of size {head.weight.shape[1]}, "
                 f"the backbone gives {backbone.config.feature_dim}"
             )

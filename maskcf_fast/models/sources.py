@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import UserError
 from .architectures import hugging_face_config, open_clip_config, timm_config
 from .layouts import State
 from .vit import VisionTransformer, VisionTransformerConfig
@@ -35,7 +36,7 @@ def load_source(name: str) -> tuple[VisionTransformerConfig, State]:
     library, _, model = name.partition(":")
     loaders = {"open_clip": _open_clip, "hf": _hugging_face, "timm": _timm}
     if library not in loaders or not model:
-        raise ValueError(f"a model is named {FORMS}, got {name!r}{_nearest(library, loaders)}")
+        raise UserError(f"a model is named {FORMS}, got {name!r}{_nearest(library, loaders)}")
     try:
         return loaders[library](model)
     except ImportError as error:
@@ -44,7 +45,7 @@ def load_source(name: str) -> tuple[VisionTransformerConfig, State]:
             f"{name} needs {package}, which cannot be imported ({error}): pip install {package}"
         ) from error
     except (OSError, RuntimeError) as error:  # the libraries' and the hub's own
-        raise ValueError(f"{name} cannot be loaded: {error}") from error
+        raise UserError(f"{name} cannot be loaded: {error}") from error
 
 
 def load_named(name: str) -> VisionTransformer:
@@ -64,11 +65,11 @@ def open_clip_model(name: str, **options: Any) -> Any:
         return open_clip.create_model(name, weights_only=True, **options).eval()
     model, _, tag = name.partition("/")
     if model not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {model!r}{_nearest(model, open_clip.list_models())}")
+        raise UserError(f"open_clip has no model {model!r}{_nearest(model, open_clip.list_models())}")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
         known = f"one of {', '.join(tags)}" if tags else "weights, of which it has none"
-        raise ValueError(f"open_clip:{model}/PRETRAINED needs {known}, got {tag!r}{_nearest(tag, tags)}")
+        raise UserError(f"open_clip:{model}/PRETRAINED needs {known}, got {tag!r}{_nearest(tag, tags)}")
     quick = bool((open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
     return open_clip.create_model(model, tag, force_quick_gelu=quick, weights_only=True, **options).eval()
 
@@ -84,10 +85,10 @@ def _timm(name: str) -> tuple[VisionTransformerConfig, State]:
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         if not timm.is_model(name):
             known = timm.list_models("*vit*") + timm.list_models("*deit*")
-            raise ValueError(f"timm has no model {name!r}{_nearest(name.partition('.')[0], known)}")
+            raise UserError(f"timm has no model {name!r}{_nearest(name.partition('.')[0], known)}")
         if not timm.is_model_pretrained(name):
             tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
-            raise ValueError(f"timm has no weights for {name!r}; there are {', '.join(tags) or 'none for this model'}")
+            raise UserError(f"timm has no weights for {name!r}; there are {', '.join(tags) or 'none for this model'}")
     model = timm.create_model(name, pretrained=True).eval()
     return timm_config(model), model.state_dict()
 
@@ -117,11 +118,11 @@ def _hugging_face_state(name: str) -> State:
         parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = {part: _file(name, part) for part in parts}
         if missing := [part for part, file in files.items() if file is None]:
-            raise ValueError(f"hf:{name} lacks {missing[0]}, which its index names")
+            raise UserError(f"hf:{name} lacks {missing[0]}, which its index names")
         return {k: t for file in files.values() if file is not None for k, t in read_state(file).items()}
     if pickled := _file(name, "pytorch_model.bin"):
         return read_state(pickled)
-    raise ValueError(f"hf:{name} has neither model.safetensors nor pytorch_model.bin")
+    raise UserError(f"hf:{name} has neither model.safetensors nor pytorch_model.bin")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
 from .sources import open_clip_model
 
 
@@ -38,7 +39,7 @@ def load_text_tower(name: str, device: str) -> TextTower:
     library, _, model = name.partition(":")
     loaders = {"open_clip": _open_clip, "hf": _hugging_face}
     if library not in loaders or not model:
-        raise ValueError(
+        raise UserError(
             f"{name} has no text tower here: those of open_clip:MODEL/PRETRAINED and hf:ID_OR_FOLDER can be used; for "
             "a model without one, train with --model.head-kind linear"
         )
@@ -50,7 +51,7 @@ def load_text_tower(name: str, device: str) -> TextTower:
             f"the text tower of {name} needs {package}, which cannot be imported ({error}): pip install {package}"
         ) from error
     except (OSError, RuntimeError) as error:  # the libraries' and the hub's own
-        raise ValueError(f"{name} cannot be loaded: {error}") from error
+        raise UserError(f"{name} cannot be loaded: {error}") from error
 
 
 def _open_clip(name: str, device: str) -> TextTower:
@@ -66,7 +67,7 @@ def _hugging_face(name: str, device: str) -> TextTower:
 
     settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if settings.model_type not in ("clip", "siglip"):
-        raise ValueError(
+        raise UserError(
             f"hf:{name} is of the kind {settings.model_type}, which has no text tower (clip and siglip have): train "
             "with --model.head-kind linear"
         )

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .._checks import check_tensor
-from .._precision import compute_dtype
+from ..core.checks import check_tensor
+from ..core.errors import UserError
+from ..core.precision import compute_dtype
 from ..ops.drop import Packing
 from ..ops.patchify import patchify
 from .blocks import POINTWISE, Block, Tap, class_tokens
@@ -72,18 +73,18 @@ class VisionTransformerConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "depth", "heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} does not divide by patch_size={self.patch_size}")
+            raise UserError(f"image_size={self.image_size} does not divide by patch_size={self.patch_size}")
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} does not divide into heads={self.heads}")
+            raise UserError(f"width={self.width} does not divide into heads={self.heads}")
         for name, known in (("activation", get_args(Activation)), ("pool", ("class", "attention"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
         if self.mlp_width is not None and self.mlp_width < 1:
-            raise ValueError(f"mlp_width must be at least 1, got {self.mlp_width}")
+            raise UserError(f"mlp_width must be at least 1, got {self.mlp_width}")
         if not self.eps > 0:
-            raise ValueError(f"eps must be positive, got {self.eps}")
+            raise UserError(f"eps must be positive, got {self.eps}")
 
     @property
     def num_patches(self) -> int:
@@ -267,5 +268,5 @@ def preset(name: str, **changes: object) -> VisionTransformerConfig:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown model preset {name!r} (there are {', '.join(PRESETS)}){hint}")
+        raise UserError(f"unknown model preset {name!r} (there are {', '.join(PRESETS)}){hint}")
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
 from .layouts import LAYOUTS, TIMM, State
 from .vit import VisionTransformer, VisionTransformerConfig
 
@@ -51,7 +52,7 @@ def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, T
     if problems:
         source = f" in {weights}" if isinstance(weights, str | Path) else ""
         shown = "\n  ".join(problems[:12]) + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise ValueError(f"the weights{source} are of another architecture than {model.config}:\n  {shown}")
+        raise UserError(f"the weights{source} are of another architecture than {model.config}:\n  {shown}")
     model.load_state_dict(state)
     return model
 
@@ -72,20 +73,20 @@ def read_state(path: Path) -> State:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} is no complete safetensors file ({error}): convert or download it again"
             ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged, or holds more than tensors and would execute code when loaded: convert it to "
             f"safetensors where you trust it ({str(error).splitlines()[0]})"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     state = {str(name).removeprefix("module."): t for name, t in content.items() if isinstance(t, Tensor)}
     if not state:
-        raise ValueError(f"{path} holds no state dict")
+        raise UserError(f"{path} holds no state dict")
     return state
 
 
@@ -114,7 +115,7 @@ def read_architecture(path: Path) -> VisionTransformerConfig | None:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(stored).items()}
         return VisionTransformerConfig(**fields)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} names an architecture that this version does not know: {error}") from error
+        raise UserError(f"{path} names an architecture that this version does not know: {error}") from error
 
 
 def _translate(state: State, config: VisionTransformerConfig) -> State:
@@ -135,7 +136,7 @@ def _translate(state: State, config: VisionTransformerConfig) -> State:
                 return tower
     if "patch_weight" in state:
         return state
-    raise ValueError(
+    raise UserError(
         "unknown weight layout: expected this package's, open_clip's, timm's, or Hugging Face's CLIP, SigLIP, ViT or "
         f"DINOv2 names, got {', '.join(sorted(state)[:4]) or 'no tensors'}, …"
     )
@@ -148,7 +149,7 @@ def _without_head(state: State, config: VisionTransformerConfig) -> State:
     if config.output_dim is None:
         state.pop("head.weight", None)
     elif bias is not None and bool(bias.any()):
-        raise ValueError("the head in these timm weights has a bias: it is a classifier, no projection of features")
+        raise UserError("the head in these timm weights has a bias: it is a classifier, no projection of features")
     return state
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_batch, check_tensor, value_checks
+from ..core.checks import FLOATS, check_batch, check_tensor, value_checks
 
 
 def drop_tokens(tokens: Tensor, mask: Tensor, *, dropped: int | None = None) -> tuple[Tensor, Tensor | None]:

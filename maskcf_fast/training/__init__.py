@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import TrainConfig
+    from .settings import TrainConfig
     from .trainer import Trainer, TrainingDiverged
 
 __all__ = ["TrainConfig", "Trainer", "TrainingDiverged"]

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.errors import UserError
+from ..core.processes import Processes
 from ..data import Loader, LoaderConfig, Manifest, build_loader, scan_images
-from ..distill import (
+from ..methods import (
     L2SP,
     CounterfactualDistiller,
     FeatureDistillation,
@@ -35,8 +37,7 @@ from ..models import (
 )
 from ..models.layouts import State
 from ..models.weights import architecture_metadata, read_architecture, read_metadata, read_state
-from .config import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
-from .distributed import Processes
+from .settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 def build_model(
@@ -57,7 +58,7 @@ def build_model(
     """
     source = config.weights or config.name
     if source is None:
-        raise ValueError(
+        raise UserError(
             "fine-tuning starts from a pre-trained model: pass --model.name LIBRARY:MODEL, or --model.weights "
             'FILE.safetensors ("random" starts from scratch)'
         )
@@ -73,7 +74,7 @@ def build_model(
     _load_head(config, head, classes)
     model = ImageClassifier(backbone, head)
     if bad := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise ValueError(f"the weights in {source} hold NaN or infinity, first in {bad[0]}: get them again")
+        raise UserError(f"the weights in {source} hold NaN or infinity, first in {bad[0]}: get them again")
     return model
 
 
@@ -88,7 +89,7 @@ def _architecture(config: ModelConfig) -> tuple[VisionTransformerConfig, State |
     if stored is not None and stored != wanted:
         ours, theirs = dataclasses.asdict(wanted), dataclasses.asdict(stored)
         differing = [f"{k} is {theirs[k]}, not {ours[k]}" for k in ours if ours[k] != theirs[k]]
-        raise ValueError(
+        raise UserError(
             f"{config.weights} is of another architecture than --model.arch {config.arch}: {', '.join(differing)}"
         )
     return wanted, None
@@ -106,18 +107,18 @@ def _load_head(config: ModelConfig, head: CosineClassifier | LinearClassifier, c
         return  # another library's file: its head, if any, is on other classes, or a projection
     if f"{prefix}weight" not in state:
         if config.head is not None:
-            raise ValueError(f'{path} must hold "weight" [classes, D], it holds {", ".join(sorted(state)[:4])}')
+            raise UserError(f'{path} must hold "weight" [classes, D], it holds {", ".join(sorted(state)[:4])}')
         return
     weight, bias = state[f"{prefix}weight"], state.get(f"{prefix}bias")
     if weight.shape != head.weight.shape:
-        raise ValueError(
+        raise UserError(
             f"the head in {path} is {list(weight.shape)}, but there are {head.weight.shape[0]} class folders and "
             f"features of size {head.weight.shape[1]}"
         )
     if bias is not None and bias.shape != head.bias.shape:
-        raise ValueError(f"the head's bias in {path} is {list(bias.shape)}, not {list(head.bias.shape)}")
+        raise UserError(f"the head's bias in {path} is {list(bias.shape)}, not {list(head.bias.shape)}")
     if not weight.is_floating_point():
-        raise ValueError(f"the head in {path} is {weight.dtype}, it must be of a float dtype")
+        raise UserError(f"the head in {path} is {weight.dtype}, it must be of a float dtype")
     _check_metadata(path, config.head_kind, classes)
     with torch.no_grad():
         head.weight.copy_(weight)
@@ -128,13 +129,13 @@ def _check_metadata(path: Path, kind: str, classes: Sequence[str] | None) -> Non
     """What a head says of itself must be what it is used for."""
     stored = read_metadata(path)
     if (own := stored.get("head_kind", kind)) != kind:
-        raise ValueError(f"the head in {path} is a {own} one: pass --model.head-kind {own}, or another head")
+        raise UserError(f"the head in {path} is a {own} one: pass --model.head-kind {own}, or another head")
     names = json.loads(stored["classes"]) if "classes" in stored else None
     if names is None or classes is None or list(names) == list(classes):
         return
     at = next(i for i, (name, folder) in enumerate(zip_longest(names, classes)) if name != folder)
     name, folder = (items[at] if at < len(items) else None for items in (names, classes))
-    raise ValueError(
+    raise UserError(
         f"the head in {path} is of other classes than the training folders: output {at} is {name!r}, the folder "
         f"{folder!r}; make it from these folders' names, in this order (python -m maskcf_fast.zeroshot)"
     )
@@ -230,7 +231,7 @@ def scan(config: DataConfig, processes: Processes) -> tuple[Manifest, dict[str, 
         try:
             train, held_out = train.holdout(config.holdout, seed=0)
         except ValueError as error:
-            raise ValueError(f"{error}: lower --data.holdout (0 holds out none)") from error
+            raise UserError(f"{error}: lower --data.holdout (0 holds out none)") from error
         tests = {"holdout": held_out, **tests}
     return train, tests
 
@@ -254,7 +255,7 @@ def _unused_name(folder: Path, taken: Iterable[str]) -> str:
     if name in (*taken, "id", "holdout"):
         name = "/".join(folder.resolve().parts[-2:])
     if name in taken:
-        raise ValueError(f"two test sets are called {name}: {folder}")
+        raise UserError(f"two test sets are called {name}: {folder}")
     return name
 
 
@@ -268,14 +269,14 @@ def build_loaders(
     """
     parts = processes.world_size * config.optim.accumulate
     if config.optim.batch_size % parts:
-        raise ValueError(
+        raise UserError(
             f"optim.batch_size={config.optim.batch_size} does not divide into {processes.world_size} process(es) × "
             f"accumulate={config.optim.accumulate}"
         )
     method = config.method
     refills = method.name in ("counterfactual", "cf-kd") and method.mask_strategy().fill != "none"
     if refills and config.optim.batch_size == parts:
-        raise ValueError(
+        raise UserError(
             f"{method.strategy} needs a micro-batch of at least 2 images, got 1: no other image to draw from; "
             "raise --optim.batch-size"
         )

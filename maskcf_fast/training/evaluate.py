@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .._precision import autocast
+from ..core.precision import autocast
+from ..core.processes import Processes
 from ..data import Loader
-from .distributed import Processes
 
 
 @torch.no_grad()

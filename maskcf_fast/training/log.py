@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._cache import atomic_write
-from .config import TrainConfig, to_yaml
+from ..core.files import atomic_write
+from .settings import TrainConfig, to_yaml
 
 
 class RunLog:

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.processes import Processes
 from ..data import Batch
-from ..distill import CounterfactualDistiller, StepOutput
-from .distributed import Processes
+from ..methods import CounterfactualDistiller, StepOutput
 
 NO_GRAPH = "--cuda-graph is left out: --method.cam-every makes steps of two kinds, with a map and without"
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..distill import Method
+from ..core.processes import Processes
+from ..methods import Method
 from ..models import ImageClassifier, VisionTransformer
-from .distributed import Processes
 
 
 def shard(method: Method, processes: Processes) -> None:

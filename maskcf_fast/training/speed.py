@@ -9,9 +9,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .._checks import debug_enabled
-from ..distill import Method, StepOutput
-from ..distill.methods import run
+from ..core.checks import debug_enabled
+from ..methods import Method, StepOutput
+from ..methods.method import run
 from ..models import VisionTransformer
 
 Backward = Callable[..., StepOutput]

@@ -12,22 +12,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..core.errors import UserError
+from ..core.processes import Processes
 from ..data import Batch
-from ..distill import CounterfactualDistiller
-from ..distill.methods import run
+from ..methods import CounterfactualDistiller
+from ..methods.method import run
 from ..visualization.board import board_images, rows_for_board
 from .build import build_loaders, build_method, build_model, build_optimizer, describe, scan
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_weights
-from .config import TrainConfig, changed_settings
-from .distributed import Processes, reduce_gradients
+from .distributed import reduce_gradients
 from .evaluate import evaluate
 from .log import RunLog, write_run_files
 from .mask_memory import NO_GRAPH, MaskMemory
+from .settings import TrainConfig, changed_settings
 from .sharding import load_model_state, load_optimizer_state, shard, whole
 from .speed import BETA1_MOVES, Backward, Graphed, GraphedBackward, compile_pointwise, why_no_graph
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError):
     """The loss or its gradient is no longer finite."""
 
 
@@ -40,11 +42,11 @@ STARTED = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard"}  #
 def refuse_occupied(folder: Path) -> None:
     """Raise unless a run may be written to ``folder``: new, empty, or left by a run that never came to a checkpoint."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file: choose another --out")
+        raise UserError(f"--out {folder} is a file: choose another --out")
     if (folder / "last.pt").exists():
-        raise ValueError(f"{folder} already holds a run: --resume {folder}, or choose another --out")
+        raise UserError(f"{folder} already holds a run: --resume {folder}, or choose another --out")
     if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - STARTED)):
-        raise ValueError(f"--out {folder} holds other files ({', '.join(others[:3])}): choose an empty or new folder")
+        raise UserError(f"--out {folder} holds other files ({', '.join(others[:3])}): choose an empty or new folder")
 
 
 class Trainer:
@@ -77,7 +79,7 @@ class Trainer:
         if config.resume is None:
             refuse_occupied(self.folder)
         if config.resume is not None and (changed := changed_settings(self.config, self.folder / "config.yaml")):
-            raise ValueError(f"{self.folder} continues with its own settings only; changed: {', '.join(changed)}")
+            raise UserError(f"{self.folder} continues with its own settings only; changed: {', '.join(changed)}")
 
         train, tests = scan(config.data, self.processes)
         self._report_data(train, tests)
@@ -106,7 +108,7 @@ class Trainer:
         if self.processes.world_size > 1 and config.parallel == "fsdp":
             for name, manifest in tests.items():
                 if len(manifest) < self.processes.world_size:
-                    raise ValueError(
+                    raise UserError(
                         f"--parallel fsdp needs an image for each of the {self.processes.world_size} processes, the "
                         f"test set {name} has {len(manifest)}"
                     )
@@ -335,21 +337,21 @@ class Trainer:
         """
         where = self.folder / "last.pt"
         if missing := STATE - (state.keys() if isinstance(state, dict) else set()):
-            raise ValueError(f"{where} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
+            raise UserError(f"{where} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
         own = self.method.student.state_dict()
         saved = {name: tensor.shape for name, tensor in state["student"].items()}
         if differing := [n for n in {**own, **saved} if n not in own or n not in saved or own[n].shape != saved[n]]:
-            raise ValueError(
+            raise UserError(
                 f"{where} is of another architecture than {self.config.model.name or self.config.model.arch}: it "
                 f"differs in {', '.join(differing[:3])}{'…' if len(differing) > 3 else ''}"
             )
         if state["initial"] != self.initial:
-            raise ValueError(
+            raise UserError(
                 f"{where} started from other weights than {self.config.model.weights or self.config.model.name} now "
                 "holds: restore those"
             )
         if len(state["loaders"]) != self.processes.world_size:
-            raise ValueError(
+            raise UserError(
                 f"{where} was written by {len(state['loaders'])} process(es), now there are {self.processes.world_size}"
             )
         try:
@@ -365,7 +367,7 @@ class Trainer:
             loader = state["loaders"][self.processes.rank]
             loader["settings"]
         except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{where} is damaged ({error!r}): start the run again elsewhere") from error
+            raise UserError(f"{where} is damaged ({error!r}): start the run again elsewhere") from error
         self.loader.load_state_dict(loader)
         self.step, self.best, self.accuracy = state["step"], state["best"], state["accuracy"]
 

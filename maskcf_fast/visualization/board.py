@@ -10,14 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import Manifest
-from ..data._verify import image_source
 from ..data.transforms import resize_and_crop
-from ..distill import CounterfactualDistiller, Method
-from ..distill.label_map import LabelMap
+from ..data.verify import image_source
+from ..methods import CounterfactualDistiller, Method
+from ..methods.label_map import LabelMap
 from ..models import ImageClassifier
-from ..plots import heat_maps
 from .chance import Chance
 from .maps import counterfactuals, explain_labels
+from .plots import heat_maps
 
 ROWS = 4
 SIDE = 128  # smaller images are enlarged to at least this

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..distill import Draw, MaskStrategy
+from ..methods import Draw, MaskStrategy
 from ..ops import sample_donors, select_patches
 
 

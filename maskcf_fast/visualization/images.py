@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..core.errors import UserError
 from ..data.transforms import resize_and_crop
 from ..explain.gallery import SUFFIXES
 
@@ -45,7 +46,7 @@ def read_images(root: Path, classes: Sequence[str], image_size: int, count: int,
         ValueError: No image in it, or none that can be read, or ``count`` is below 1.
     """
     if count < 1:
-        raise ValueError(f"--count must be at least 1, got {count}")
+        raise UserError(f"--count must be at least 1, got {count}")
     if not root.exists():
         raise FileNotFoundError(f"there is no folder of images {root}: check --images")
     if not root.is_dir():
@@ -53,7 +54,7 @@ def read_images(root: Path, classes: Sequence[str], image_size: int, count: int,
     files = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     paths = sorted(path for path in files if without.resolve() not in path.resolve().parents)
     if not paths:
-        raise ValueError(f"there are no images in {root} (files ending in {', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"there are no images in {root} (files ending in {', '.join(sorted(SUFFIXES))})")
     count = min(count, len(paths))
     names, pixels, labels = [], [], []
     for path in (paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)):
@@ -66,7 +67,7 @@ def read_images(root: Path, classes: Sequence[str], image_size: int, count: int,
         names.append(path.relative_to(root).as_posix())
         labels.append(_label(path, root, classes))
     if not pixels:
-        raise ValueError(f"none of the {count} images tried in {root} can be read")
+        raise UserError(f"none of the {count} images tried in {root} can be read")
     return Images(tuple(names), torch.stack(pixels), torch.tensor(labels))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._precision import autocast
-from ..distill import Draw, MaskStrategy
-from ..distill.label_map import LabelMap
+from ..core.precision import autocast
+from ..methods import Draw, MaskStrategy
+from ..methods.label_map import LabelMap
 from ..models import ImageClassifier
 from ..ops import refill_patches
-from ..plots import kept_patches
+from .plots import kept_patches
 
 
 def explain_labels(

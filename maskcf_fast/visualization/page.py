@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..distill import MaskStrategy
-from ..plots import MASKED, heat_maps
+from ..methods import MaskStrategy
 from .chance import Chance
 from .images import Images
+from .plots import MASKED, heat_maps
 
 
 @dataclass(frozen=True)

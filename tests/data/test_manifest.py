@@ -6,21 +6,21 @@ import pytest
 from pictures import picture
 from PIL import Image
 
-from maskcf_fast._cache import atomic_write, cache_dir
-from maskcf_fast.data import Manifest, _verify, scan_image_folder
+from maskcf_fast.core.files import atomic_write, cache_dir
+from maskcf_fast.data import Manifest, scan_image_folder, verify
 
 
 @pytest.fixture
 def verified(monkeypatch) -> list[str]:
     """The names of the files that are decoded."""
     calls: list[str] = []
-    original = _verify._defect
+    original = verify._defect
 
     def spy(root: Path, path: str, span: tuple[int, int] | None) -> str:
         calls.append(os.path.basename(path))
         return original(root, path, span)
 
-    monkeypatch.setattr(_verify, "_defect", spy)
+    monkeypatch.setattr(verify, "_defect", spy)
     return calls
 
 
@@ -181,7 +181,7 @@ def test_results_survive_an_interruption(make_folder, monkeypatch, verified):
                 raise KeyboardInterrupt
             return ""
 
-        patch.setattr(_verify, "_defect", interrupt)
+        patch.setattr(verify, "_defect", interrupt)
         with pytest.raises(KeyboardInterrupt):
             scan_image_folder(root)
     scan_image_folder(root)
@@ -209,7 +209,7 @@ def test_unwritable_cache_only_warns(make_folder, cache):
 def test_processes_find_the_same(make_folder, monkeypatch):
     root = make_folder({"a": 5})
     write_truncated(root / "a" / "bad.jpg")
-    monkeypatch.setattr(_verify, "_SERIAL_LIMIT", 3)
+    monkeypatch.setattr(verify, "_SERIAL_LIMIT", 3)
     manifest = scan_image_folder(root, on_bad_image="skip", workers=2, progress=True)
     assert [path for path, _ in manifest.skipped] == ["a/bad.jpg"]
     assert len(manifest) == 5

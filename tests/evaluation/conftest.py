@@ -4,11 +4,11 @@ import pytest
 import torch
 from coloured import SIZE, ByColour
 
+from maskcf_fast.core.processes import Processes
 from maskcf_fast.data import LoaderConfig, build_loader
 from maskcf_fast.evaluation import Reader, Spec, measure, read_benchmark
 from maskcf_fast.evaluation.classes import imagenet_classes
 from maskcf_fast.evaluation.disk import DiskImages, DiskLoader
-from maskcf_fast.training.distributed import Processes
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,14 @@ from coloured import write_shards
 from safetensors.torch import load_file
 
 from maskcf_fast.evaluate import main
-from maskcf_fast.evaluation import report, session, suite
+from maskcf_fast.evaluation import report, suite
 from maskcf_fast.evaluation.metrics import Baseline
 from maskcf_fast.evaluation.results import Results
-from maskcf_fast.evaluation.runs import parse_alphas
+from maskcf_fast.experiments import evaluate as session
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training.checkpoint import save_weights
-from maskcf_fast.training.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
+from maskcf_fast.training.runs import parse_alphas
+from maskcf_fast.training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 from maskcf_fast.training.trainer import Trainer
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from coloured import SIZE, ByColour, write_objectnet, write_tree
 
+from maskcf_fast.core.processes import Processes
 from maskcf_fast.data import LoaderConfig, LoadingError, Manifest, build_loader, scan_images
 from maskcf_fast.evaluation import Reader, Results, Spec, Suite, measure, read_benchmark, suite
 from maskcf_fast.evaluation.benchmark import Benchmark
 from maskcf_fast.evaluation.disk import DiskLoader
 from maskcf_fast.evaluation.measure import Measurement, Tally
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
-from maskcf_fast.training.distributed import Processes
 from maskcf_fast.training.evaluate import evaluate
 
 ALONE = Processes(0, 1, torch.device("cpu"))

@@ -6,9 +6,9 @@ import pytest
 import torch
 import zoo
 
-from maskcf_fast.distill.label_map import LabelMap
 from maskcf_fast.explain import explain, record_attention
 from maskcf_fast.explain.models import known_readout
+from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import LinearClassifier, VisionTransformer, load_backbone
 from maskcf_fast.models.architectures import timm_config
 

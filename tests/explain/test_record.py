@@ -13,8 +13,8 @@ import zoo
 from torch import nn
 
 import maskcf_fast as mf
-from maskcf_fast.distill.label_map import LabelMap
 from maskcf_fast.explain import explain, record_attention
+from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import preset
 
 sdpa = F.scaled_dot_product_attention

@@ -299,7 +299,7 @@ def test_tensors_that_do_not_fit_their_configuration_are_named(tmp_path):
 
 
 def test_a_run_starts_from_a_named_model_and_is_rebuilt_from_its_own_file(tmp_path, change, monkeypatch):
-    from maskcf_fast.evaluation.runs import read_run
+    from maskcf_fast.training.runs import read_run
     from maskcf_fast.training.trainer import Trainer
 
     source = tmp_path / "source"

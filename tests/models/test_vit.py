@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from maskcf_fast.distill.paper_order import plain_forward
+from maskcf_fast.methods.paper_order import plain_forward
 from maskcf_fast.models import CosineClassifier, ImageClassifier, PoolTap, Tap, VisionTransformer, preset
 from maskcf_fast.ops import pack_tokens
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from maskcf_fast import _build
+from maskcf_fast.ops import building
 
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "U8": 1, "S8": 1, "S16": 2}
 
@@ -75,8 +75,8 @@ def find_cuobjdump() -> str | None:
 def report(folder: Path, cuobjdump: str | None) -> dict[str, list[dict[str, Any]]]:
     """Compile the CUDA files for every architecture and read what came out."""
     table: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for job in _build.cuda_jobs(_build.source_folder(), _build.torch_folder(), folder):
-        found = resources(_build.run(job))
+    for job in building.cuda_jobs(building.source_folder(), building.torch_folder(), folder):
+        found = resources(building.run(job))
         if cuobjdump:
             sass = subprocess.run([cuobjdump, "-sass", job[-1]], capture_output=True, text=True, check=True).stdout
             for key, facts in accesses(sass).items():

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskcf_fast import _build
+from maskcf_fast.ops import building
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not os.environ.get("MASKCF_TEST_BUILD"), reason="MASKCF_TEST_BUILD is not set")
@@ -47,8 +47,8 @@ def assert_passed(done: subprocess.CompletedProcess, at_least: int) -> None:
 def plain(tmp_path_factory) -> Path:
     """The CPU part, built from the tree."""
     folder = tmp_path_factory.mktemp("plain")
-    assert _build.build(folder, want="cpu")["cpu"]
-    return folder / _build.LIBRARY
+    assert building.build(folder, want="cpu")["cpu"]
+    return folder / building.LIBRARY
 
 
 def test_no_symbol_of_pytorchs_cxx_interface_or_of_python(plain):
@@ -65,26 +65,26 @@ def test_a_compilers_error_is_told_and_recorded(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     said: list[str] = []
-    facts = _build.build(tmp_path / "out", want="cpu", say=said.append)
+    facts = building.build(tmp_path / "out", want="cpu", say=said.append)
     assert facts["cpu"] is None
     assert "no such header" in facts["why_no_cpu"]
     assert "no such header" in "\n".join(said)
-    assert not (tmp_path / "out" / _build.LIBRARY).exists()
+    assert not (tmp_path / "out" / building.LIBRARY).exists()
 
 
 def test_nothing_is_built_when_switched_off(tmp_path):
-    assert "MASKCF_BUILD=none" in _build.build(tmp_path, want="none")["why_no_cpu"]
+    assert "MASKCF_BUILD=none" in building.build(tmp_path, want="none")["why_no_cpu"]
 
 
 def test_under_sanitizers(tmp_path):
-    facts = _build.build(tmp_path, want="cpu", sanitize=True)
+    facts = building.build(tmp_path, want="cpu", sanitize=True)
     assert facts["cpu"], facts
     runtime = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")  # the last: else exceptions are not intercepted
     ]
     done = pytest_with(
-        sys.executable, tmp_path / _build.LIBRARY, f"cpu and eager and ({SANITIZED}) or (test_masks and cpu)",
+        sys.executable, tmp_path / building.LIBRARY, f"cpu and eager and ({SANITIZED}) or (test_masks and cpu)",
         LD_PRELOAD=":".join(runtime), ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0",
         UBSAN_OPTIONS="print_stacktrace=1",
     )  # fmt: skip
@@ -94,14 +94,14 @@ def test_under_sanitizers(tmp_path):
 @pytest.mark.skipif(not os.environ.get("MASKCF_TEST_OTHER_PYTHON"), reason="MASKCF_TEST_OTHER_PYTHON is not set")
 def test_loads_under_another_pytorch():
     """The library that is installed, GPU part included if it has one."""
-    from maskcf_fast import _native
+    from maskcf_fast.ops import extension
 
     other = os.environ["MASKCF_TEST_OTHER_PYTHON"]
     version = subprocess.run(
         [other, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
     ).stdout.strip()
     assert version != torch.__version__
-    assert_passed(pytest_with(other, _native.library_path(), "cpu and eager"), 300)
+    assert_passed(pytest_with(other, extension.library_path(), "cpu and eager"), 300)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,8 @@ def cuda_report() -> dict[str, list[dict]]:
     from native_report import find_cuobjdump, report
 
     try:
-        _build.find_nvcc()
-    except _build.BuildError as error:
+        building.find_nvcc()
+    except building.BuildError as error:
         pytest.skip(str(error))
     with tempfile.TemporaryDirectory() as folder:
         return report(Path(folder), find_cuobjdump())

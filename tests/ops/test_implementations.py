@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 import maskcf_fast as mf
-from maskcf_fast import _native
-from maskcf_fast.ops._dispatch import implementation
+from maskcf_fast.ops import extension
+from maskcf_fast.ops.dispatch import implementation
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLS = [
     "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(_native.why_not("cpu") is not None, reason="extension not built")),
+    pytest.param("cpu", marks=pytest.mark.skipif(extension.why_not("cpu") is not None, reason="extension not built")),
     pytest.param("cuda", marks=pytest.mark.skipif(not GPU, reason="no GPU")),
     pytest.param("triton", marks=pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU, and not interpreted")),
 ]
@@ -274,7 +274,7 @@ def test_opcheck(op, impl):
     torch.library.opcheck(getattr(torch.ops.maskcf, op), opcheck_arguments(impl)[op])
 
 
-@pytest.mark.skipif(_native.why_not("cpu") is not None, reason="extension not built")
+@pytest.mark.skipif(extension.why_not("cpu") is not None, reason="extension not built")
 @pytest.mark.parametrize("op", ["refill_patches", "gather_tokens", "gather_tokens_backward"])
 def test_a_donor_outside_the_batch_cannot_reach_memory(op):
     """Under torch.compile the public check reads no values; the CPU kernels check again."""

@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 
-from maskcf_fast.distill import PAPER_CUTS
+from maskcf_fast.methods import PAPER_CUTS
 from maskcf_fast.train import main
-from maskcf_fast.training.config import TrainConfig, find_yaml, parse, to_yaml, yaml_arguments
+from maskcf_fast.training.settings import TrainConfig, find_yaml, parse, to_yaml, yaml_arguments
 
 PRESETS = [*PAPER_CUTS, "ft", "lp", "fd", "kd"]
 

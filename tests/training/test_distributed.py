@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from maskcf_fast.core.processes import Processes
 from maskcf_fast.data import LoaderConfig, build_loader, scan_image_folder
 from maskcf_fast.training import Trainer
-from maskcf_fast.training.distributed import Processes
 from maskcf_fast.training.evaluate import evaluate
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from maskcf_fast.core.processes import Processes
 from maskcf_fast.data import Batch
-from maskcf_fast.distill import CounterfactualDistiller, label_map
+from maskcf_fast.methods import CounterfactualDistiller, label_map
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training import Trainer, trainer
 from maskcf_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from maskcf_fast.training.distributed import Processes
 from maskcf_fast.training.mask_memory import NO_GRAPH, MaskMemory
 
 ALONE = Processes(0, 1, torch.device("cpu"))

@@ -13,8 +13,8 @@ from shutil import copytree
 import pytest
 import torch
 
-from maskcf_fast.distill import CounterfactualDistiller
-from maskcf_fast.distill.methods import run
+from maskcf_fast.methods import CounterfactualDistiller
+from maskcf_fast.methods.method import run
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training import Trainer, speed, trainer
 from maskcf_fast.training.speed import GraphedBackward, compile_pointwise, why_no_graph
@@ -100,7 +100,7 @@ READING = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "float", 
 
 
 def test_the_loop_reads_nothing_back_from_the_device():
-    """Of the trainer's own lines in a step; the method's are run on the "meta" device in tests/distill."""
+    """Of the trainer's own lines in a step; the method's are run on the "meta" device in tests/methods."""
     for function in (Trainer._optimizer_step, Trainer._update, Trainer._watch):
         names = {
             node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskcf_fast.distill import PAPER_CUTS, MaskStrategy
+from maskcf_fast.methods import PAPER_CUTS, MaskStrategy
 from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import checkpoint as checkpoint_module
 from maskcf_fast.training import trainer as trainer_module
 from maskcf_fast.training.build import build_method
-from maskcf_fast.training.config import MethodConfig
+from maskcf_fast.training.settings import MethodConfig
 
 METHODS = [{"name": n} for n in ("ft", "lp", "fd", "kd")] + [{"strategy": name} for name in PAPER_CUTS]
 

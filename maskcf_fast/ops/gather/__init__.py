@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_batch, check_donors, check_tensor
-from .._dispatch import implementation
+from ...core.checks import FLOATS, check_batch, check_donors, check_tensor
+from ..dispatch import implementation
 
 
 def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "auto") -> Tensor:

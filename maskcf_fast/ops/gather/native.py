@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _native
+from .. import extension
 
-OPS = _native.ops()
+OPS = extension.ops()
 
 
 @torch.library.register_fake("maskcf::gather_tokens")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_batch, check_donors, check_tensor
-from .._dispatch import implementation
+from ...core.checks import FLOATS, check_batch, check_donors, check_tensor
+from ..dispatch import implementation
 
 
 def patchify(

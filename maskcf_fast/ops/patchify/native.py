@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _native
+from .. import extension
 
-OPS = _native.ops()
+OPS = extension.ops()
 
 
 @torch.library.register_fake("maskcf::patchify")

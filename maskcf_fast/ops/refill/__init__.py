@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_batch, check_divisible, check_donors, check_tensor, resolve_grid
-from .._dispatch import implementation
+from ...core.checks import FLOATS, check_batch, check_divisible, check_donors, check_tensor, resolve_grid
+from ..dispatch import implementation
 from ..select import check_cam, check_selection
 
 PIXELS = (*FLOATS, torch.uint8)

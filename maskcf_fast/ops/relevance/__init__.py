@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_batch, check_tensor
-from ..._precision import no_autocast
-from .._dispatch import implementation
+from ...core.checks import FLOATS, check_batch, check_tensor
+from ...core.precision import no_autocast
+from ..dispatch import implementation
 from . import reference
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_batch, check_tensor, debug_enabled, value_checks
-from .._dispatch import implementation
+from ...core.checks import FLOATS, check_batch, check_tensor, debug_enabled, value_checks
+from ..dispatch import implementation
 
 REGIONS = ("object", "context")
 

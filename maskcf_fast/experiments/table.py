@@ -1,0 +1,253 @@
+"""``python -m maskcf_fast.table``: every method of the paper's table, over several seeds.
+
+Each method × seed is a run of its own in OUT/<method>-seed<k>, measured as ``python -m maskcf_fast.evaluate`` does. A
+finished run is reused if its settings are the same, an interrupted one continues where it stopped, and what is measured
+is not measured again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+from ..core.errors import UserError
+from ..core.files import atomic_write
+from ..core.processes import Processes
+from ..evaluation import Reader, Results, Run, choose_specs, read_run
+from ..evaluation.benchmark import read_class_map
+from ..methods import PAPER_CUTS, OutputEnsemble, average
+from ..training.build import build_model, scan
+from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, find_yaml
+from ..visualization.plots import Point, plot_tradeoff
+from .comparison import build_suite, images_checksum, spread, train_or_reuse
+from .evaluate_settings import Repeated, flat
+
+TRAINED = ("lp", "ft", "lp-ft", "l2-sp", "kd", "cf-kd", "fd", *PAPER_CUTS)
+DERIVED = ("zero-shot", "wise-ft", "ensemble", "soup")  # of the pre-trained model and the runs of ft
+METHODS = ("zero-shot", *TRAINED[:4], "wise-ft", "ensemble", "soup", *TRAINED[4:])
+DEMO_WEIGHT = 1.0  # of distillation: the features of a tiny model are larger than CLIP's, for which 30 is meant
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Fine-tune with every method and compare accuracy in and out of distribution."""
+
+    methods: tuple[str, ...] = METHODS
+    """Rows: trained ones are presets of maskcf_fast.train (lp-ft is lp, then ft from its head); wise-ft (weights
+    between zero-shot and ft), ensemble (their mean probabilities) and soup (the mean weights of ft's seeds) train
+    nothing but ft."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds to fine-tune with."""
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Of WiSE-FT, each in [0, 1]; the paper's is 0.5."""
+    test: Repeated[str] = ()
+    """Test sets, [NAME=][LAYOUT:]PATH, as --data of python -m maskcf_fast.evaluate, whose --help lists the layouts; by
+    default those that training is watched with, --data.id and --data.ood."""
+    id: str | None = None
+    """Name of the test set in distribution; by default the one of layout imagenet, else the first."""
+    class_map: Path | None = None
+    """YAML or JSON file that gives the model's class, or a list of them, for what a test set calls otherwise."""
+    outside: Literal["error", "skip"] = "error"
+    """Stop at classes of a test set that the model does not know, or leave their images out."""
+    out: Path = Path("runs/table")
+    """Folder for the runs, table.md, table.json, tradeoff.png, and results.json with all measurements."""
+    demo: bool = False
+    """The embedded demo data and its pre-trained tiny model."""
+    quick: bool = False
+    """With --demo: few images and one epoch. Shows that everything works, and nothing more."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32 or bf16."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+    def validate(self) -> None:
+        """Check the rows and seeds.
+
+        Raises:
+            ValueError: An unknown method (the nearest is suggested), no seed, one twice, no α or one outside [0, 1],
+                or a setting that the demo does not take.
+        """
+        for name in self.methods:
+            if name not in METHODS:
+                near = difflib.get_close_matches(name, METHODS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UserError(f"unknown method {name!r} (there are {', '.join(METHODS)}){hint}")
+        for option, values in {"methods": self.methods, "seeds": self.seeds}.items():
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"--{option} needs at least one, and none twice")
+        if bad := [alpha for alpha in self.alphas if not 0 <= alpha <= 1]:
+            raise UserError(f"--alphas must lie in [0, 1], got {bad[0]}")
+        if "wise-ft" in self.methods and not self.alphas:
+            raise UserError("--alphas needs at least one for wise-ft: give one, or --methods without wise-ft")
+        if self.demo and (fixed := self._fixed_by_demo()):
+            raise UserError(f"--demo has its own data, model and settings: leave out {', '.join(fixed)}, or --demo")
+        if self.quick and not self.demo:
+            raise UserError("--quick shortens the demo only: add --demo")
+        if not self.demo and self.data.train is None:
+            raise UserError("--data.train DIR is missing (--demo needs no data)")
+
+    def _fixed_by_demo(self) -> list[str]:
+        """Options that are not at their defaults and would have no effect on the demo."""
+        fixed = []
+        for name in ("model", "data", "optim"):
+            own, default = getattr(self, name), getattr(TableConfig(), name)
+            changed = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(default, f.name)]
+            fixed += [f"--{name}.{option.replace('_', '-')}" for option in changed]
+        fixed += ["--precision"] if self.precision != "fp32" else []
+        return fixed + (["--device"] if self.device not in ("auto", "cpu") else [])
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """Accuracy in percent by test set, of one model."""
+
+    method: str
+    seed: int | None  # None: of all seeds together
+    accuracy: dict[str, float]
+
+    def shifted(self, id: str) -> float:
+        """Mean accuracy over the test sets but ``id``, each counting the same."""
+        return statistics.mean(value for name, value in self.accuracy.items() if name != id)
+
+
+class Table:
+    """The runs and the rows made of them."""
+
+    def __init__(self, config: TableConfig, processes: Processes) -> None:
+        config.validate()
+        self.config, self.processes = config, processes
+        self.basis = ""
+        self.base = TrainConfig(
+            config.model, config.data, optim=config.optim, precision=config.precision, device=config.device
+        )
+        if config.demo:
+            from .demo import Demo, DemoConfig
+
+            self.base, self.basis = Demo(DemoConfig(quick=config.quick)).prepare()
+        data = self.base.data
+        specs = choose_specs(flat(config.test), config.id, data)
+        if len(specs) < 2:
+            raise UserError(
+                f"a test set in distribution and at least one shifted are needed, got {len(specs)}: "
+                "--test [NAME=][LAYOUT:]PATH…, or --data.id DIR and --data.ood DIR…"
+            )
+        class_map = read_class_map(config.class_map) if config.class_map else None
+        train = scan(data, processes)[0]
+        self.classes = train.classes
+        self.basis = self.basis or images_checksum(train)
+        reader = Reader(self.classes, class_map, config.outside, data.on_bad_image, data.verify, processes.main)
+        results = Results(config.out / "results.json", "table", writes=processes.main)
+        self.suite = build_suite(self.base, specs, reader, results, processes, config.id)
+
+    def run(self) -> str:
+        """Train, evaluate and write what is asked for; the table as Markdown."""
+        config, suite = self.config, self.suite
+        suite.describe()
+        rows = []
+        for seed in config.seeds:
+            for i, method in enumerate(config.methods):
+                if method != "soup":
+                    rows += self._rows(method, seed, f"[seed {seed}: {i + 1}/{len(config.methods)}]")
+        if "soup" in config.methods:
+            rows += self._rows("soup", None, "[all seeds]")
+        notes = [f"- {note}" for benchmark in suite.benchmarks for note in benchmark.notes]
+        text = "\n".join([markdown(rows, suite.id), *(["", *notes] if notes else [])])
+        if self.processes.main:
+            content = {"id": suite.id, "data": suite.summary(), "rows": [dataclasses.asdict(row) for row in rows]}
+            atomic_write(config.out / "table.json", json.dumps(content, indent=1).encode())
+            atomic_write(config.out / "table.md", (text + "\n").encode())
+            plot(rows, suite.id, config.out / "tradeoff.png")
+        return text
+
+    def _rows(self, method: str, seed: int | None, title: str) -> list[TableRow]:
+        rows = []
+        for name, model in self._soup() if seed is None else self._models(method, seed):
+            found = self.suite.measure(model, self.base.precision, f"{title} {name}", model=name, seed=seed)
+            rows.append(TableRow(name, seed, {data: result.top1 for data, result in found.items()}))
+        return rows
+
+    def _models(self, method: str, seed: int) -> Iterator[tuple[str, nn.Module]]:
+        """The models of a method, by what they are called."""
+        if method == "zero-shot":
+            yield method, build_model(self.base.model, len(self.classes), seed, self.classes)
+        elif method == "ensemble":
+            run = self._trained("ft", seed)
+            yield method, OutputEnsemble([run.initial(), run.tuned()])
+        elif method == "wise-ft":
+            for alpha, model in self._trained("ft", seed).models(self.config.alphas):
+                if alpha is not None:
+                    yield f"wise-ft α {alpha:g}", model
+        else:
+            yield method, self._trained(method, seed).tuned()
+
+    def _soup(self) -> Iterator[tuple[str, nn.Module]]:
+        runs = [self._trained("ft", seed) for seed in self.config.seeds]
+        model = runs[0].tuned()
+        model.load_state_dict(average([load_file(run.weights) for run in runs]))
+        yield "soup", model
+
+    def _trained(self, method: str, seed: int) -> Run:
+        """The run of a method: its best epoch on the held-out images, as in the paper, or without them the last."""
+        if method == "lp-ft":
+            self._trained("lp", seed)
+        config = self.settings(method, seed)
+        assert config.out is not None
+        train_or_reuse(config, self.processes, f"{method}, seed {seed}", self.basis)
+        return read_run(config.out)
+
+    def settings(self, method: str, seed: int) -> TrainConfig:
+        """The run of a method: its preset's method section, on the table's data, model and optimiser."""
+        config = dataclasses.replace(self.base, seed=seed, out=self.config.out / f"{method}-seed{seed}")
+        if method == "lp-ft":  # Kumar et al., "Fine-tuning can distort pretrained features", ICLR 2022
+            probe = self.config.out / f"lp-seed{seed}" / "model.safetensors"
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=probe, head=None))
+        section = yaml.safe_load(find_yaml("ft" if method == "lp-ft" else method).read_text())["method"]
+        chosen = MethodConfig(**section)
+        if self.config.demo and chosen.name not in ("ft", "lp", "l2-sp"):
+            chosen = dataclasses.replace(chosen, weight=DEMO_WEIGHT)
+        if chosen.name == "l2-sp":  # the penalty takes the place of weight decay
+            config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=0.0))
+        return dataclasses.replace(config, method=chosen)
+
+
+def grouped(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:
+    """Rows that differ in the seed only."""
+    groups: dict[str, list[TableRow]] = {}
+    for row in rows:
+        groups.setdefault(row.method, []).append(row)
+    return groups
+
+
+def markdown(rows: Sequence[TableRow], id: str) -> str:
+    """One line per method: means over the seeds in per cent, ± their standard deviation."""
+    shifted = [name for name in rows[0].accuracy if name != id]
+    lines = [f"| method | {id} (ID) | {' | '.join(shifted)} | OOD average |", "|---|--:|" + "--:|" * (len(shifted) + 1)]
+    for method, group in grouped(rows).items():
+        columns = [[row.accuracy[name] for row in group] for name in (id, *shifted)]
+        cells = [method, *map(spread, columns), spread([row.shifted(id) for row in group])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[TableRow], id: str, path: Path) -> None:
+    """Accuracy in distribution against the mean of the shifted test sets."""
+    curves: dict[str, list[Point]] = {}
+    for method, group in grouped(rows).items():
+        name, _, label = method.partition(" ")
+        name = {"ft": "FT", "wise-ft": "WiSE-FT"}.get(name, name)
+        point = Point(label, [row.accuracy[id] for row in group], [row.shifted(id) for row in group])
+        curves.setdefault(name, []).append(point)
+    plot_tradeoff(path, curves, "Accuracy in and out of distribution")

@@ -1,0 +1,153 @@
+"""A look at a run: from its folder and some images to the page and the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..core.errors import UserError
+from ..core.files import atomic_write
+from ..methods import MaskStrategy
+from ..methods.label_map import LabelMap
+from ..models import ImageClassifier
+from ..training.runs import Run, read_run
+from ..visualization.chance import Chance
+from ..visualization.images import Images, read_images
+from ..visualization.maps import counterfactuals, explain_labels
+from ..visualization.page import Look, render
+from ..visualization.plots import heat_maps, mask_maps
+
+BATCH = 16
+MASKING = ("counterfactual", "cf-kd")  # methods that have a strategy
+ALL = tuple(f"{region}-{fill}" for region in ("object", "context", "random") for fill in ("single", "multi", "none"))
+
+
+@dataclass(frozen=True)
+class VisualizeConfig:
+    """Look at what a fine-tuned model attends to, and at the counterfactual images that each strategy makes of it.
+
+    Writes index.html, which opens in any browser and needs nothing else, and a picture of each image.
+    """
+
+    run: Path
+    """Folder of a training run."""
+    images: Path
+    """Folder of images. Where folders are called after the model's classes, maps explain those, else the prediction."""
+    out: Path | None = None
+    """Folder for the page and the pictures; by default visualize/ in the run's."""
+    count: int = 12
+    """How many images, spread evenly over the folder."""
+    strategies: tuple[str, ...] = ALL
+    """{object,context,random}-{single,multi,none}: which patches are masked, and what fills them. The run's own
+    strategy has the run's settings, the others have the paper's."""
+    weights: Literal["auto", "final", "best"] = "auto"
+    """The model after the last epoch, or of the best one; auto is best where held-out images chose it, else final."""
+    classes: str | None = None
+    """Names of the model's outputs: a file with one per line, or "imagenet". By default the training folder's."""
+    seed: int = 0
+    """Of the donors and the random masks."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+
+def visualize(config: VisualizeConfig) -> list[Path]:
+    """Write the page and the pictures.
+
+    Returns:
+        The files written, ``index.html`` first.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: No such run or folder of images.
+        ImportError, ValueError: Settings, a run, class names or images that cannot be used.
+    """
+    for name in config.strategies:
+        MaskStrategy.from_name(name)
+    if not config.strategies:
+        raise UserError(f"--strategies names none: there are {', '.join(ALL)}")
+    run = read_run(config.run, config.weights, config.classes)
+    model = run.tuned()
+    out = config.out or config.run / "visualize"
+    images = read_images(config.images, run.classes, model.backbone.config.image_size, config.count, out)
+    strategies = [_strategy(name, run) for name in dict.fromkeys(config.strategies)]
+    filled = [strategy.name for strategy in strategies if strategy.fill != "none"]
+    if len(images.names) == 1 and filled:
+        raise UserError(
+            f"{filled[0]} takes patches of other images, and there is only one: raise --count, add images to "
+            f"{config.images}, or choose --strategies object-none context-none random-none"
+        )
+    look = _look(run, model, images, strategies, config)
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "index.html"]
+    atomic_write(written[0], render(look).encode())
+    written += _draw_pictures(look, out)
+    return written
+
+
+def _strategy(name: str, run: Run) -> MaskStrategy:
+    method = run.config.method
+    own = method.name in MASKING and name == method.strategy
+    return method.mask_strategy() if own else MaskStrategy.from_name(name)
+
+
+def _look(
+    run: Run, model: ImageClassifier, images: Images, strategies: Sequence[MaskStrategy], config: VisualizeConfig
+) -> Look:
+    cuda = torch.cuda.is_available() if config.device == "auto" else config.device != "cpu"
+    if cuda and not torch.cuda.is_available():
+        raise UserError(f"--device {config.device}: there is no GPU here; leave it out, or --device cpu")
+    device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
+    model = model.to(device)
+    method, vit = run.config.method, model.backbone.config
+    label_map = LabelMap(method.cam, method.cam_target, method.start_layer, vit.depth)
+    maps = [
+        explain_labels(model, label_map, pixels.to(device), labels.to(device), run.config.precision)
+        for pixels, labels in zip(images.pixels.split(BATCH), images.labels.split(BATCH), strict=True)
+    ]
+    return Look(
+        title=f"Counterfactual images of {run.name}",
+        facts={
+            "model": f"{run.config.model.name or run.config.model.arch}, {run.weights.name}",
+            "trained with": f"{method.name}, {method.strategy}" if method.name in MASKING else method.name,
+            "map": f"the fine-tuned model's {method.cam} for the label's {method.cam_target}",
+        },
+        images=images,
+        classes=run.classes,
+        cam=torch.cat([cam.cpu() for cam, _ in maps]),
+        probabilities=torch.cat([shares.cpu() for _, shares in maps]),
+        strategies=strategies,
+        chance=Chance.draw(len(images.names), vit.num_patches, torch.Generator().manual_seed(config.seed)),
+    )
+
+
+def _draw_pictures(look: Look, out: Path) -> list[Path]:
+    """A picture per image: the original and its map, then each strategy's mask and counterfactual image."""
+    from matplotlib.figure import Figure
+
+    pixels = look.images.pixels
+    columns = [("original", pixels.numpy(), heat_maps(pixels, look.cam))]
+    for strategy in look.strategies:
+        mask, made = counterfactuals(strategy, pixels, look.cam, look.chance.of(strategy))
+        columns.append((strategy.name, mask_maps(pixels, mask), made.numpy()))
+    cells = np.stack([np.stack(pictures, axis=1) for _, *pictures in columns], axis=2)  # [N, 2, columns, S, S, 3]
+    size = pixels.shape[1]
+    gap = size // 16
+    cells = np.pad(cells, [(0, 0)] * 3 + [(0, gap), (0, gap), (0, 0)], constant_values=255)
+    sheets = cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(cells), 2 * (size + gap), len(columns) * (size + gap), 3)
+    written = []
+    for i, name in enumerate(tqdm(look.images.names, desc="pictures", unit="img", leave=False)):
+        figure = Figure(figsize=(1.5 * len(columns), 3.3), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(sheets[i, :-gap, :-gap], interpolation="nearest")
+        axes.set_xticks([at * (size + gap) + size / 2 for at in range(len(columns))], [name for name, *_ in columns])
+        axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0, labelsize=8.5)
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        written.append(out / f"{i + 1:03d}-{Path(name).stem}.png")
+        figure.savefig(written[-1], dpi=130)
+    return written

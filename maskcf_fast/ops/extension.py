@@ -1,0 +1,70 @@
+"""The compiled extension: where it is, what it was built for, and why it is absent. Loaded at the first use."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import building
+
+REMEDY = "run `python -m maskcf_fast.build`"
+
+
+def library_path() -> Path:
+    """The library: ``MASKCF_LIBRARY``, or the newest of those beside the package and in the cache."""
+    if own := os.environ.get("MASKCF_LIBRARY"):
+        return Path(own)
+    places = [folder / building.LIBRARY for folder in building.output_folders()]
+    there = [place for place in places if place.is_file()]
+    return max(there, key=lambda place: place.stat().st_mtime) if there else places[0]
+
+
+def facts() -> dict[str, Any]:
+    """What the build recorded beside the library; empty if nothing was ever built."""
+    try:
+        return json.loads((library_path().parent / building.FACTS).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def loading_error() -> str | None:
+    """Load the library, once. Why it could not be, or None: then ``torch.ops.maskcf`` holds the ops."""
+    path = library_path()
+    if os.environ.get("MASKCF_NATIVE", "1") == "0":
+        return "the extension is switched off (MASKCF_NATIVE=0)"
+    if not path.is_file():
+        reason = facts().get("why_no_cpu")
+        return f"the extension is not built ({reason or REMEDY}; a running process must be started again)"
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return f"the extension does not load into PyTorch {torch.__version__}: {error}; {REMEDY}"
+    return None
+
+
+def why_not(part: str) -> str | None:
+    """Why the extension's ``"cpu"`` or ``"cuda"`` kernels cannot be used; None if they can."""
+    if error := loading_error():
+        return error
+    key = "CUDA" if part == "cuda" else "CPU"
+    if torch._C._dispatch_has_kernel_for_dispatch_key("maskcf::select_top_k", key):
+        return None
+    reason = facts().get(f"why_no_{part}")
+    return f"the extension was built without {key} kernels ({reason or REMEDY})"
+
+
+def ops() -> Any:
+    """The extension's ops, ``torch.ops.maskcf``.
+
+    Raises:
+        RuntimeError: The extension is absent or cannot be loaded; says why.
+    """
+    if error := loading_error():
+        raise RuntimeError(error)
+    return torch.ops.maskcf

@@ -1,0 +1,386 @@
+"""The settings of a training run. Their defaults are the paper's; every field is a command-line option.
+
+YAML files hold the same fields, nested in the same way. They are turned into command-line arguments, so that
+both are checked by one parser and later arguments win.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..core.errors import UserError
+from ..methods import MaskStrategy
+from ..models import VisionTransformerConfig, preset
+from ..models.weights import read_architecture
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is fine-tuned, and where its weights come from."""
+
+    arch: str = "ViT-B/32"
+    """Preset: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336, SigLIP-B/16 or tiny."""
+    weights: Path | None = None
+    """Pre-trained weights (.safetensors of this package, open_clip, Hugging Face or timm); teacher and start of the
+    student. "random" starts from scratch."""
+    head: Path | None = None
+    """Zero-shot head (.safetensors with "weight" [classes, D], as CosineClassifier.from_text makes it). By
+    default the head in the weights file, if there is one, or a random one."""
+    name: str | None = None
+    """In place of arch and weights, a model of another library with its own architecture and weights:
+    open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER (CLIP, SigLIP, ViT, DINOv2) or timm:MODEL.TAG. Weights that a run of
+    such a model wrote may be given with it."""
+    head_kind: Literal["cosine", "linear"] = "cosine"
+    """cosine: on the feature's direction, as CLIP's zero-shot classifier; linear: on the feature itself, for models
+    without a text tower."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images on disk: a folder of class folders, or WebDataset tar shards (a folder or shards/{000..009}.tar)."""
+
+    train: Path | None = None
+    """Training images. Without it, the embedded demo runs."""
+    id: Path | None = None
+    """In-distribution test images."""
+    ood: tuple[Path, ...] = ()
+    """Out-of-distribution test images, any number of sets."""
+    holdout: int = 0
+    """Training images held out, stratified by class, to choose the best epoch (the paper: 10240 of ImageNet)."""
+    augment: Literal["none", "crop-flip"] = "none"
+    """none: resize and centre crop, as the paper; crop-flip: random-resized crop and horizontal flip."""
+    backend: Literal["auto", "dali", "torch"] = "auto"
+    """What decodes the images; auto takes DALI where it is installed."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Stop at unreadable images, or leave them out and list them."""
+    verify: bool = True
+    """Decode every new image once before the run; what was found is remembered."""
+    threads: int = 2
+    """Decoding threads per process."""
+    cache: Literal["none", "disk", "device"] = "none"
+    """Decode every image once and keep its pixels: in files for all runs (disk), or in the device's memory."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What is trained on."""
+
+    name: Literal["counterfactual", "ft", "lp", "l2-sp", "fd", "kd", "cf-kd"] = "counterfactual"
+    """counterfactual; or ft (fine-tuning), lp (linear probe), l2-sp (a penalty on the distance from the initial
+    weights), fd (feature distillation on clean images), kd (knowledge distillation on clean images), cf-kd (kd on
+    counterfactual images)."""
+    strategy: str = "object-single"
+    """{object,context,random}-{single,multi,none}: which patches are masked, and what fills them."""
+    threshold: float | None = None
+    """Cut on the normalised relevance; by default the paper's for the strategy."""
+    top_k: int | None = None
+    """Mask this many patches instead of cutting at a threshold."""
+    rate: float | None = None
+    """Share of patches that a random strategy masks; by default the paper's."""
+    weight: float = 30.0
+    """Weight of the distillation loss, or of the penalty of l2-sp (for which 0.1 is usual)."""
+    temperature: float = 10.0
+    """Softening of the logits in kd and cf-kd."""
+    cam: Literal["relevance", "gradcam"] = "relevance"
+    """The map that masks are cut from: attention relevance, or Grad-CAM on the last block."""
+    cam_target: Literal["logit", "logprob"] = "logit"
+    """What the map explains: the label's logit, as the paper; or its log-probability, which sets it against its
+    rivals and costs no backward pass."""
+    start_layer: int = 0
+    """First layer that counts in the relevance map; negative counts from the last."""
+    cam_source: Literal["student", "teacher"] = "student"
+    """Whose map masks are cut from: the student's as it is now, as the paper, or the frozen teacher's."""
+    cam_every: int = 1
+    """Epochs from one map of an image to the next. 1: every step makes its own, as the paper; more is approximate: in
+    between, steps reuse the image's mask and cost one forward pass less."""
+    donors: Literal["permutation", "others"] = "permutation"
+    """Single-fill: a permutation of the batch, as the paper, in which an image may draw itself; or never itself."""
+    ema_teacher: float = 0.0
+    """The teacher follows the student as an exponential moving average with this decay, such as 0.999. 0: frozen."""
+
+    def mask_strategy(self) -> MaskStrategy:
+        """The strategy that the settings describe."""
+        return MaskStrategy.from_name(
+            self.strategy,
+            threshold=self.threshold,
+            top_k=self.top_k,
+            rate=self.rate,
+            exclude_self=self.donors == "others",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW under a one-cycle schedule."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 512
+    """Images per optimiser step, over all processes and accumulated micro-batches."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step. Donor images come from the same micro-batch."""
+    lr: float = 3e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled, on all parameters."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    warmup: float = 0.02
+    """Share of the steps in which the learning rate rises, from lr/25."""
+    cycle_beta1: bool = True
+    """Let beta1 fall from 0.95 to 0.85 and rise again, against the learning rate; otherwise 0.9."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Robust fine-tuning with counterfactual masking.
+
+    Without --data.train, the embedded demo runs: it needs no data, no weights and no GPU.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    out: Path | None = None
+    """Folder of the run; runs/<method> by default. It must not hold another run."""
+    resume: Path | None = None
+    """Folder of an interrupted run to continue exactly, with its own settings."""
+    seed: int = 0
+    """Of the order of the images, the donors and random masks, and random weights."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: bfloat16 with float32 weights, losses and statistics."""
+    compile: bool = False
+    """Compile what lies between the matrix products."""
+    cuda_graph: bool = False
+    """Capture the step's forward and backward passes as one CUDA graph, and the update as another where beta1 rests.
+    Memory for them stays reserved."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: a whole model in each, or (fsdp) its parameters divided among them."""
+    recompute: bool = False
+    """Activation checkpointing: keep each block's input only, for less memory and more arithmetic."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    log_every: int = 20
+    """Steps between lines in metrics.jsonl."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; each epoch also ends with one. 0: at the ends of epochs only."""
+    eval_every: int = 1
+    """Epochs between evaluations; the start and the end are always evaluated. 0: these only."""
+
+    def validate(self) -> None:
+        """Check what no data or weights are needed for.
+
+        Raises:
+            ValueError: A setting is out of its range, or an unknown strategy or model (the nearest is suggested).
+        """
+        positive = {
+            "optim.epochs": self.optim.epochs,
+            "optim.batch_size": self.optim.batch_size,
+            "optim.accumulate": self.optim.accumulate,
+            "optim.lr": self.optim.lr,
+            "optim.clip": self.optim.clip,
+            "method.cam_every": self.method.cam_every,
+            "log_every": self.log_every,
+        }
+        for name, value in positive.items():
+            if not 0 < value < float("inf"):
+                raise UserError(f"{name} must be positive and finite, got {value}")
+        not_negative = {
+            "data.holdout": self.data.holdout,
+            "data.threads": self.data.threads,
+            "method.weight": self.method.weight,
+            "optim.weight_decay": self.optim.weight_decay,
+            "checkpoint_every": self.checkpoint_every,
+            "eval_every": self.eval_every,
+            "seed": self.seed,
+        }
+        for name, value in not_negative.items():
+            if value < 0:
+                raise UserError(f"{name} must not be negative, got {value}")
+        if not 0 <= self.optim.warmup < 1:
+            raise UserError(f"optim.warmup must lie in [0, 1), got {self.optim.warmup}")
+        if not 0 <= self.method.ema_teacher < 1:
+            raise UserError(f"method.ema_teacher must lie in [0, 1), got {self.method.ema_teacher}")
+        if self.method.ema_teacher and self.method.name in ("ft", "lp", "l2-sp"):
+            raise UserError(f"method.ema_teacher needs a method with a teacher, {self.method.name} has none")
+        if self.method.ema_teacher and self.parallel == "fsdp":
+            raise UserError("method.ema_teacher does not go with --parallel fsdp: use --parallel ddp")
+        if self.method.name == "l2-sp" and self.parallel == "fsdp":
+            raise UserError("l2-sp does not go with --parallel fsdp: use --parallel ddp")
+        if self.method.cam_every > 1:
+            self._check_masks_can_be_kept()
+        if self.model.name is None:
+            self.check_fits(preset(self.model.arch), self.model.arch)
+        elif self.model.weights is not None and read_architecture(self.model.weights) is None:
+            raise UserError("--model.name brings its own weights: leave out --model.weights, or --model.name")
+
+    def _check_masks_can_be_kept(self) -> None:
+        every, method = f"method.cam_every={self.method.cam_every}", self.method
+        if method.name not in ("counterfactual", "cf-kd"):
+            raise UserError(f"{every} is for counterfactual and cf-kd, {method.name} has no masks: use 1")
+        if not method.mask_strategy().needs_cam:
+            raise UserError(f"{every} is for object and context masks, {method.strategy} has no map: use 1")
+        if self.data.augment != "none":
+            raise UserError(
+                f"{every} reuses an image's mask, but data.augment={self.data.augment} makes another picture of it "
+                "each time: use --method.cam-every 1 or --data.augment none"
+            )
+        if self.parallel == "fsdp":
+            raise UserError(f"{every} does not go with --parallel fsdp: use --parallel ddp")
+
+    def check_fits(self, model: VisionTransformerConfig, name: str) -> None:
+        """Check the method's settings against an architecture.
+
+        Raises:
+            ValueError: More patches to mask, or another first layer, than the model has.
+        """
+        strategy = self.method.mask_strategy()
+        if strategy.top_k is not None and strategy.top_k > model.num_patches:
+            raise UserError(f"method.top_k={strategy.top_k} exceeds the {model.num_patches} patches of {name}")
+        if not -model.depth <= self.method.start_layer < model.depth:
+            raise UserError(
+                f"method.start_layer must lie in [{-model.depth}, {model.depth - 1}], got {self.method.start_layer}"
+            )
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The settings as YAML that `yaml_arguments` reads back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def changed_settings(config: TrainConfig, path: Path) -> list[str]:
+    """What differs from the settings in a run's ``config.yaml``, of all that decides the result.
+
+    Raises:
+        OSError, ValueError: The file cannot be read, or holds no settings.
+    """
+
+    def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        for key, value in content.items():
+            name = f"{prefix}{key}"
+            items |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        return items
+
+    # A run of an earlier version lacks the settings that came later: it ran with their defaults.
+    default = flat(yaml.safe_load(to_yaml(TrainConfig())))
+    new, old = flat(yaml.safe_load(to_yaml(config))), default | flat(_read_settings(path))
+    free = ("out", "resume", "data.threads", "data.cache", "log_every", "compile", "cuda_graph", "recompute")
+    return [
+        f"--{name.replace('_', '-')} (was {old.get(name)}, is {new.get(name)})"
+        for name in {**new, **old}
+        if name not in free and old.get(name) != new.get(name)
+    ]
+
+
+def yaml_arguments(path: Path) -> list[str]:
+    """A YAML file's settings as command-line arguments.
+
+    Raises:
+        ValueError: Not YAML, or a key that is no setting (the nearest is suggested).
+    """
+    return _flatten(_read_settings(path), TrainConfig, path, "")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold settings by name, such as 'seed: 1'")
+    return content
+
+
+def _flatten(content: dict[str, Any], kind: type, path: Path, prefix: str) -> list[str]:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    arguments: list[str] = []
+    for key, value in content.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f" (there are {', '.join(fields)})"
+            raise UserError(f"{path}: unknown setting {prefix}{key}{hint}")
+        section = fields[key].default_factory
+        if isinstance(section, type):
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: {prefix}{key} must hold settings by name, got {value!r}")
+            arguments += _flatten(value, section, path, f"{prefix}{key}.")
+        else:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{prefix}{key}".replace("_", "-"), *map(str, values)]
+    return arguments
+
+
+def find_yaml(name: str) -> Path:
+    """A YAML file by its path, or one that comes with the package by its name.
+
+    Raises:
+        FileNotFoundError: Neither (the nearest name is suggested).
+    """
+    if Path(name).is_file():
+        return Path(name)
+    presets = {Path(str(p)).stem: Path(str(p)) for p in resources.files("maskcf_fast.configs").iterdir()}
+    presets = {stem: path for stem, path in presets.items() if path.suffix == ".yaml"}
+    if name in presets:
+        return presets[name]
+    near = difflib.get_close_matches(name, presets, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise FileNotFoundError(f"no file {name!r}, and no such preset (there are {', '.join(sorted(presets))}){hint}")
+
+
+def parse(arguments: Sequence[str] | None = None, *, prog: str = "python -m maskcf_fast.train") -> TrainConfig:
+    """The settings from a command line; exits with a message on a bad one.
+
+    ``--config NAME_OR_FILE`` comes first and takes the settings of a preset or YAML file; ``--resume DIR``
+    takes those of the run.
+    """
+    import sys
+
+    import tyro
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
+    own = list(arguments)
+    source = None
+    if "--config" in own:
+        at = own.index("--config")
+        if at + 1 >= len(own):
+            raise UserError("--config needs the name of a preset or a YAML file")
+        source = find_yaml(own[at + 1])
+        del own[at : at + 2]
+    if "--resume" in own and own.index("--resume") + 1 < len(own):
+        if source is not None or "--out" in own:
+            raise UserError(
+                "--resume DIR continues a run with its own settings in its own folder: no --config, no --out"
+            )
+        folder = Path(own[own.index("--resume") + 1])
+        source = folder / "config.yaml"
+        if not source.is_file():
+            raise FileNotFoundError(f"{folder} is no run to resume: it has no config.yaml")
+    read = yaml_arguments(source) if source else []
+    return tyro.cli(
+        TrainConfig, args=[*read, *own], prog=prog, config=(tyro.conf.FlagConversionOff,), description=DESCRIPTION
+    )
+
+
+DESCRIPTION = """Fine-tune a pre-trained CLIP vision transformer so that it keeps its out-of-distribution accuracy.
+
+Without --data.train, runs the embedded demo (no data, weights or GPU needed).
+--config NAME|FILE, given first, takes the settings of a preset (object-single, context-multi, …) or a YAML file."""

@@ -1,0 +1,198 @@
+"""Zero-shot heads are open_clip's own classifier, and know their classes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from maskcf_fast.evaluation.zeroshot import read_names, read_templates
+from maskcf_fast.training.build import build_model
+from maskcf_fast.training.settings import ModelConfig
+from maskcf_fast.training.trainer import Trainer
+from maskcf_fast.zeroshot import main
+
+open_clip = pytest.importorskip("open_clip")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small CLIP with random weights, as a local folder that open_clip reads."""
+    folder = tmp_path_factory.mktemp("clip")
+    vision = {"image_size": 32, "layers": 1, "width": 128, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(48, vision, text, quick_gelu=True)
+    with torch.no_grad():
+        clip.logit_scale.fill_(3.0)
+    cfg = {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": pixels}))
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(folder):
+    return open_clip.create_model(f"local-dir:{folder}").eval()
+
+
+def metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("templates", ["openai", "simple", "file"])
+def test_the_head_is_open_clips_zero_shot_classifier(folder, clip, tmp_path, templates):
+    (tmp_path / "classes.txt").write_text("n01\tgreat tit\n\ngolden_retriever\nzebra\n")
+    (tmp_path / "prompts.txt").write_text("a photo of a {}.\nthe {} at night\n")
+    source = str(tmp_path / "prompts.txt") if templates == "file" else templates
+    out = tmp_path / "head.safetensors"
+    arguments = ["--model", f"open_clip:local-dir:{folder}", "--classes", str(tmp_path / "classes.txt")]
+    assert main([*arguments, "--templates", source, "--out", str(out), "--batch-size", "2", "--device", "cpu"]) == 0
+
+    theirs = {
+        "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
+        "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
+        "file": ["a photo of a {}.", "the {} at night"],
+    }[templates]
+    with torch.no_grad():
+        directions = open_clip.build_zero_shot_classifier(
+            clip, open_clip.get_tokenizer("ViT-B-32"), ["great tit", "golden retriever", "zebra"], theirs
+        )
+        images = torch.rand(2, 3, 32, 32)
+        normalised = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / 0.4
+        expected = clip.logit_scale.exp() * clip.encode_image(normalised, normalize=True) @ directions
+    config = ModelConfig(name=f"open_clip:local-dir:{folder}", head=out)
+    model = build_model(config, 3, seed=0, classes=["n01", "golden_retriever", "zebra"])
+    torch.testing.assert_close(model(images).detach(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert json.loads(metadata(out)["classes"]) == ["n01", "golden_retriever", "zebra"]
+
+
+def hugging_face_folder(folder, kind):
+    """A small CLIP or SigLIP with random weights and a tokenizer of whole words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<unk>", "<end>", "a", "photo", "of", "the", "great", "tit", "zebra", "at", "night"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    text = {**sizes, "vocab_size": 16, "max_position_embeddings": 9, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**text, "pad_token_id": 0}, vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        **({"projection_dim": 24} if kind == "CLIP" else {}),
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        model.logit_scale.fill_(3.0)
+    model.save_pretrained(folder)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("kind", "padding"), [("CLIP", True), ("Siglip", "max_length")])
+def test_a_hugging_face_head_gives_its_librarys_logits(tmp_path, kind, padding):
+    """Of one prompt per class; SigLIP's bias, the same for all, does not choose between classes."""
+    theirs, tokenizer = hugging_face_folder(tmp_path, kind)
+    (tmp_path / "classes.txt").write_text("n01\tgreat tit\nzebra\n")
+    (tmp_path / "prompts.txt").write_text("a photo of the {}\n")
+    out, name = tmp_path / "head.safetensors", f"hf:{tmp_path}"
+    arguments = ["--model", name, "--classes", str(tmp_path / "classes.txt"), "--out", str(out), "--device", "cpu"]
+    assert main([*arguments, "--templates", str(tmp_path / "prompts.txt")]) == 0
+    tokenizer.model_max_length = 9
+    prompts = tokenizer(["a photo of the great tit", "a photo of the zebra"], padding=padding, return_tensors="pt")
+    assert prompts["input_ids"].shape == (2, 9 if kind == "Siglip" else 6)
+    if kind == "Siglip":
+        del prompts["attention_mask"]  # as it was trained
+    model = build_model(ModelConfig(name=name, head=out), 2, seed=0, classes=["n01", "zebra"])
+    images = torch.rand(3, 3, 32, 32)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.backbone.config.mean, model.backbone.config.std))
+    with torch.no_grad():
+        expected = theirs(pixel_values=(images - mean) / std, **prompts).logits_per_image
+        expected = expected - (theirs.logit_bias if kind == "Siglip" else 0)
+    torch.testing.assert_close(model(images).detach(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_model_without_a_text_tower(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    transformers.Dinov2Config().save_pretrained(tmp_path)
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    arguments = ["--model", f"hf:{tmp_path}", "--classes", str(tmp_path / "classes.txt")]
+    assert main([*arguments, "--out", str(tmp_path / "head.safetensors")]) == 1
+    assert "of the kind dinov2, which has no text tower" in capsys.readouterr().err
+
+
+def test_imagenet_in_the_order_of_its_folders():
+    pytest.importorskip("timm")
+    folders, names = read_names("imagenet")
+    assert len(folders) == len(names) == 1000
+    assert folders == sorted(folders)
+    assert dict(zip(folders, names, strict=True))["n02099601"] == "Golden Retriever"
+    assert (folders[0], names[0]) == ("n01440764", "tench")
+
+
+def test_a_head_of_other_classes_is_refused(folder, clip, tmp_path, image_folders, config):
+    """The fixture's training folders are compared with the head's names, in their order."""
+    names = sorted(path.name for path in image_folders["train"].iterdir())
+    head = tmp_path / "head.safetensors"
+    model = ["--model", f"open_clip:local-dir:{folder}", "--templates", "simple", "--device", "cpu", "--out", str(head)]
+    assert main([*model, "--classes", str(image_folders["train"])]) == 0
+    settings = replace(config, model=ModelConfig(name=f"open_clip:local-dir:{folder}", head=head))
+    trainer = Trainer(settings, quiet=True)
+    assert torch.equal(trainer.method.student.head.weight, load_file(head)["weight"])
+
+    swapped = [names[0], names[2], names[1]]
+    (tmp_path / "swapped.txt").write_text("\n".join(swapped))
+    assert main([*model, "--classes", str(tmp_path / "swapped.txt")]) == 0
+    with pytest.raises(ValueError, match=f"other classes.*output 1 is {names[2]!r}, the folder {names[1]!r}"):
+        Trainer(replace(settings, out=tmp_path / "other"), quiet=True)
+    linear = replace(settings.model, head_kind="linear")
+    with pytest.raises(ValueError, match=r"is a cosine one: pass --model.head-kind cosine"):
+        build_model(linear, 3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--model": "timm:vit_base_patch16_224"}, "train with --model.head-kind linear"),
+        ({"--model": "open_clip:ViT-B-23/openai"}, "did you mean 'ViT-B-32'"),
+        ({"--classes": "/absent"}, "--classes /absent: neither a file nor a folder"),
+        ({"--templates": "opnai"}, "--templates opnai: no such file"),
+        ({"--out": "/absent/head.safetensors"}, "there is no folder /absent"),
+        ({"--batch-size": "0"}, "--batch-size must be at least 1"),
+    ],
+)
+def test_bad_settings(folder, tmp_path, capsys, changes, message):
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    arguments = {
+        "--model": f"open_clip:local-dir:{folder}",
+        "--classes": str(tmp_path / "classes.txt"),
+        "--out": str(tmp_path / "head.safetensors"),
+        **changes,
+    }
+    assert main([part for pair in arguments.items() for part in pair]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "head.safetensors").exists()
+
+
+def test_bad_files(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("a\nb\na\n")
+    with pytest.raises(ValueError, match="names 'a' more than once"):
+        read_names(str(path))
+    for text in ("a photo", "{} and {}", "{name}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"must hold one \{\} for the class"):
+            read_templates(str(path))
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_templates(str(path))
+    with pytest.raises(ValueError, match="holds no class names"):
+        read_names(str(path))

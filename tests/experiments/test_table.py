@@ -1,0 +1,228 @@
+"""The table: its runs, their reuse, and what it prints; its test sets are in evaluation/test_table_sets.py."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file
+
+from maskcf_fast.evaluation import read_run
+from maskcf_fast.evaluation.suite import _identity
+from maskcf_fast.experiments.table import METHODS, TRAINED, Table, TableConfig, TableRow, markdown, plot
+from maskcf_fast.methods import PAPER_CUTS
+from maskcf_fast.table import main
+from maskcf_fast.training.checkpoint import fingerprint, load_checkpoint, save_weights
+from maskcf_fast.training.settings import TrainConfig, find_yaml
+
+
+def test_markdown():
+    rows = [
+        TableRow("ft", 0, {"id": 80.0, "v2": 60.0, "a": 20.0}),
+        TableRow("ft", 1, {"id": 82.0, "v2": 64.0, "a": 20.0}),
+        TableRow("soup", None, {"id": 83.0, "v2": 62.0, "a": 30.0}),
+    ]
+    assert markdown(rows, "id").splitlines() == [
+        "| method | id (ID) | v2 | a | OOD average |",
+        "|---|--:|--:|--:|--:|",
+        "| ft | 81.0 ± 1.4 | 62.0 ± 2.8 | 20.0 ± 0.0 | 41.0 ± 1.4 |",
+        "| soup | 83.0 | 62.0 | 30.0 | 46.0 |",
+    ]
+    assert markdown(rows, "v2").splitlines()[::4] == [
+        "| method | v2 (ID) | id | a | OOD average |",
+    ]
+    assert rows[0].shifted("v2") == 50.0
+
+
+@pytest.fixture
+def line(image_folders, weights, tmp_path):
+    f = image_folders
+    return [
+        *("--data.train", str(f["train"]), "--data.id", str(f["id"]), "--data.ood", str(f["ood"])),
+        *("--data.backend", "torch", "--data.threads", "0", "--model.arch", "tiny", "--model.weights", str(weights)),
+        *("--optim.epochs", "1", "--optim.batch-size", "12", "--device", "cpu", "--out", str(tmp_path / "table")),
+    ]
+
+
+def test_runs_are_reused_and_derived_rows_agree(line, tmp_path):
+    chosen = ["--methods", "zero-shot", "lp-ft", "ft", "wise-ft", "ensemble", "soup", "--alphas", "0", "1"]
+    assert main([*line, *chosen, "--seeds", "0"]) == 0
+    out = tmp_path / "table"
+    results = json.loads((out / "table.json").read_text())
+    started = load_checkpoint(out / "lp-ft-seed0" / "last.pt")["initial"]
+    assert started == fingerprint(read_run(out / "lp-seed0").tuned()) != fingerprint(read_run(out / "ft-seed0").tuned())
+    found = {row["method"]: row["accuracy"] for row in results["rows"]}
+    assert found["wise-ft α 0"] == found["zero-shot"]
+    assert found["wise-ft α 1"] == found["soup"] == found["ft"]
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
+    assert {path.parent.name for path in written} == {"lp-seed0", "ft-seed0", "lp-ft-seed0"}
+    assert main([*line, *chosen, "--seeds", "0"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert json.loads((out / "table.json").read_text()) == results
+    assert results["id"] == "id"
+    logged = [json.loads(line) for line in (out / "ft-seed0" / "metrics.jsonl").read_text().splitlines()]
+    by_step = [{name: line[f"accuracy/{name}"] for name in ("id", "ood")} for line in logged if "accuracy/id" in line]
+    assert (found["zero-shot"], found["ft"]) == (by_step[0], by_step[-1])  # as the trainer measured them
+
+
+def test_several_processes(line, tmp_path):
+    """They train and measure together; one process measures the same on the runs that they leave."""
+    chosen = ["--methods", "lp-ft", "ft", "wise-ft", "soup", "--seeds", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "--", "maskcf_fast.table", *line, *chosen]
+    done = subprocess.run(
+        command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| method | id (ID) | ood | OOD average |") == 1
+    out = tmp_path / "table"
+    together = json.loads((out / "table.json").read_text())
+    (out / "results.json").unlink()
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
+    assert main([*line, *chosen]) == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert json.loads((out / "table.json").read_text()) == together
+
+
+def test_other_settings_are_refused(line, capsys):
+    chosen = ["--methods", "ft", "--seeds", "0"]
+    assert main([*line, *chosen]) == 0
+    assert main([*line, *chosen, "--optim.lr", "0.5"]) == 1
+    assert "--optim.lr (was 3e-05, is 0.5)" in capsys.readouterr().err
+
+
+def test_other_weights_or_images_are_refused(line, image_folders, weights, tmp_path, capsys):
+    train, own, table = tmp_path / "train", tmp_path / "own.safetensors", tmp_path / "table"
+    shutil.copytree(image_folders["train"], train)
+    shutil.copy(weights, own)
+    line = [*line, "--data.train", str(train), "--model.weights", str(own), "--methods", "lp-ft", "--seeds", "0"]
+
+    def refused(run):
+        assert main(line) == 1
+        message = f"{run} holds a run with other settings (other data or initial weights): choose another --out"
+        return message in capsys.readouterr().err
+
+    assert main(line) == 0
+    probe = table / "lp-seed0" / "model.safetensors"
+    for path, run in ((own, "lp-seed0"), (probe, "lp-ft-seed0")):
+        before = path.read_bytes()
+        save_weights(path, {name: tensor + 1e-3 for name, tensor in load_file(path).items()})
+        assert refused(table / run)
+        path.write_bytes(before)
+        assert main(line) == 0
+    image = train / "cat" / "000.jpg"
+    before = image.read_bytes()
+    Image.new("RGB", (40, 36)).save(image)
+    assert refused(table / "lp-seed0")
+    image.write_bytes(before)
+    own.unlink()
+    assert main(line) == 1
+    assert f"no weights at {own}: restore them" in capsys.readouterr().err
+
+
+def test_damaged_runs_are_named(line, tmp_path, capsys):
+    line = [*line, "--methods", "ft", "--seeds", "0"]
+    assert main(line) == 0
+    run = tmp_path / "table" / "ft-seed0"
+    whole = {name: (run / name).read_text() for name in ("result.json", "config.yaml")}
+    for name, contents in {"result.json": ("[]", '{"basis": ""}', "", "3"), "config.yaml": ("", "[1]", None)}.items():
+        for content in contents:
+            (run / name).unlink()
+            if content is not None:
+                (run / name).write_text(content)
+            assert main(line) == 1
+            assert f"{run} holds a finished run that cannot be read" in capsys.readouterr().err
+            (run / name).write_text(whole[name])
+    earlier = json.loads(whole["result.json"])  # of a version that did not keep what a run started from
+    del earlier["initial"]
+    (run / "result.json").write_text(json.dumps(earlier))
+    assert main(line) == 0
+
+
+def test_folders_of_others_are_refused(line, tmp_path, capsys):
+    """Before anything is trained."""
+    chosen = ["--methods", "ft", "--seeds", "0"]
+    (tmp_path / "file").touch()
+    assert main([*line, *chosen, "--out", str(tmp_path / "file" / "table")]) == 1
+    assert f"cannot write to {tmp_path}/file/table (Not a directory): choose another" in capsys.readouterr().err
+    out = tmp_path / "table"
+    (out / "results.json").mkdir(parents=True)
+    assert main([*line, *chosen]) == 1
+    assert "results.json is a folder: choose another --out" in capsys.readouterr().err
+    (out / "results.json").rmdir()
+    for command in ("demo", "evaluate"):
+        (out / "results.json").write_text(f'{{"command": "{command}"}}')
+        assert main([*line, *chosen]) == 1
+        assert f"holds the results of {command}, not of table: choose another --out" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["results.json"]
+
+
+def test_mistakes(line, capsys):
+    for arguments, message in (
+        (["--methods", "objct-single"], "did you mean 'object-single'?"),
+        (["--seeds", "1", "1"], "--seeds needs at least one, and none twice"),
+        (["--alphas", "1.5"], "[0, 1], got 1.5"),
+        (["--methods", "wise-ft", "--alphas"], "--alphas needs at least one for wise-ft"),
+        (
+            ["--demo", "--optim.weight-decay", "0", "--precision", "bf16"],
+            "leave out --model.arch, --model.weights, --data.train, --data.id, --data.ood, --data.backend, "
+            "--data.threads, --optim.epochs, --optim.batch-size, --optim.weight-decay, --precision, or --demo",
+        ),
+        (["--quick"], "add --demo"),
+    ):
+        assert main([*line, *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_every_trained_method_has_a_preset():
+    assert len(METHODS) == len(TRAINED) + 4
+    for method in set(TRAINED) - {"lp-ft"}:
+        assert find_yaml(method).stem == method
+
+
+def test_settings_of_every_method(tmp_path):
+    made = Table.__new__(Table)
+    made.config, made.base = TableConfig(out=tmp_path), TrainConfig()
+    for method in TRAINED:
+        config = made.settings(method, 3)
+        assert (config.seed, config.out) == (3, tmp_path / f"{method}-seed3")
+        name = {"lp-ft": "ft"}.get(method, "counterfactual" if method in PAPER_CUTS else method)
+        assert config.method.name == name
+        assert name != "counterfactual" or config.method.strategy == method
+        assert config.optim.weight_decay == (0.0 if method == "l2-sp" else 0.1)
+        probe = tmp_path / "lp-seed3" / "model.safetensors"
+        expected = dataclasses.replace(TrainConfig().model, weights=probe) if method == "lp-ft" else TrainConfig().model
+        assert config.model == expected
+
+
+def test_soup_and_zero_shot_take_every_seed(line, tmp_path):
+    """Told by the weights that were measured: the mean of both seeds', and a random head for each seed."""
+    line = [*line, "--model.weights", "random", "--methods", "zero-shot", "soup", "--seeds", "0", "1"]
+    assert main(line) == 0
+    measured = json.loads((tmp_path / "table" / "results.json").read_text())["measurements"]
+    assert [entry["model"] for entry in measured.values()] == ["zero-shot"] * 4 + ["soup"] * 2
+    runs = [read_run(tmp_path / "table" / f"ft-seed{seed}") for seed in (0, 1)]
+    first, second = (load_file(run.weights) for run in runs)
+    model = runs[0].tuned()
+    model.load_state_dict({name: (first[name] + second[name]) / 2 for name in first})
+    keys = {key.split("-")[0] for key, entry in measured.items() if entry["model"] == "soup"}
+    assert keys == {_identity(model)[:32]}
+    assert not torch.equal(first["head.weight"], second["head.weight"])
+
+
+def test_pictures_axes(monkeypatch, tmp_path):
+    """Accuracy in distribution to the right, means over the shifted sets upwards."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    rows = [TableRow("ft", seed, {"id": 80.0 + seed, "v2": 60.0, "a": 20.0 + seed}) for seed in (0, 1)]
+    plot([*rows, TableRow("wise-ft α 0.5", 0, {"id": 75.0, "v2": 70.0, "a": 30.0})], "id", tmp_path / "x.png")
+    (axes,) = figures[0].axes
+    drawn = {line.get_label(): [*line.get_xdata(), *line.get_ydata()] for line in axes.lines}
+    assert drawn == {"FT": [80.5, 40.25], "WiSE-FT": [75.0, 50.0]}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("ID accuracy (%)", "OOD accuracy (%)")

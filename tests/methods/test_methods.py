@@ -1,0 +1,148 @@
+"""The methods beside the counterfactual one, their options, and models made by averaging."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maskcf_fast.methods import (
+    L2SP,
+    CounterfactualDistiller,
+    FeatureDistillation,
+    MaskStrategy,
+    OutputEnsemble,
+    average,
+    interpolate,
+)
+from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
+from maskcf_fast.ops import refill_patches
+from maskcf_fast.training.trainer import Trainer
+
+WEIGHT = 3.0
+
+
+@pytest.fixture
+def pair():
+    """A student that has moved away from its teacher, and images with labels."""
+    torch.manual_seed(0)
+    teacher = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 5))
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    size = teacher.backbone.config.image_size
+    return student, teacher, torch.rand(4, 3, size, size), torch.tensor([0, 3, 1, 4])
+
+
+def test_l2sp_pulls_every_weight_to_its_start(pair):
+    student, _, images, labels = pair
+    method = L2SP(student, WEIGHT)
+    start = [p.detach().clone() for p in student.parameters()]
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    out = method.backward(images, labels)
+    moved = [p.detach() - q for p, q in zip(student.parameters(), start, strict=True)]
+    torch.testing.assert_close(out.distill, 0.5 * sum((d**2).sum() for d in moved), rtol=1e-5, atol=0)
+    task = torch.autograd.grad(F.cross_entropy(student(images), labels), list(student.parameters()))
+    for p, g, d in zip(student.parameters(), task, moved, strict=True):
+        torch.testing.assert_close(p.grad, g + WEIGHT * d, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_knowledge_distillation_on_counterfactual_images(pair, two_passes):
+    student, teacher, images, labels = pair
+    method = CounterfactualDistiller(student, teacher, "object-single", WEIGHT, temperature=10.0)
+    draw = method.strategy.draw(4, student.backbone.config.num_patches, generator=torch.Generator().manual_seed(1))
+    step = method(images, labels, draw=draw)
+    refilled = refill_patches(images, step.mask, draw.donors)
+    p = (teacher(refilled) / 10).softmax(dim=1).detach()
+    q = (student(refilled) / 10).softmax(dim=1)
+    expected = 100 * (p * (p / q).log()).sum(dim=1).mean()
+    torch.testing.assert_close(step.distill, expected.detach(), rtol=1e-3, atol=1e-5)
+    if two_passes:
+        method.backward(images, labels, draw=draw)
+    else:
+        step.loss.backward()
+    loss = F.cross_entropy(student(images), labels) + WEIGHT * expected
+    for p, g in zip(student.parameters(), torch.autograd.grad(loss, list(student.parameters())), strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=2e-5)
+
+
+def test_the_teachers_map_is_the_one_it_makes_as_a_student(pair):
+    student, teacher, images, labels = pair
+    own = CounterfactualDistiller(copy.deepcopy(teacher), copy.deepcopy(teacher).backbone, "object-single")
+    draw = own.strategy.draw(4, student.backbone.config.num_patches, generator=torch.Generator().manual_seed(1))
+    expected = own(images, labels, draw=draw)
+    method = CounterfactualDistiller(student, teacher, "object-single", cam_source="teacher")
+    for step in (method(images, labels, draw=draw), method.backward(images, labels, draw=draw)):
+        torch.testing.assert_close(step.cam, expected.cam, rtol=1e-4, atol=1e-7)
+        assert torch.equal(step.mask, expected.mask)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_logits_of_a_teacher_without_a_head_are_refused(pair):
+    student, teacher, _, _ = pair
+    for options in ({"cam_source": "teacher"}, {"temperature": 1.0}):
+        with pytest.raises(ValueError, match="give it a head"):
+            CounterfactualDistiller(student, teacher.backbone, "object-single", **options)
+    with pytest.raises(ValueError, match="cam_source must be"):
+        CounterfactualDistiller(student, teacher, "object-single", cam_source="pupil")
+
+
+def test_ema_teacher(pair):
+    student, teacher, _, _ = pair
+    method = FeatureDistillation(student, teacher.backbone)
+    before = [p.clone() for p in teacher.backbone.parameters()]
+    method.update_teacher()
+    assert all(torch.equal(p, q) for p, q in zip(teacher.backbone.parameters(), before, strict=True))
+    method.ema_decay = 0.9
+    method.update_teacher()
+    for p, old, new in zip(teacher.backbone.parameters(), before, student.backbone.parameters(), strict=True):
+        torch.testing.assert_close(p, 0.9 * old + 0.1 * new.detach())
+
+
+def test_other_donors_are_permutations_without_a_fixed_point():
+    strategy, generator = MaskStrategy.from_name("object-single", exclude_self=True), torch.Generator().manual_seed(0)
+    counts = torch.zeros(5, 5)
+    for _ in range(2000):
+        donors = strategy.draw(5, 4, generator=generator).donors
+        assert sorted(donors.tolist()) == list(range(5))
+        counts[torch.arange(5), donors] += 1
+    assert counts.diagonal().eq(0).all()
+    off = counts[~torch.eye(5, dtype=torch.bool)]
+    assert (off - 500).abs().max() < 100  # five standard deviations
+    with pytest.raises(ValueError, match="at least 2 images"):
+        strategy.draw(1, 4)
+
+
+def test_averages(pair):
+    student, teacher, images, _ = pair
+    a, b = teacher.state_dict(), student.state_dict()
+    for name, tensor in interpolate(a, b, 0.25).items():
+        torch.testing.assert_close(tensor, 0.75 * a[name] + 0.25 * b[name])
+    for name, tensor in average([a, b]).items():
+        torch.testing.assert_close(tensor, (a[name] + b[name]) / 2)
+    both = OutputEnsemble([teacher, student])(images)
+    expected = (teacher(images).softmax(dim=1) + student(images).softmax(dim=1)) / 2
+    torch.testing.assert_close(both.exp(), expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"differ in head\.bias"):
+        average([a, {name: t for name, t in a.items() if name != "head.bias"}])
+
+
+def test_a_moving_teacher_is_resumed_exactly(change, tmp_path):
+    config = change(method={"ema_teacher": 0.9})
+    whole = Trainer(config, quiet=True)
+    first = copy.deepcopy(whole.method.teacher.state_dict())
+    whole.run()
+    parts = Trainer(replace(config, out=tmp_path / "parts"), quiet=True)
+    parts._train_epoch()
+    parts._save()
+    parts.log.close()
+    resumed = Trainer(replace(config, out=tmp_path / "parts", resume=tmp_path / "parts"), quiet=True)
+    resumed.run()
+    end, again = (trainer.method.teacher.state_dict() for trainer in (whole, resumed))
+    assert any(not torch.equal(first[name], end[name]) for name in end)
+    assert all(torch.equal(end[name], again[name]) for name in end)
