@@ -154,7 +154,7 @@ class EpochLoader(ABC):
         self.device = torch.device(config.device)
         if self.device.type == "cuda":
             if not torch.cuda.is_available():
-                raise RuntimeError(f'device="{config.device}", but torch finds no usable GPU: use device="cpu"')
+                raise UserError(f'device="{config.device}", but torch finds no usable GPU: use device="cpu"')
             if self.device.index is None:
                 self.device = torch.device("cuda", torch.cuda.current_device())
         # Indices of the images that this rank may read: in training another part of them every epoch.

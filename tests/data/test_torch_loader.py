@@ -217,13 +217,13 @@ def test_too_few_training_images(numbered, backend):
 def test_damaged_image_is_reported_with_the_folder(numbered, backend):
     manifest = numbered(4)
     (manifest.root / manifest.paths[2]).write_bytes(b"junk")
-    with pytest.raises(RuntimeError, match=f"loading a batch from {manifest.root} failed.*scan it again"):
+    with pytest.raises(ValueError, match=f"loading a batch from {manifest.root} failed.*scan it again"):
         list(build_loader(manifest, EVAL, backend))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpu_without_a_gpu(numbered, backend):
-    with pytest.raises(RuntimeError, match='device="cuda", but torch finds no usable GPU'):
+    with pytest.raises(ValueError, match='device="cuda", but torch finds no usable GPU'):
         build_loader(numbered(4), replace(EVAL, device="cuda"), backend)
 
 

@@ -88,7 +88,7 @@ def test_output_in_an_encoding_without_alpha(monkeypatch):
 def test_training_without_arguments_is_the_demo(monkeypatch, capsys):
     from maskcf_fast.train import main as train
 
-    monkeypatch.setattr(demo, "main", lambda arguments: 7 if arguments == [] else 0)
+    monkeypatch.setattr("maskcf_fast.demo.main", lambda arguments: 7 if arguments == [] else 0)
     assert train([]) == 7
     out = capsys.readouterr().out
     assert "running the embedded demo" in out
