@@ -7,13 +7,13 @@ and ObjectNet (Barbu et al., NeurIPS 2019).
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.errors import UserError
+from ..core.names import unknown
 from ..data import Manifest, scan_images
 from ..data.manifest import report_bad_images
 from ..data.verify import find_bad_images
@@ -66,9 +66,7 @@ class Spec:
             raise UserError(f"the test set {text!r} is not of the form [NAME=][LAYOUT:]PATH")
         name, layout, path = match.groups()
         if layout is not None and layout not in LAYOUTS:
-            near = difflib.get_close_matches(layout.lower(), LAYOUTS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"test set {text}: unknown layout {layout!r} (there are {', '.join(LAYOUTS)}){hint}")
+            raise unknown("layout", layout, LAYOUTS, f"test set {text}")
         if layout is None and name in LAYOUTS:
             layout = name
         published = layout is not None and LAYOUTS[layout].complete is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..core.errors import UserError
+from ..core.names import unknown
 from ..core.processes import Processes
 from ..data import Batch, Loader, LoaderConfig, build_loader
 from ..models import VisionTransformer
@@ -53,9 +53,7 @@ def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
     """Raise a ValueError that suggests the nearest if one of ``names`` is no test set's."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{what} {name!r} is none of the test sets ({', '.join(known)}){hint}")
+            raise unknown("test set", name, known, what)
 
 
 class Suite:

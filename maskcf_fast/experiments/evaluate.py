@@ -51,7 +51,7 @@ class Evaluation:
         first, *_ = [self.suite(run) for run in self.runs]
         if self.baselines and not set(self.baselines) & set(first.shifted):
             names = [benchmark.name for benchmark in first.benchmarks]
-            check_known(f"--baseline {self.config.baseline}: test set", list(self.baselines), names)
+            check_known(f"--baseline {self.config.baseline}", list(self.baselines), names)
         first.describe()
         rows = [row for run in self.runs for row in self._rows(run)]
         report = Report(rows, first.benchmarks, first.id, self.baselines)

@@ -8,7 +8,6 @@ is not measured again.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import nn
 
 from ..core.errors import UserError
 from ..core.files import atomic_write
+from ..core.names import unknown
 from ..core.processes import Processes
 from ..evaluation import Reader, Results, Run, choose_specs, read_run
 from ..evaluation.benchmark import read_class_map
@@ -82,9 +82,7 @@ class TableConfig:
         """
         for name in self.methods:
             if name not in METHODS:
-                near = difflib.get_close_matches(name, METHODS, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UserError(f"unknown method {name!r} (there are {', '.join(METHODS)}){hint}")
+                raise unknown("method", name, METHODS)
         for option, values in {"methods": self.methods, "seeds": self.seeds}.items():
             if not values or len(set(values)) < len(values):
                 raise UserError(f"--{option} needs at least one, and none twice")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.names import did_you_mean
 from .models import known_readout
 from .readout import ReadOut
 
@@ -47,16 +47,11 @@ def load(name: str, *, pretrained: bool, prompts: Sequence[str], device: torch.d
     library, _, model = name.partition(":")
     loaders = {"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip, "hf": _hugging_face}
     if library not in loaders or not model:
-        raise UserError(f"the model must be given as {FORMS}, got {name!r}{_nearest(library, loaders)}")
+        raise UserError(f"the model must be given as {FORMS}, got {name!r}{did_you_mean(library, loaders)}")
     try:
         return loaders[library](model, pretrained, prompts, device)
     except (OSError, RuntimeError) as error:  # the libraries' and the hub's own
         raise UserError(f"{name} cannot be loaded: {error}") from error
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _no_prompts(prompts: Sequence[str]) -> None:
@@ -69,7 +64,7 @@ def _timm(name: str, pretrained: bool, prompts: Sequence[str], device: torch.dev
 
     _no_prompts(prompts)
     if not (name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name)):
-        raise UserError(f"timm has no model {name!r}{_nearest(name.partition('.')[0], timm.list_models())}")
+        raise UserError(f"timm has no model {name!r}{did_you_mean(name.partition('.')[0], timm.list_models())}")
     model = timm.create_model(name, pretrained=pretrained).to(device).eval()
     data = timm.data.resolve_model_data_config(model)
     classes: dict[int, str] = {}
@@ -85,7 +80,7 @@ def _torchvision(name: str, pretrained: bool, prompts: Sequence[str], device: to
 
     _no_prompts(prompts)
     if name not in models.list_models():
-        raise UserError(f"torchvision has no model {name!r}{_nearest(name, models.list_models())}")
+        raise UserError(f"torchvision has no model {name!r}{did_you_mean(name, models.list_models())}")
     weights = models.get_model_weights(name)["DEFAULT"]
     transform = weights.transforms()
     model = models.get_model(name, weights=weights if pretrained else None).to(device).eval()
@@ -104,10 +99,10 @@ def _open_clip(name: str, pretrained: bool, prompts: Sequence[str], device: torc
     name, tag = (name, "") if name.startswith("hf-hub:") else (name.partition("/")[0], name.partition("/")[2])
     if not name.startswith("hf-hub:"):
         if name not in open_clip.list_models():
-            raise UserError(f"open_clip has no model {name!r}{_nearest(name, open_clip.list_models())}")
+            raise UserError(f"open_clip has no model {name!r}{did_you_mean(name, open_clip.list_models())}")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained and tag not in tags:
-            raise UserError(f"open_clip:{name}/PRETRAINED needs one of {', '.join(tags)}{_nearest(tag, tags)}")
+            raise UserError(f"open_clip:{name}/PRETRAINED needs one of {', '.join(tags)}{did_you_mean(tag, tags)}")
     if not prompts:
         raise UserError('an open_clip model has no classes: give --prompts "a photo of a cat" "a photo of a dog" …')
     model, _, transform = open_clip.create_model_and_transforms(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.names import unknown
 from ..core.precision import no_autocast
 from ..models import PoolTap, Tap
 from ..ops import relevance_cam
@@ -36,9 +36,7 @@ class LabelMap:
     def __init__(self, kind: str, target: str, start_layer: int, depth: int) -> None:
         for name, value, known in (("cam", kind, KINDS), ("cam_target", target, TARGETS)):
             if value not in known:
-                near = difflib.get_close_matches(str(value), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UserError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}{hint}")
+                raise unknown(name, value, known)
         if not -depth <= start_layer < depth:
             raise UserError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
         self.kind = kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.names import unknown
 from ..ops import sample_donors, select_patches
 
 # The paper's settings: threshold for object and context masks, rate for random ones.
@@ -150,6 +150,4 @@ class MaskStrategy:
 
 def _check_name(name: str) -> None:
     if name not in PAPER_CUTS:
-        near = difflib.get_close_matches(name, PAPER_CUTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"unknown strategy {name!r} (there are {', '.join(PAPER_CUTS)}){hint}")
+        raise unknown("strategy", name, PAPER_CUTS)

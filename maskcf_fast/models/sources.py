@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.names import did_you_mean
 from .architectures import hugging_face_config, open_clip_config, timm_config
 from .layouts import State
 from .vit import VisionTransformer, VisionTransformerConfig
@@ -36,7 +35,7 @@ def load_source(name: str) -> tuple[VisionTransformerConfig, State]:
     library, _, model = name.partition(":")
     loaders = {"open_clip": _open_clip, "hf": _hugging_face, "timm": _timm}
     if library not in loaders or not model:
-        raise UserError(f"a model is named {FORMS}, got {name!r}{_nearest(library, loaders)}")
+        raise UserError(f"a model is named {FORMS}, got {name!r}{did_you_mean(library, loaders)}")
     try:
         return loaders[library](model)
     except ImportError as error:
@@ -65,11 +64,11 @@ def open_clip_model(name: str, **options: Any) -> Any:
         return open_clip.create_model(name, weights_only=True, **options).eval()
     model, _, tag = name.partition("/")
     if model not in open_clip.list_models():
-        raise UserError(f"open_clip has no model {model!r}{_nearest(model, open_clip.list_models())}")
+        raise UserError(f"open_clip has no model {model!r}{did_you_mean(model, open_clip.list_models())}")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
         known = f"one of {', '.join(tags)}" if tags else "weights, of which it has none"
-        raise UserError(f"open_clip:{model}/PRETRAINED needs {known}, got {tag!r}{_nearest(tag, tags)}")
+        raise UserError(f"open_clip:{model}/PRETRAINED needs {known}, got {tag!r}{did_you_mean(tag, tags)}")
     quick = bool((open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
     return open_clip.create_model(model, tag, force_quick_gelu=quick, weights_only=True, **options).eval()
 
@@ -85,7 +84,7 @@ def _timm(name: str) -> tuple[VisionTransformerConfig, State]:
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         if not timm.is_model(name):
             known = timm.list_models("*vit*") + timm.list_models("*deit*")
-            raise UserError(f"timm has no model {name!r}{_nearest(name.partition('.')[0], known)}")
+            raise UserError(f"timm has no model {name!r}{did_you_mean(name.partition('.')[0], known)}")
         if not timm.is_model_pretrained(name):
             tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
             raise UserError(f"timm has no weights for {name!r}; there are {', '.join(tags) or 'none for this model'}")
@@ -123,8 +122,3 @@ def _hugging_face_state(name: str) -> State:
     if pickled := _file(name, "pytorch_model.bin"):
         return read_state(pickled)
     raise UserError(f"hf:{name} has neither model.safetensors nor pytorch_model.bin")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -6,7 +6,6 @@ patches can be refilled or dropped without embedding them again.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, cast, get_args
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.checks import check_tensor
 from ..core.errors import UserError
+from ..core.names import unknown
 from ..core.precision import compute_dtype
 from ..ops.drop import Packing
 from ..ops.patchify import patchify
@@ -266,7 +266,5 @@ def preset(name: str, **changes: object) -> VisionTransformerConfig:
         ValueError: Unknown preset (the nearest is suggested).
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"unknown model preset {name!r} (there are {', '.join(PRESETS)}){hint}")
+        raise unknown("model preset", name, PRESETS)
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]

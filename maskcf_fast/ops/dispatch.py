@@ -6,7 +6,6 @@ PyTorch, any device), ``native`` (the compiled extension: C++ on a CPU, CUDA on 
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from importlib import import_module, util
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..core.names import did_you_mean
 from . import extension
 
 # Module of each implementation. "auto" takes the first that is there, in the order of the device.
@@ -42,9 +42,10 @@ def resolve(op: str, impl: str, device: torch.device, sizes: tuple[Any, ...] = (
     if impl == "auto":
         impl = next(i for i in ORDER.get(device.type, ("reference",)) if why_not(op, i, device, sizes) is None)
     elif impl not in MODULES:
-        near = difflib.get_close_matches(str(impl), ["auto", *MODULES], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"impl must be one of 'auto', {', '.join(map(repr, MODULES))}, got {impl!r}{hint}")
+        raise ValueError(
+            f"impl must be one of 'auto', {', '.join(map(repr, MODULES))}, got {impl!r}"
+            + did_you_mean(impl, ["auto", *MODULES])
+        )
     elif reason := why_not(op, impl, device, sizes):
         raise RuntimeError(f"{op.rpartition('.')[2]} cannot run with impl={impl!r} on {device}: {reason}")
     import_module(f"{op}.{MODULES[impl]}")

@@ -7,7 +7,6 @@ both are checked by one parser and later arguments win.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from ..core.errors import UserError
+from ..core.names import unknown
 from ..methods import MaskStrategy
 from ..models import VisionTransformerConfig, preset
 from ..models.weights import read_architecture
@@ -314,9 +314,7 @@ def _flatten(content: dict[str, Any], kind: type, path: Path, prefix: str) -> li
     arguments: list[str] = []
     for key, value in content.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f" (there are {', '.join(fields)})"
-            raise UserError(f"{path}: unknown setting {prefix}{key}{hint}")
+            raise unknown("setting", f"{prefix}{key}", (prefix + name for name in fields), str(path))
         section = fields[key].default_factory
         if isinstance(section, type):
             if not isinstance(value, dict):
@@ -332,7 +330,7 @@ def find_yaml(name: str) -> Path:
     """A YAML file by its path, or one that comes with the package by its name.
 
     Raises:
-        FileNotFoundError: Neither (the nearest name is suggested).
+        ValueError: Neither (the nearest name is suggested).
     """
     if Path(name).is_file():
         return Path(name)
@@ -340,9 +338,7 @@ def find_yaml(name: str) -> Path:
     presets = {stem: path for stem, path in presets.items() if path.suffix == ".yaml"}
     if name in presets:
         return presets[name]
-    near = difflib.get_close_matches(name, presets, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise FileNotFoundError(f"no file {name!r}, and no such preset (there are {', '.join(sorted(presets))}){hint}")
+    raise unknown("preset or file", name, sorted(presets))
 
 
 def parse(arguments: Sequence[str] | None = None, *, prog: str = "python -m maskcf_fast.train") -> TrainConfig:

@@ -286,13 +286,16 @@ def test_names_of_another_data_set(runs, call, tmp_path, image_folders):
         (["--run", "{runs}/ft", "--data", "imagnet:{ood}"], "did you mean 'imagenet'?"),
         (["--run", "{runs}/ft", "--data", "imagenet-r:{ood}"], "expected class folders called by WordNet id"),
         (["--run", "{runs}/ft", "--data", "{ood}", "{ood}"], "several test sets are called 'ood'"),
-        (["--run", "{runs}/ft", "--id", "odo"], "--id 'odo' is none of the test sets (id, ood); did you mean 'ood'?"),
+        (
+            ["--run", "{runs}/ft", "--id", "odo"],
+            "--id: unknown test set 'odo' (there are id, ood); did you mean 'ood'?",
+        ),
         (["--run", "{runs}/ft", "--wise-ft", "0:1"], "neither FIRST:LAST:STEP, such as 0:1:0.1, nor A,B,C"),
         (["--run", "{runs}/ft", "--wise-ft", "0,1.5"], "every α must lie in [0, 1]"),
         (["--run", "{runs}/ft", "--baseline", "{ood}/b.yaml"], "no baseline at"),
         (
             ["--run", "{runs}/ft", "--baseline", "{tmp}/b.yaml"],
-            "'odo' is none of the test sets (id, ood); did you mean",
+            "unknown test set 'odo' (there are id, ood); did you mean",
         ),
         (["--run", "{runs}/ft", "--classes", "/absent.txt"], "/absent.txt: no such file"),
         (["--run", "{runs}/ft", "--batch-size", "0"], "batch_size must be at least 1"),

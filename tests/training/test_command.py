@@ -196,7 +196,7 @@ def test_unknown_setting_names_the_nearest(tmp_path, capsys):
     assert "--optim.lr" in "".join(capsys.readouterr())
     path = tmp_path / "bad.yaml"
     path.write_text("optim:\n  lrr: 1\n")
-    with pytest.raises(ValueError, match=r"bad.yaml: unknown setting optim.lrr; did you mean optim.lr\?"):
+    with pytest.raises(ValueError, match=r"bad.yaml: unknown setting 'optim.lrr' .*did you mean 'optim.lr'\?"):
         yaml_arguments(path)
     path.write_text("optim: 3\n")
     with pytest.raises(ValueError, match="optim must hold settings by name, got 3"):
@@ -204,7 +204,7 @@ def test_unknown_setting_names_the_nearest(tmp_path, capsys):
     path.write_text("a: [1\n")
     with pytest.raises(ValueError, match="is no YAML file"):
         yaml_arguments(path)
-    with pytest.raises(FileNotFoundError, match="no such preset"):
+    with pytest.raises(ValueError, match="unknown preset or file"):
         find_yaml("zzz")
 
 
