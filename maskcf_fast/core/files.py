@@ -1,10 +1,25 @@
-"""The package's cache folder, and writing files that must never end up half written."""
+"""The package's cache folder, text as other systems write it, and writing files that must never end up half written."""
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
 import tempfile
+import unicodedata
 from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+# The marks of UTF-32 begin as those of UTF-16 do, so they come first.
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def cache_dir(*parts: str) -> Path:
@@ -56,3 +71,60 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def composed(name: str) -> str:
+    """``name`` in composed Unicode (NFC): what one system writes as "é", another does as "e" and an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+def decode_text(data: bytes, source: str | os.PathLike[str]) -> str:
+    """Text as any system writes it, in composed Unicode and with ``\\n`` as line end.
+
+    Args:
+        data: UTF-8, or UTF-16 or UTF-32, which a byte-order mark or the zeros of plain letters tell.
+        source: Where it comes from, for the message.
+
+    Raises:
+        ValueError: It is in no such encoding.
+    """
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in data:
+        encoding = "utf-16-le" if data[1::2].count(0) > data[::2].count(0) else "utf-16-be"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        where = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise UserError(f"{os.fspath(source)} is not in UTF-8 ({where}): save it as UTF-8") from error
+    return composed(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that hold anything, without the space around them, decoded by `decode_text`.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: Its encoding is not known.
+    """
+    return [line.strip() for line in decode_text(path.read_bytes(), path).split("\n") if line.strip()]
+
+
+def parse_json(text: str | bytes, source: str | os.PathLike[str]) -> Any:
+    """What a JSON text holds.
+
+    Args:
+        text: The text, or its bytes as `decode_text` takes them.
+        source: Where it comes from, for the message.
+
+    Raises:
+        ValueError: It is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else decode_text(text, source))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{os.fspath(source)} holds no JSON that can be read: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; errors as `parse_json`, and OSError."""
+    return parse_json(path.read_bytes(), path)

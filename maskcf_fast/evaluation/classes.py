@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import UserError
+from ..core.files import read_lines
 from ..data import Manifest, scan_images
 from ..models.weights import read_metadata
 
@@ -51,7 +52,7 @@ def read_classes(source: str) -> tuple[str, ...]:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f'--classes {source}: no such file (one class per line, or "imagenet")')
-    names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    names = tuple(read_lines(path))
     if not names:
         raise UserError(f"{path} holds no class names: write one per line, in the order of the model's outputs")
     if len(set(names)) < len(names):

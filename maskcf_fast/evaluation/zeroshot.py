@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.files import read_lines
 from ..models import CosineClassifier
 from ..models.text import load_text_tower
 from .classes import folders_in, imagenet_classes
@@ -83,7 +84,7 @@ def read_names(source: str) -> tuple[list[str], list[str]]:
     if path.is_dir():
         lines = list(folders_in(path))
     elif path.is_file():
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = read_lines(path)
     else:
         raise FileNotFoundError(f'--classes {source}: neither a file nor a folder (nor "imagenet")')
     if not lines:
@@ -109,7 +110,7 @@ def read_templates(source: str) -> Templates:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f'--templates {source}: no such file (nor "openai" nor "simple")')
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    lines = read_lines(path)
     if not lines:
         raise UserError(f"--templates {source} holds no prompts")
     for line in lines:
