@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import maskcf_fast as mf
-from maskcf_fast.models.vit import PRESETS, VisionTransformerConfig
+from maskcf_fast.models import PRESETS, VisionTransformerConfig
 
 from . import baselines
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from maskcf_fast.core.files import atomic_write
-from maskcf_fast.models.vit import PRESETS
+from maskcf_fast.models import PRESETS
 from maskcf_fast.ops.dispatch import MODULES, ORDER, resolve, why_not
 
 from . import measure as m

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..core.errors import UserError
-
-if TYPE_CHECKING:
-    from .record import AttentionRecord, Call
+from .calls import Call, Calls
 
 FUSED = (
     "timm: timm.layers.set_fused_attn(True) before the model is built, and TIMM_FUSED_ATTN unset; Hugging Face: "
@@ -20,7 +17,7 @@ FUSED = (
 ONE_BRANCH = "only a chain of layers, each attending to what the one before made, can be explained"
 
 
-def select_layers(record: AttentionRecord, logits: Tensor) -> list[Call]:
+def select_layers(record: Calls, logits: Tensor) -> list[Call]:
     """The self-attention calls that lead to ``logits [N, C]``, first layer first.
 
     Calls of other forward passes, or made without gradients, are left out, and so are calls with a mask, as text
@@ -109,7 +106,7 @@ def _one_stream(calls: Sequence[Call], n: int) -> list[Call]:
     return plain
 
 
-def _refuse_incomplete(record: AttentionRecord, layers: Sequence[Call]) -> None:
+def _refuse_incomplete(record: Calls, layers: Sequence[Call]) -> None:
     """Raise where a layer is missing or was not what its inputs say."""
     n, t = layers[0].q.shape[0], layers[0].k.shape[2]
     written = [shape for shape in record.maps if shape[-1] == t and shape[:-2].numel() % n == 0]
@@ -126,7 +123,7 @@ def _refuse_incomplete(record: AttentionRecord, layers: Sequence[Call]) -> None:
         )
 
 
-def _nothing_recorded(record: AttentionRecord) -> str:
+def _nothing_recorded(record: Calls) -> str:
     if record.need_weights:
         return (
             "no attention call was recorded: torch.nn.MultiheadAttention was called with need_weights=True, which "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from ..core.checks import FLOATS, check_tensor
 from ..core.errors import UserError
 from ..ops import attention_relevance
 from ..ops.relevance import pool_row
-
-if TYPE_CHECKING:
-    from .record import Call
+from .calls import Call
 
 ReadOut = Literal["class", "mean", "class+mean", "attention"]
 

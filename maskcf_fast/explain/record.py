@@ -12,59 +12,27 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from .calls import Call, Calls
 from .layers import select_layers
 from .readout import ReadOut, chain_relevance, check_labels, count_prefix
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call of scaled-dot-product attention; tensors are references, detached."""
-
-    q: Tensor  # [N, H, Tq, d]
-    k: Tensor  # [N, H, T, d], or fewer heads
-    v: Tensor  # [N, H, T, d], or fewer heads
-    mask: Tensor | None
-    dropout: float
-    causal: bool
-    scale: float | None
-    edge: GradientEdge | None  # the output's place in the graph; None without gradients
-    grid: tuple[int, int, int] | None  # [N, rows, columns] of the last convolution before
-
-    @property
-    def node(self) -> Node:
-        """The graph's node that made the output."""
-        assert self.edge is not None
-        return self.edge.node
-
-    @property
-    def masked(self) -> bool:
-        """Whether some key is hidden or biased (waits for the device if there is a mask)."""
-        if self.causal and self.q.shape[-2] > 1:
-            return True
-        if self.mask is None:
-            return False
-        return not bool(self.mask.all() if self.mask.dtype == torch.bool else (self.mask == 0).all())
-
-
-class AttentionRecord:
+class AttentionRecord(Calls):
     """The attention calls made inside `record_attention`, and the relevance that follows from them.
 
     It refers to each layer's queries, keys and values, which autograd keeps for the backward pass anyway.
     """
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.maps: list[torch.Size] = []  # shapes of attention maps written out by an explicit softmax
-        self.need_weights = False  # a multi-head attention was asked for its map
+        super().__init__()
         self.grid: tuple[int, int] | None = None
         self._last_convolution: tuple[int, int, int] | None = None
         self._paused = False

@@ -1,10 +1,11 @@
 """Vision transformers, heads, and loading weights."""
 
 from .blocks import Tap
+from .config import PRESETS, VisionTransformerConfig, preset
 from .head import HEADS, CosineClassifier, ImageClassifier, LinearClassifier
 from .pool import PoolTap
 from .sources import load_source
-from .vit import PRESETS, VisionTransformer, VisionTransformerConfig, preset
+from .vit import VisionTransformer
 from .weights import load_backbone
 
 __all__ = [

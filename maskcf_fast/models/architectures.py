@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .config import CLIP_MEAN, CLIP_STD, HALF, Activation, VisionTransformerConfig
 from .layouts import State
-from .vit import CLIP_MEAN, CLIP_STD, HALF, Activation, VisionTransformerConfig
 
 HF_ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from ..core.precision import no_autocast
 from ..ops.drop import Packing
-
-if TYPE_CHECKING:
-    from .vit import VisionTransformerConfig
+from .config import VisionTransformerConfig
 
 
 class Tap(NamedTuple):

@@ -6,16 +6,12 @@ patches is the same for both. Inside, no patch sees it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from ..ops.drop import Packing
 from .blocks import POINTWISE, Attention, Tap
-
-if TYPE_CHECKING:
-    from .vit import VisionTransformerConfig
+from .config import VisionTransformerConfig
 
 
 class PoolTap(Tap):

@@ -9,8 +9,9 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.names import did_you_mean
 from .architectures import hugging_face_config, open_clip_config, timm_config
+from .config import VisionTransformerConfig
 from .layouts import State
-from .vit import VisionTransformer, VisionTransformerConfig
+from .vit import VisionTransformer
 from .weights import load_backbone, read_state
 
 FORMS = "open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER or timm:MODEL.TAG"

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .architectures import HF_ACTIVATIONS, timm_config
+from .config import VisionTransformerConfig
 from .head import ImageClassifier, LinearClassifier
 from .layouts import HF_CLIP, HF_DINOV2, HF_SIGLIP, HF_VIT, OPEN_CLIP, TIMM, Layout
-from .vit import VisionTransformerConfig
 
 PT = {"format": "pt"}  # Hugging Face refuses files that do not say so
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from .config import VisionTransformerConfig
 from .layouts import LAYOUTS, TIMM, State
-from .vit import VisionTransformer, VisionTransformerConfig
+from .vit import VisionTransformer
 
 PICKLES = (".bin", ".pt", ".pth")
 
