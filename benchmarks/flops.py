@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module, util
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import (
     flop_registry,
@@ -15,15 +18,15 @@ from maskcf_fast.ops import extension
 
 
 def complete_flop_counter() -> None:
-    """Tell the FLOP counter about what it does not know: the compiled relevance op, and fused attention on a CPU."""
+    """Tell the FLOP counter about what it does not know: the relevance kernels, and fused attention on a CPU."""
     aten = torch.ops.aten
-    if extension.loading_error() is None and torch.ops.maskcf.attention_relevance not in flop_registry:
-
-        @register_flop_formula(torch.ops.maskcf.attention_relevance)
-        def relevance(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
-            n, heads, queries, width = q
-            return 2 * 2 * n * heads * queries * k[2] * width  # two products of [Tq, d] and [d, T] per head
-
+    kernels: list[Any] = [] if extension.loading_error() else [torch.ops.maskcf.attention_relevance]
+    if util.find_spec("triton") is not None:
+        import_module("maskcf_fast.ops.relevance.triton")  # registers the op
+        kernels.append(torch.ops.maskcf_fast_triton.attention_relevance)
+    for kernel in kernels:
+        if kernel not in flop_registry:
+            register_flop_formula(kernel)(relevance_flops)
     if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
 
         @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
@@ -33,6 +36,12 @@ def complete_flop_counter() -> None:
         @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
         def backward(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
             return sdpa_backward_flop_count(grad, q, k, v)
+
+
+def relevance_flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
+    """Two products of ``[Tq, d]`` and ``[d, T]`` per head; that a kernel forms one of them twice is its own affair."""
+    n, heads, queries, width = q
+    return 2 * 2 * n * heads * queries * k[2] * width
 
 
 def forward_flops(config: VisionTransformerConfig, num_tokens: int | None = None) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from maskcf_fast.core.files import atomic_write
 from maskcf_fast.models import PRESETS
-from maskcf_fast.ops.dispatch import MODULES, ORDER, resolve, why_not
+from maskcf_fast.ops.dispatch import DEVICES, MODULES, resolve, why_not
 
 from . import measure as m
 from .cases import CASES, OPS, SIZES, Case, make_case
@@ -165,7 +165,7 @@ def candidates(case: Case, device: torch.device, compiled: bool) -> dict[str, Ca
     found: dict[str, Callable[..., Any] | str] = {}
     for impl in MODULES:
         reason = why_not(case.package, impl, device, case.limits)
-        if reason is None and impl not in ORDER[device.type]:
+        if reason is None and impl not in DEVICES[device.type]:
             reason = "runs under Triton's interpreter only, whose speed means nothing"
         found[impl] = first_line(reason) if reason else partial(case.op, impl=impl)
     found.update(case.eager)

@@ -11,7 +11,7 @@ import torch
 
 from . import __version__
 from .ops import extension
-from .ops.dispatch import MODULES, ORDER, resolve, why_not
+from .ops.dispatch import DEVICES, MODULES, resolve, why_not
 
 OPS = ("select", "refill", "patchify", "gather", "relevance")
 
@@ -55,12 +55,17 @@ def table(device: str) -> list[str]:
     lines = []
     for op in OPS:
         package, there = f"maskcf_fast.ops.{op}", torch.device(device)
-        chosen = resolve(package, "auto", there)
+        chosen = {
+            name: resolve(package, "auto", there, dtype=dtype)
+            for name, dtype in (("float32", torch.float32), ("half precision", torch.bfloat16))
+        }
         for impl in MODULES:
-            if impl not in ORDER[device]:
+            if impl not in DEVICES[device]:
                 continue
             reason = why_not(package, impl, there)
-            answer = f"no: {reason.splitlines()[0]}" if reason else "yes" + (" (auto)" if impl == chosen else "")
+            names = [name for name, taken in chosen.items() if taken == impl]
+            auto = "" if not names else " (auto)" if len(names) == len(chosen) else f" (auto for {names[0]})"
+            answer = f"no: {reason.splitlines()[0]}" if reason else f"yes{auto}"
             lines.append(f"  {op:<10} {impl:<10} {answer}")
     return lines
 
@@ -71,7 +76,7 @@ def main() -> None:
         print(title)
         for name, value in rows.items():
             print(f"  {name:<22} {value}")
-    for device in ORDER:
+    for device in DEVICES:
         there = device != "cuda" or torch.cuda.is_available()
         print(f"Implementations for tensors on {device}" + ("" if there else " (none here: what would run)"))
         print("\n".join(table(device)))

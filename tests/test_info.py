@@ -9,7 +9,7 @@ import torch
 
 import maskcf_fast as mf
 from maskcf_fast.ops import dispatch, extension
-from maskcf_fast.ops.dispatch import ORDER, resolve, why_not
+from maskcf_fast.ops.dispatch import DEVICES, resolve, why_not
 
 CAM = torch.rand(2, 16)
 
@@ -24,7 +24,7 @@ def test_it_names_versions_the_extension_and_every_implementation():
     text = info()
     assert f"torch                  {torch.__version__}" in text
     assert str(extension.library_path()) in text
-    for device, impls in ORDER.items():
+    for device, impls in DEVICES.items():
         part = text.split(f"Implementations for tensors on {device}")[1].split("Implementations")[0]
         for op in ("select", "refill", "patchify", "gather", "relevance"):
             lines = [line.split(maxsplit=2) for line in part.splitlines() if line.split()[:1] == [op]]

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from ..core.names import did_you_mean
-from . import extension
+from . import extension, tuning
 
-# Module of each implementation. "auto" takes the first that is there, in the order of the device.
+# Module of each implementation. "auto" takes the first that can run: on a GPU in the order of `tuning`.
 MODULES = {"cuda": "native", "cpu": "native", "triton": "triton", "reference": "reference"}
-ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+DEVICES = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
-def implementation(op: str, impl: str, device: torch.device, sizes: tuple[Any, ...] = ()) -> Any:
+def implementation(
+    op: str, impl: str, device: torch.device, sizes: tuple[Any, ...] = (), *, dtype: torch.dtype | None = None
+) -> Any:
     """The module that implements ``op`` for tensors on ``device``.
 
     Args:
@@ -29,18 +31,24 @@ def implementation(op: str, impl: str, device: torch.device, sizes: tuple[Any, .
         impl: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
         device: Where the op's tensors live.
         sizes: What else an implementation may be limited in, as its function ``lacks(*sizes)`` takes it.
+        dtype: Of the tensors, where the order of preference depends on it.
 
     Raises:
         ValueError: ``impl`` is no implementation (the nearest is suggested), or not for this device.
         RuntimeError: ``impl`` cannot run here; says why.
     """
-    return sys.modules[f"{op}.{MODULES[resolve(op, impl, device, sizes)]}"]
+    return sys.modules[f"{op}.{MODULES[resolve(op, impl, device, sizes, dtype)]}"]
 
 
-def resolve(op: str, impl: str, device: torch.device, sizes: tuple[Any, ...] = ()) -> str:
+def resolve(
+    op: str, impl: str, device: torch.device, sizes: tuple[Any, ...] = (), dtype: torch.dtype | None = None
+) -> str:
     """The implementation to take, ``impl`` itself unless it is ``"auto"``; its module is imported."""
     if impl == "auto":
-        impl = next(i for i in ORDER.get(device.type, ("reference",)) if why_not(op, i, device, sizes) is None)
+        order = DEVICES.get(device.type, ("reference",))
+        if device.type == "cuda":
+            order = tuning.order(op.rpartition(".")[2], dtype, device)
+        impl = next(i for i in order if why_not(op, i, device, sizes) is None)
     elif impl not in MODULES:
         raise ValueError(
             f"impl must be one of 'auto', {', '.join(map(repr, MODULES))}, got {impl!r}"

@@ -18,13 +18,13 @@ def test_no_spills_and_wide_accesses(op, target):
     spilled = [row for row in rows if row[3].spills]
     assert not spilled, spilled
     for name, kernel, _, found in rows:
-        if kernel in ("refill_kernel", "gather_kernel"):
+        if kernel in ("maskcf_refill", "maskcf_gather"):
             # 14 bytes are no place for a 16-byte unit: it could straddle three patches.
             wanted = 8 if "p14" in name and "uint8 nchw" in name else 16
             assert found.store == wanted, (name, found)
             if "fused" not in name:  # there the map, too, is read 16 bytes at a time
                 assert found.load == wanted, (name, found)
-        if kernel == "gather_backward_kernel" and target != "gfx942":
+        if kernel == "maskcf_gather_backward" and target != "gfx942":
             assert found.load == found.store == 16, (name, found)
-        if kernel == "relevance_kernel" and target != "gfx942":
+        if kernel == "maskcf_relevance" and target != "gfx942":
             assert found.load == 16, (name, found)

@@ -36,4 +36,4 @@ def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "
     check_tensor("mask", mask, [n, num_patches], dtypes=[torch.bool], device=tokens.device)
     check_batch("mask", mask)
     check_donors(donors, n, num_patches, tokens.device)
-    return implementation(__name__, impl, tokens.device).gather_tokens(tokens, mask, donors)
+    return implementation(__name__, impl, tokens.device, dtype=tokens.dtype).gather_tokens(tokens, mask, donors)

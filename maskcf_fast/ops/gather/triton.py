@@ -17,12 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import NAMESPACE, VECTOR_BYTES, alignment, as_words, on_device_of, power_of_two_in
-
-UNITS = 512  # per program: 8 KiB, four independent 16-byte loads in each of 128 threads
+from ..tuning import tiles as tiles_of
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def gather_kernel(
+def maskcf_gather(
     tokens,  # [N, 1 + L, ROW] integers
     out,  # [N, 1 + L, ROW]
     mask,  # [N, L] uint8
@@ -49,7 +48,7 @@ def gather_kernel(
 
 
 @triton.jit(do_not_specialize=["num_images", "num_patches"])
-def gather_backward_kernel(
+def maskcf_gather_backward(
     grad_out,  # [N, 1 + L, D]
     grad,  # [N, 1 + L, D]
     mask,  # [N, L] uint8
@@ -104,12 +103,12 @@ def gather(
     row = d * tokens.element_size()
     unit = power_of_two_in(row, alignment(tokens), alignment(out), limit=VECTOR_BYTES)
     word = min(unit, 8)
-    tiles = triton.cdiv(t * row // unit, UNITS)
+    options: dict[str, Any] = tiles_of("gather", tokens.device)
+    tiles = triton.cdiv(t * row // unit, options["UNITS"])
     if t * row // word >= 2**31:
         raise RuntimeError(f"impl='triton' takes images of less than 2**31 words of tokens, got {t * row // word}")
-    options: dict[str, Any] = {"num_warps": 4}
     with on_device_of(tokens):
-        gather_kernel[(n * tiles,)](
+        maskcf_gather[(n * tiles,)](
             as_words(tokens, word),
             as_words(out, word),
             mask.contiguous().view(torch.uint8),
@@ -118,7 +117,6 @@ def gather(
             L=t - 1,
             ROW=row // word,
             VEC=unit // word,
-            UNITS=UNITS,
             MULTI=donors.ndim == 2,
             **options,
         )
@@ -135,9 +133,10 @@ def gather_backward(
     grad_out = grad_out.contiguous()
     grad = torch.empty_like(grad_out)
     receivers, starts = receivers_of(donors)
-    block = min(triton.next_power_of_2(d), 2048)
+    most = tiles_of("gather backward", grad.device)
+    block = min(triton.next_power_of_2(d), most["BLOCK"])
     with on_device_of(grad_out):
-        gather_backward_kernel[(n * t, triton.cdiv(d, block))](
+        maskcf_gather_backward[(n * t, triton.cdiv(d, block))](
             grad_out,
             grad,
             mask.contiguous().view(torch.uint8),
@@ -149,7 +148,8 @@ def gather_backward(
             t * d,
             BLOCK=block,
             MULTI=donors.ndim == 2,
-            num_warps=min(max(block * grad.element_size() // 512, 1), 4),  # a warp moves 512 bytes at once
+            # A warp moves 512 bytes at once.
+            num_warps=min(max(block * grad.element_size() // 512, 1), most["num_warps"]),
         )
     return grad
 

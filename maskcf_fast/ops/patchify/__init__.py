@@ -66,5 +66,5 @@ def patchify(
         n, num_patches = images.shape[0], height // patch_size * (width // patch_size)
         check_tensor("mask", mask, [n, num_patches], dtypes=[torch.bool], device=images.device)
         check_donors(donors, n, num_patches, images.device)
-    run = implementation(__name__, impl, images.device)
+    run = implementation(__name__, impl, images.device, dtype=images.dtype)
     return run.patchify(images, patch_size, tuple(mean), tuple(std), dtype, mask, donors)

@@ -17,12 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import NAMESPACE, on_device_of
-
-BLOCK = 2048  # values per program: 16 in each of 128 threads
+from ..tuning import tiles as tiles_of
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def patchify_kernel(
+def maskcf_patchify(
     images,  # [N, C, H, W] by its strides
     rows,  # [N, L, C * P * P]
     mask,  # [N, L] uint8, with REFILL
@@ -89,13 +88,13 @@ def patchify_op(
     cols = w // patch_size
     num_patches = h // patch_size * cols
     rows = torch.empty(n, num_patches, c * patch_size**2, dtype=dtype, device=images.device)
-    if rows[0].numel() >= 2**31 - BLOCK:
+    options: dict[str, Any] = tiles_of("patchify", images.device)
+    if rows[0].numel() >= 2**31 - options["BLOCK"]:
         raise RuntimeError(f"impl='triton' takes images of less than 2**31 values, got {rows[0].numel()}")
-    tiles = triton.cdiv(rows[0].numel(), BLOCK)
+    tiles = triton.cdiv(rows[0].numel(), options["BLOCK"])
     refill = mask is not None and donors is not None
-    options: dict[str, Any] = {"num_warps": 4}
     with on_device_of(images):
-        patchify_kernel[(n * tiles,)](
+        maskcf_patchify[(n * tiles,)](
             pixels,
             rows,
             mask.contiguous().view(torch.uint8) if mask is not None else rows,
@@ -108,7 +107,6 @@ def patchify_op(
             P=patch_size,
             MEAN=tuple(mean),
             STD=tuple(std),
-            BLOCK=BLOCK,
             REFILL=refill,
             MULTI=donors is not None and donors.ndim == 2,
             **options,

@@ -47,7 +47,9 @@ def refill_patches(
     grid = resolve_grid(mask.shape[1], grid)
     check_divisible(images.shape[2], images.shape[3], grid)
     check_donors(donors, images.shape[0], mask.shape[1], images.device)
-    return implementation(__name__, impl, images.device).refill_patches(images.detach(), mask, donors, grid)
+    return implementation(__name__, impl, images.device, dtype=images.dtype).refill_patches(
+        images.detach(), mask, donors, grid
+    )
 
 
 def counterfactual_refill(
@@ -77,7 +79,7 @@ def counterfactual_refill(
     check_divisible(images.shape[2], images.shape[3], grid)
     check_donors(donors, images.shape[0], cam.shape[1], images.device)
     cam = cam if cam.dtype == torch.float64 else cam.float()
-    run = implementation(__name__, impl, images.device)
+    run = implementation(__name__, impl, images.device, dtype=images.dtype)
     return run.counterfactual_refill(images.detach(), cam.detach(), donors, threshold, top_k, region, grid)
 
 

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from .._triton import NAMESPACE, VECTOR_BYTES, alignment, as_words, bits_of, on_device_of, power_of_two_in
 from ..select.triton import is_selected, row_rule
-
-UNITS = 512  # per program and step: 8 KiB, four independent 16-byte loads in each of 128 threads
-STEPS = 4  # a program finds its image's selection once for all its steps
+from ..tuning import tiles as tiles_of
 
 
 @triton.jit
@@ -56,7 +54,7 @@ def source_image(
 
 
 @triton.jit(do_not_specialize=["tiles", "top_k", "threshold_bits"])
-def refill_kernel(
+def maskcf_refill(
     images,  # [N, IMAGE] integers
     out,  # [N, IMAGE]
     cam,  # [N, L] float, with SELECT
@@ -191,13 +189,14 @@ def launch(
     out = torch.empty_like(images)
     word, constants = geometry(images, out, grid)
     rows = (0, 2, 3, 1) if last else (0, 1, 2, 3)  # dimensions in the order of memory
-    steps = STEPS if cam is not None else 1
-    straddling = constants["SEGMENT"] % constants["VEC"] != 0
-    units = UNITS // 2 if straddling else UNITS  # two sources at once: half as many, or they spill
-    tiles = triton.cdiv(constants["IMAGE"] // constants["VEC"], units * steps)
-    options: dict[str, Any] = {"UNITS": units, "STEPS": steps, "num_warps": 4}
+    options: dict[str, Any] = tiles_of("refill", images.device)
+    if cam is None:
+        options["STEPS"] = 1  # there is no selection to find
+    if constants["SEGMENT"] % constants["VEC"] != 0:
+        options["UNITS"] //= 2  # units straddle: two sources at once would spill
+    tiles = triton.cdiv(constants["IMAGE"] // constants["VEC"], options["UNITS"] * options["STEPS"])
     with on_device_of(images):
-        refill_kernel[(images.shape[0] * tiles,)](
+        maskcf_refill[(images.shape[0] * tiles,)](
             as_words(images.permute(rows), word),
             as_words(out.permute(rows), word),
             mask if cam is None else cam.contiguous(),

@@ -23,14 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import NAMESPACE, VECTOR_BYTES, on_device_of, power_of_two_in
+from ..tuning import tiles as tiles_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 128  # of a head
-# (block of queries, block of keys, warps, stages) by padded head width: what the compiler keeps out of local memory
-# on every target (benchmarks/compile_report.py), not tuned by timing.
-TILES_HALF = {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
-TILES_FLOAT = {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 32, 4, 2)}
-ONE_QUERY_KEYS = 64
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)  # finite, so that times a scale of 0 it is 0
 LOG2_E = 1.0 / math.log(2.0)
 
@@ -75,7 +71,7 @@ def product(
 
 
 @triton.jit
-def softmax_kernel(
+def maskcf_softmax(
     q,  # [N, H, Tq, d]
     k,  # [N, H, T, d]
     relevance,  # [N, T] float32
@@ -125,7 +121,7 @@ def softmax_kernel(
 
 
 @triton.jit
-def relevance_kernel(
+def maskcf_relevance(
     q,  # [N, H, Tq, d]
     k,  # [N, H, T, d]
     v,  # [N, H, T, d]
@@ -185,7 +181,7 @@ def relevance_kernel(
 
 
 @triton.jit
-def one_query_scores_kernel(
+def maskcf_one_query_scores(
     q,  # [N, H, 1, d]
     k,  # [N, H, T, d]
     relevance,  # [N, T] float32
@@ -223,7 +219,7 @@ def one_query_scores_kernel(
 
 
 @triton.jit
-def one_query_kernel(
+def maskcf_one_query(
     v,  # [N, H, T, d]
     grad_out,  # [N, H, 1, d]
     relevance,  # [N, T] float32
@@ -314,10 +310,11 @@ def relevance_op(
     strides = [x.stride()[:3] for x in (q, k, v, grad_out)]
     unit = power_of_two_in(*(s for row in strides for s in row), limit=VECTOR_BYTES // q.element_size())
     shape = {"D": d, "BLOCK_D": max(16, triton.next_power_of_2(d)), "UNIT": unit}
-    block_q, block_k, warps, stages = (TILES_FLOAT if q.dtype == torch.float32 else TILES_HALF)[shape["BLOCK_D"]]
     if tq == 1:
-        block_k, warps, stages = ONE_QUERY_KEYS, 4, 2
-    key_blocks = triton.cdiv(t, block_k)
+        tiles = tiles_of("relevance of one query", q.device)
+    else:
+        tiles = tiles_of("relevance", q.device, half=q.dtype != torch.float32, width=shape["BLOCK_D"])
+    key_blocks = triton.cdiv(t, tiles["BLOCK_K"])
     splits = splits or head_splits(n * key_blocks, h, q.device)
     maximum, weight = torch.empty(2, n, h, tq, dtype=torch.float32, device=q.device)
     out = torch.empty(splits, n, t, dtype=torch.float32, device=q.device)
@@ -326,25 +323,25 @@ def relevance_op(
     with on_device_of(q):
         if tq == 1:
             scores = torch.empty(n, h, t, dtype=torch.float32, device=q.device)
-            one_query_scores_kernel[(n * h,)](
+            maskcf_one_query_scores[(n * h,)](
                 q, k, relevance, scores, maximum, weight, t, h, scale,
-                q_n, q_h, k_n, k_h, k_t, **shape, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+                q_n, q_h, k_n, k_h, k_t, **shape, **tiles,
             )  # fmt: skip
-            one_query_kernel[(n * key_blocks * splits,)](
+            maskcf_one_query[(n * key_blocks * splits,)](
                 v, grad_out, relevance, scores, maximum, weight, out, t, h, key_blocks, splits, n, scale,
-                v_n, v_h, v_t, g_n, g_h, **shape, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+                v_n, v_h, v_t, g_n, g_h, **shape, **tiles,
             )  # fmt: skip
         else:
-            tiles = shape | {"BLOCK_Q": block_q, "BLOCK_K": block_k, "WIDEN": triton.knobs.runtime.interpret}
-            query_blocks = triton.cdiv(tq, block_q)
-            softmax_kernel[(n * h * query_blocks,)](
+            query_blocks = triton.cdiv(tq, tiles["BLOCK_Q"])
+            tiles |= shape | {"WIDEN": triton.knobs.runtime.interpret}
+            maskcf_softmax[(n * h * query_blocks,)](
                 q, k, relevance, maximum, weight, tq, t, h, query_blocks, scale,
-                q_n, q_h, q_t, k_n, k_h, k_t, **tiles, num_warps=warps, num_stages=stages,
+                q_n, q_h, q_t, k_n, k_h, k_t, **tiles,
             )  # fmt: skip
-            relevance_kernel[(n * key_blocks * splits,)](
+            maskcf_relevance[(n * key_blocks * splits,)](
                 q, k, v, grad_out, relevance, maximum, weight, out, tq, t, h, key_blocks, splits, n, scale,
                 q_n, q_h, q_t, k_n, k_h, k_t, v_n, v_h, v_t, g_n, g_h, g_t,
-                **tiles, num_warps=warps, num_stages=stages,
+                **tiles,
             )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
 

@@ -49,7 +49,7 @@ def select_patches(
     check_cam(cam)
     check_selection(cam.shape[1], threshold, top_k, region)
     wide = cam if cam.dtype == torch.float64 else cam.float()
-    run = implementation(__name__, impl, cam.device)
+    run = implementation(__name__, impl, cam.device, dtype=cam.dtype)
     if threshold is not None:
         return run.select_by_threshold(wide, float(threshold), region)
     return run.select_top_k(wide, top_k, region)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import NAMESPACE, bits_of, on_device_of
+from ..tuning import tiles as tiles_of
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def is_selected(
 
 
 @triton.jit(do_not_specialize=["top_k", "threshold_bits"])
-def select_kernel(
+def maskcf_select(
     cam,  # [N, L] float
     mask,  # [N, L] uint8
     num_patches,
@@ -140,8 +141,9 @@ def select(
     n, num_patches = cam.shape
     mask = torch.empty(n, num_patches, dtype=torch.bool, device=cam.device)
     block = triton.next_power_of_2(num_patches)
+    most = tiles_of("select", cam.device)
     with on_device_of(cam):
-        select_kernel[(n,)](
+        maskcf_select[(n,)](
             cam.contiguous(),
             mask.view(torch.uint8),
             num_patches,
@@ -150,7 +152,7 @@ def select(
             BLOCK=block,
             TOP_K=top_k is not None,
             OBJECT=region == "object",
-            num_warps=min(max(block // 256, 1), 16),
+            num_warps=min(max(block // most["WARP_PATCHES"], 1), most["num_warps"]),
         )
     return mask
 
