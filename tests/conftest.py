@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from maskcf_fast.core.tensors import save_tensors
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
-from maskcf_fast.training.checkpoint import save_weights
 from maskcf_fast.training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
@@ -58,7 +58,7 @@ def weights(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, len(CLASSES)))
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_weights(path, model.state_dict())
+    save_tensors(path, model.state_dict())
     return path
 
 

@@ -7,8 +7,10 @@ import json
 import os
 import tempfile
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import UserError
 
@@ -45,22 +47,22 @@ def cache_dir(*parts: str) -> Path:
     return folder
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace a file as a whole: a reader, or a crash, finds the old bytes or the new, never a mix.
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of ``path`` as a whole when the block ends well.
 
-    Args:
-        path: The file. Its folder must exist.
-        data: The new contents.
+    A reader, or a crash, finds the old bytes or the new, never a mix. What a crash leaves beside it, `temporaries`
+    finds.
 
     Raises:
         OSError: Writing failed; the old file is untouched and nothing is left beside it.
     """
     path = Path(path)
     # In the same folder, because a rename is only atomic within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files that only their owner can read; give this one what open() would have given it.
@@ -71,6 +73,31 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace a file as a whole; see `replacing`."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """What crashes left of unfinished `replacing` in a folder."""
+    return [path for path in folder.glob(".*.tmp") if path.is_file()]
+
+
+@contextmanager
+def explained(path: str | os.PathLike[str], size: int) -> Iterator[None]:
+    """Say of a failed write what it was, how large, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        kept = "; the one before is intact" if os.path.exists(path) else ""
+        raise OSError(
+            error.errno,
+            f"cannot write {path} ({size / 2**20:.1f} MiB): {error.strerror or error}{kept}. Free space or permit it, "
+            "then run the same command again (a training run: with --resume)",
+        ) from error
 
 
 def composed(name: str) -> str:

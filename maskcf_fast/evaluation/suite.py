@@ -12,10 +12,10 @@ from tqdm import tqdm
 from ..core.errors import UserError
 from ..core.names import unknown
 from ..core.processes import Processes
+from ..core.tensors import fingerprint
 from ..data import Batch, Loader, LoaderConfig, build_loader
 from ..models import VisionTransformer
 from ..training.build import named_test_sets
-from ..training.checkpoint import fingerprint
 from ..training.settings import DataConfig
 from .benchmark import Benchmark, Reader
 from .classes import some

@@ -139,7 +139,7 @@ def write_head(config: ZeroShotConfig) -> None:
         ImportError: The model's library is not installed, or open_clip, of whose lists "openai" and "imagenet" are.
         FileNotFoundError, ValueError: Settings, class names or a model that cannot be used.
     """
-    from ..training.checkpoint import save_weights
+    from ..core.tensors import save_tensors
 
     if config.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {config.batch_size}")
@@ -158,5 +158,5 @@ def write_head(config: ZeroShotConfig) -> None:
         "model": config.model,
         "templates": config.templates,
     }
-    save_weights(config.out, head.state_dict(), metadata)
+    save_tensors(config.out, head.state_dict(), metadata)
     print(f"{config.out}: {len(folders)} classes × {directions.shape[1]} features, scale {tower.scale:.4g}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.tensors import load_tensors
 from .config import VisionTransformerConfig
 from .layouts import LAYOUTS, TIMM, State
 from .vit import VisionTransformer
@@ -65,18 +66,10 @@ def read_state(path: Path) -> State:
         FileNotFoundError: No such file.
         ValueError: Neither a complete safetensors file nor a pickle of tensors alone.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     if path.suffix not in PICKLES:
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(
-                f"{path} is no complete safetensors file ({error}): convert or download it again"
-            ) from error
+        return load_tensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:

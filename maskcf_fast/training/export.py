@@ -62,9 +62,9 @@ def export_model(model: ImageClassifier, classes: Sequence[str], to: Target, out
         ValueError: ``out`` is not empty, or the library has no such model.
         OSError: It cannot be written.
     """
+    from ..core.tensors import save_tensors
     from ..models import onnx_target, targets
     from .build import describe
-    from .checkpoint import save_weights
 
     writers = {
         "hf": targets.write_hugging_face,
@@ -86,7 +86,7 @@ def export_model(model: ImageClassifier, classes: Sequence[str], to: Target, out
         load, inside = writers[to](model, classes, work)
         if not inside:
             said = {name: text for name, text in describe(model, classes).items() if name != "architecture"}
-            save_weights(work / "head.safetensors", model.head.state_dict(), said)
+            save_tensors(work / "head.safetensors", model.head.state_dict(), said)
         work.chmod(0o755)
         os.replace(work, out)
     finally:

@@ -10,11 +10,12 @@ from typing import Literal
 from safetensors import SafetensorError, safe_open
 
 from ..core.errors import UserError
+from ..core.tensors import fingerprint
 from ..evaluation.classes import classes_of_run
 from ..methods import interpolate
 from ..models import ImageClassifier
 from .build import build_model
-from .checkpoint import fingerprint, load_checkpoint
+from .checkpoint import load_checkpoint
 from .settings import TrainConfig, parse
 
 MOST_ALPHAS = 1000  # more are taken for a slip

@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from ..core.errors import UserError
 from ..core.processes import Processes
+from ..core.tensors import fingerprint, save_tensors
 from ..data import Batch
 from ..methods import CounterfactualDistiller
 from ..methods.method import run
 from ..visualization.board import board_images, rows_for_board
 from .build import build_loaders, build_method, build_model, build_optimizer, describe, scan
-from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_weights
+from .checkpoint import load_checkpoint, save_checkpoint
 from .distributed import reduce_gradients
 from .evaluate import evaluate
 from .log import RunLog, write_run_files
@@ -150,7 +151,7 @@ class Trainer:
                 self._save()
             student = whole(self.method.student.state_dict())
             if self.processes.main:
-                save_weights(self.folder / "model.safetensors", student, self.metadata)
+                save_tensors(self.folder / "model.safetensors", student, self.metadata)
             return self.accuracy
         finally:
             if self.log is not None:
@@ -291,7 +292,7 @@ class Trainer:
             self.best = self.accuracy[chosen]
             weights = whole(student.state_dict())
             if self.processes.main:
-                save_weights(self.folder / "best.safetensors", weights, self.metadata)
+                save_tensors(self.folder / "best.safetensors", weights, self.metadata)
         generator = torch.Generator().manual_seed(self.config.seed)
         images, labels = (x.to(self.processes.device) for x in self.shown)
         rows = rows_for_board(self.method, images, labels, generator)

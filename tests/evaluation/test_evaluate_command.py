@@ -13,13 +13,13 @@ import yaml
 from coloured import write_shards
 from safetensors.torch import load_file
 
+from maskcf_fast.core.tensors import save_tensors
 from maskcf_fast.evaluate import main
 from maskcf_fast.evaluation import report, suite
 from maskcf_fast.evaluation.metrics import Baseline
 from maskcf_fast.evaluation.results import Results
 from maskcf_fast.experiments import evaluate as session
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
-from maskcf_fast.training.checkpoint import save_weights
 from maskcf_fast.training.runs import parse_alphas
 from maskcf_fast.training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 from maskcf_fast.training.trainer import Trainer
@@ -158,7 +158,7 @@ def test_finished_results_are_kept(runs, call, tmp_path, image_folders, monkeypa
     call(*arguments)
     assert measured[4:] == ["b"]
     torch.manual_seed(3)
-    save_weights(
+    save_tensors(
         run / "model.safetensors", ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3)).state_dict()
     )
     _, _, other = call(*arguments)
@@ -191,7 +191,7 @@ def test_classes_from_a_file(runs, call, tmp_path, image_folders):
     text = (run / "config.yaml").read_text().replace(str(image_folders["train"]), "/absent")
     (run / "config.yaml").write_text(text)
     assert session.read_run(run).classes == ("cat", "dog", "owl")  # its file names them
-    save_weights(run / "model.safetensors", load_file(run / "model.safetensors"))  # as an earlier version did
+    save_tensors(run / "model.safetensors", load_file(run / "model.safetensors"))  # as an earlier version did
     code, printed, _ = call("--run", run)
     assert code == 1
     assert "the names of the model's 3 classes are not known" in printed
@@ -233,7 +233,7 @@ def test_a_run_trained_and_tested_on_shards(runs, call, tmp_path, image_folders)
     _, _, results = call("--run", run, "--wise-ft", "0")
     assert [row["top1"] for row in results["rows"]] == [logged(run, -1), logged(run, 0)]
     assert {entry["path"] for entry in results["data"]} == {str(tmp_path / "id"), str(tmp_path / "ood")}
-    save_weights(run / "model.safetensors", load_file(run / "model.safetensors"))  # without the classes' names
+    save_tensors(run / "model.safetensors", load_file(run / "model.safetensors"))  # without the classes' names
     assert session.read_run(run).classes == ("cat", "dog", "owl")
     assert call("--run", run, "--data", f"again={tmp_path / 'ood'}")[2]["rows"][0]["top1"] == {
         "again": logged(run, -1)["ood"]
@@ -330,7 +330,7 @@ def test_initial_weights_that_are_gone_or_changed(runs, call, tmp_path, weights)
     assert f"no weights at {own}" in printed
     assert "put back the weights that" in printed
     torch.manual_seed(4)
-    save_weights(own, ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3)).state_dict())
+    save_tensors(own, ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3)).state_dict())
     assert "no longer holds the weights that" in call("--run", run, "--wise-ft", "0")[1]
     shutil.copy(weights, own)
     assert call("--run", run, "--wise-ft", "0")[0] == 0
@@ -380,7 +380,7 @@ def test_models_that_are_not_finite(runs, call, tmp_path):
     model = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3))
     with torch.no_grad():
         model.head.weight.fill_(3e38)  # finite, but not what comes of it
-    save_weights(run / "model.safetensors", model.state_dict())
+    save_tensors(run / "model.safetensors", model.state_dict())
     code, printed, _ = call("--run", run)
     assert code == 1
     assert "run on id: the model's outputs are NaN or infinite for" in printed

@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
+from maskcf_fast.core.tensors import fingerprint, save_tensors
 from maskcf_fast.evaluation import read_run
 from maskcf_fast.evaluation.suite import _identity
 from maskcf_fast.experiments.table import METHODS, TRAINED, Table, TableConfig, TableRow, markdown, plot
 from maskcf_fast.methods import PAPER_CUTS
 from maskcf_fast.table import main
-from maskcf_fast.training.checkpoint import fingerprint, load_checkpoint, save_weights
+from maskcf_fast.training.checkpoint import load_checkpoint
 from maskcf_fast.training.settings import TrainConfig, find_yaml
 
 
@@ -112,7 +113,7 @@ def test_other_weights_or_images_are_refused(line, image_folders, weights, tmp_p
     probe = table / "lp-seed0" / "model.safetensors"
     for path, run in ((own, "lp-seed0"), (probe, "lp-ft-seed0")):
         before = path.read_bytes()
-        save_weights(path, {name: tensor + 1e-3 for name, tensor in load_file(path).items()})
+        save_tensors(path, {name: tensor + 1e-3 for name, tensor in load_file(path).items()})
         assert refused(table / run)
         path.write_bytes(before)
         assert main(line) == 0

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import maskcf_fast as mf
+from maskcf_fast.core.tensors import save_tensors
 from maskcf_fast.data import scan_image_folder
 from maskcf_fast.data.transforms import resize_and_crop
 from maskcf_fast.experiments.visualize import ALL
@@ -24,7 +25,6 @@ from maskcf_fast.methods import PAPER_CUTS, CounterfactualDistiller, MaskStrateg
 from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training.build import build_method
-from maskcf_fast.training.checkpoint import save_weights
 from maskcf_fast.training.settings import DataConfig, MethodConfig, ModelConfig, TrainConfig, to_yaml
 from maskcf_fast.visualization.board import board_images, rows_for_board
 from maskcf_fast.visualization.chance import Chance
@@ -45,7 +45,7 @@ def run(tmp_path_factory, image_folders):
     folder.mkdir()
     torch.manual_seed(3)
     model = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3))
-    save_weights(folder / "model.safetensors", model.state_dict())
+    save_tensors(folder / "model.safetensors", model.state_dict())
     settings = TrainConfig(
         model=ModelConfig("tiny"),
         data=DataConfig(image_folders["train"]),

@@ -341,13 +341,13 @@ def test_settings_are_checked_against_the_named_model(tmp_path, change):
 
 def test_a_weights_file_of_another_architecture_is_refused(change, tmp_path):
     """Activation and normalisation change no tensor's shape."""
+    from maskcf_fast.core.tensors import save_tensors
     from maskcf_fast.models import VisionTransformer, preset
     from maskcf_fast.models.weights import architecture_metadata
     from maskcf_fast.training.build import build_model
-    from maskcf_fast.training.checkpoint import save_weights
 
     other = preset("tiny", activation="quick_gelu", std=(0.5, 0.5, 0.5))
-    save_weights(tmp_path / "x.safetensors", VisionTransformer(other).state_dict(), architecture_metadata(other))
+    save_tensors(tmp_path / "x.safetensors", VisionTransformer(other).state_dict(), architecture_metadata(other))
     config = change(model={"weights": tmp_path / "x.safetensors"}).model
     with pytest.raises(ValueError, match=r"activation is quick_gelu, not gelu, std is \(0.5, 0.5, 0.5\), not"):
         build_model(config, 3, seed=0)

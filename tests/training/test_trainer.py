@@ -286,13 +286,13 @@ def test_best_is_the_best_epoch_not_the_last(change, monkeypatch):
     config = replace(config, data=replace(config.data, ood=()))
     trainer = Trainer(config, quiet=True)
     seen = {}
-    real = trainer_module.save_weights
+    real = trainer_module.save_tensors
 
     def spy(path, state, metadata=None):
         seen.setdefault(path.name, []).append(trainer.step)
         real(path, state)
 
-    monkeypatch.setattr(trainer_module, "save_weights", spy)
+    monkeypatch.setattr(trainer_module, "save_tensors", spy)
     trainer.run()
     assert seen == {"best.safetensors": [0, 5], "model.safetensors": [15]}
     assert checkpoint_module.load_checkpoint(config.out / "last.pt")["best"] == 50.0
