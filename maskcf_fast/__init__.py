@@ -5,7 +5,7 @@ Importing it compiles nothing, touches no GPU and loads no data library.
 
 from .explain import explain, record_attention
 from .methods import CounterfactualDistiller, MaskStrategy
-from .models import CosineClassifier, ImageClassifier, VisionTransformer, load_backbone
+from .models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig, load_backbone
 from .ops import (
     attention_relevance,
     counterfactual_refill,
@@ -27,6 +27,7 @@ __all__ = [
     "ImageClassifier",
     "MaskStrategy",
     "VisionTransformer",
+    "VisionTransformerConfig",
     "attention_relevance",
     "counterfactual_refill",
     "drop_tokens",

@@ -1,29 +1,25 @@
-"""``python -m maskcf_fast.demo``: the method on embedded data, compared with its neighbours."""
+"""``maskcf demo``: the method on embedded data, compared with its neighbours."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+
+from .core.command import command, read_settings
+from .core.errors import CONTINUES
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command(CONTINUES)
+def main(arguments: list[str]) -> None:
     """Run the command; returns the exit code."""
     import torch
-    import tyro
 
-    from .core.errors import CONTINUES, report_errors
     from .experiments.demo import Demo, DemoConfig
 
-    def run() -> int:
-        config: Any = tyro.cli(DemoConfig, args=arguments, prog="python -m maskcf_fast.demo")
-        config.validate()
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        Demo(config).run()
-        return 0
-
-    return report_errors(run, CONTINUES)
+    config = read_settings(DemoConfig, arguments, "demo")
+    config.validate()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    Demo(config).run()
 
 
 if __name__ == "__main__":

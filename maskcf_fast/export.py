@@ -1,23 +1,18 @@
-"""``python -m maskcf_fast.export``: a run's model as a checkpoint that other libraries load."""
+"""``maskcf export``: a run's model as a checkpoint that other libraries load."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+
+from .core.command import command, read_settings
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command()
+def main(arguments: list[str]) -> None:
     """Run the command; returns the exit code."""
-    import tyro
-
-    from .core.errors import report_errors
     from .training.export import ExportConfig, export_run
 
-    def command() -> int:
-        export_run(tyro.cli(ExportConfig, args=arguments, prog="python -m maskcf_fast.export"))
-        return 0
-
-    return report_errors(command)
+    export_run(read_settings(ExportConfig, arguments, "export"))
 
 
 if __name__ == "__main__":

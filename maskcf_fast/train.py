@@ -1,18 +1,20 @@
-"""``python -m maskcf_fast.train``: fine-tune a model on images on disk, or run the embedded demo."""
+"""``maskcf train``: fine-tune a model on images on disk, or run the embedded demo."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from .core.errors import UserError, report_errors, survive_encoding
-from .training.settings import TrainConfig, parse
+from .core.command import command
+from .core.errors import UserError
+
+if TYPE_CHECKING:
+    from .training.settings import TrainConfig
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command("interrupted: --resume DIR continues from the last checkpoint")
+def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    survive_encoding()
     if not arguments:
         from .demo import main as demo
 
@@ -23,9 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "  (--help lists all settings)\n"
         )
         return demo([])
-    return report_errors(
-        lambda: train(parse(arguments)), "interrupted: --resume DIR continues from the last checkpoint"
-    )
+    from .training.settings import parse
+
+    return train(parse(arguments))
 
 
 def train(config: TrainConfig) -> int:

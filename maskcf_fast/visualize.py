@@ -1,26 +1,19 @@
-"""``python -m maskcf_fast.visualize``: a page and pictures of a fine-tuned model's maps and counterfactual images."""
+"""``maskcf visualize``: a page and pictures of a fine-tuned model's maps and counterfactual images."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+
+from .core.command import command, read_settings
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command()
+def main(arguments: list[str]) -> None:
     """Run the command; returns the exit code."""
-    import tyro
-
-    from .core.errors import report_errors
     from .experiments.visualize import VisualizeConfig, visualize
 
-    config = tyro.cli(VisualizeConfig, args=arguments, prog="python -m maskcf_fast.visualize")
-
-    def run() -> int:
-        page, *pictures = visualize(config)
-        print(f"{len(pictures)} images: open {page} in a browser; a picture of each lies beside it")
-        return 0
-
-    return report_errors(run)
+    page, *pictures = visualize(read_settings(VisualizeConfig, arguments, "visualize"))
+    print(f"{len(pictures)} images: open {page} in a browser; a picture of each lies beside it")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """Settings, files or data that a user can mend; the text names the value and the remedy."""
 
 
+class MissingLibraryError(ModuleNotFoundError, UserError):
+    """A library that only a part of the package needs is not installed; the text has the command that installs it."""
+
+
 def report_errors(command: Callable[[], int], interrupted: str = "interrupted") -> int:
     """Run a command; an error that a user can mend becomes one message and exit code 1.
 
@@ -22,7 +26,12 @@ def report_errors(command: Callable[[], int], interrupted: str = "interrupted") 
     """
     survive_encoding()
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError, ImportError) as error:
         if os.environ.get("MASKCF_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()

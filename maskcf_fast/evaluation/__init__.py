@@ -1,5 +1,9 @@
 """Accuracy in and out of distribution: the published test sets, what is measured on them, and reports."""
 
+from ..core.optional import need
+
+need("PIL", "tqdm", "yaml")
+
 from ..training.runs import Run, read_run
 from .benchmark import Benchmark, Reader
 from .layouts import LAYOUTS, Spec, read_benchmark

@@ -5,9 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..core.optional import need
+
 if TYPE_CHECKING:
     from .settings import TrainConfig
     from .trainer import Trainer, TrainingDiverged
+
+need("PIL", "tqdm", "yaml")
 
 __all__ = ["TrainConfig", "Trainer", "TrainingDiverged"]
 
@@ -16,4 +20,4 @@ def __getattr__(name: str) -> Any:
     """Import at the first use: `speed` serves without the trainer, and so without what the trainer needs."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".config" if name == "TrainConfig" else ".trainer", __name__), name)
+    return getattr(import_module(".settings" if name == "TrainConfig" else ".trainer", __name__), name)

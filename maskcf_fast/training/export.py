@@ -1,4 +1,4 @@
-"""``python -m maskcf_fast.export``: a run's model as a checkpoint that other libraries load."""
+"""A run's model as a checkpoint that other libraries load."""
 
 from __future__ import annotations
 

@@ -1,0 +1,38 @@
+"""``maskcf COMMAND`` and ``python -m maskcf_fast.COMMAND``."""
+
+from __future__ import annotations
+
+import pytest
+
+import maskcf_fast
+from maskcf_fast.__main__ import MODULES, main
+
+
+def test_help_says_what_every_command_is_for(capsys):
+    assert main(["--help"]) == main([]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert dict(lines).keys() == MODULES.keys()
+    assert all(len(what) > 20 for _, what in lines)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"maskcf_fast {maskcf_fast.__version__}\n"
+
+
+@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean 'train'?"), ("qqqq", "there are train, evaluate,")])
+def test_an_unknown_command(name, hint, capsys):
+    assert main([name]) == 2
+    said = capsys.readouterr().err
+    assert f"unknown command '{name}'" in said
+    assert hint in said
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_an_unknown_option_is_refused_with_the_usage(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--foo"])
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert "--foo" in said.err + said.out
+    assert f"maskcf {name}" in said.err + said.out or name == "train"
