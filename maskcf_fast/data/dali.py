@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from .images import read_file
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
 from .transforms import CROP_AREA, CROP_RATIO
-from .verify import image_file, read_span
+from .verify import image_file
 
 PREFETCH = 2  # batches that are ready, or being made, while the caller has one
 
@@ -94,7 +95,7 @@ class DaliLoader(EpochLoader):
             return
 
         def read(i: int) -> np.ndarray:
-            return np.frombuffer(read_span(image_file(root, paths[i], spans[i]), spans[i]), np.uint8)
+            return np.frombuffer(read_file(image_file(root, paths[i], spans[i]), spans[i]), np.uint8)
 
         # DALI reads files in its threads, but can't read a part of one; Python's threads can, a batch ahead. Not in a
         # with, which would wait for them wherever the garbage collector finds a forgotten generator.

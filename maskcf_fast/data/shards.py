@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from ..core.errors import UserError
 from ..core.files import atomic_write, cache_dir
+from .images import read_file
 from .manifest import Manifest, report_bad_images, scan_image_folder
-from .verify import Span, find_bad_images, read_span
+from .verify import Span, find_bad_images
 
 IMAGES = {"bmp", "jpg", "jpeg", "jp2", "j2k", "png", "pbm", "pgm", "ppm", "tif", "tiff", "webp"}
 _INDEX_VERSION = 2  # to be raised whenever an index would hold something else
@@ -233,9 +234,9 @@ def _ends(shard: Path, offset: int) -> bool:
 def _label(shard: str, key: str, files: dict[str, tuple[str, Span]]) -> int | str | None:
     try:
         if "cls" in files:
-            label = read_span(shard, files["cls"][1]).decode().strip()
+            label = read_file(shard, files["cls"][1]).decode().strip()
         elif "json" in files:
-            label = json.loads(read_span(shard, files["json"][1]))["label"]
+            label = json.loads(read_file(shard, files["json"][1]))["label"]
         else:
             return None
     except (ValueError, KeyError, TypeError):

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .images import ImageError, read_image
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
 from .transforms import random_flip, random_resized_crop, resize_and_crop
-from .verify import image_source
+from .verify import image_file
 
 
 class TorchLoader(EpochLoader):
@@ -90,12 +90,12 @@ class _Images(Dataset):
         span = None if self.spans is None else (int(self.spans[index, 0]), int(self.spans[index, 1]))
         size = self.config.image_size
         try:
-            with Image.open(image_source(self.root, path, span)) as image:
-                if self.config.augment == "none":
-                    pixels = resize_and_crop(image, size)
-                else:
-                    rng = np.random.default_rng([self.config.seed, epoch, index])
-                    pixels = random_flip(random_resized_crop(image, size, rng), rng)
-        except Exception as error:  # PIL lets anything through, from SyntaxError to struct.error
-            raise RuntimeError(f"cannot decode {self.root / path}: {error}") from error
+            image = read_image(image_file(self.root, path, span), span)
+        except ImageError as error:
+            raise RuntimeError(f"{self.root / path}: {error}") from error
+        if self.config.augment == "none":
+            pixels = resize_and_crop(image, size)
+        else:
+            rng = np.random.default_rng([self.config.seed, epoch, index])
+            pixels = random_flip(random_resized_crop(image, size, rng), rng)
         return torch.from_numpy(pixels), int(self.labels[index])

@@ -11,23 +11,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 # Share of the area, and width / height, that a random crop may have.
 CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn an image upright by its EXIF orientation and convert it to 8-bit RGB, as DALI does.
-
-    Alpha is dropped, not blended. 16-bit grey is scaled to 8 bits; PIL's own conversion would clip it.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "I;16":
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    image.info.pop("transparency", None)  # unused, and PIL warns about some kinds of it
-    return image.convert("RGB")
 
 
 def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -36,13 +24,12 @@ def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
     The long side is rounded down; an odd margin is halved with ties to even.
 
     Args:
-        image: Any image that PIL can convert to RGB.
+        image: Of mode RGB, as `read_image` gives it.
         size: Side of the result, in pixels.
 
     Returns:
         uint8, ``[size, size, 3]``.
     """
-    image = to_rgb(image)
     width, height = (side * size // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -59,7 +46,7 @@ def random_resized_crop(
     """Resize a random rectangle of the image to a square (bicubic, antialiased).
 
     Args:
-        image: Any image that PIL can convert to RGB.
+        image: Of mode RGB, as `read_image` gives it.
         size: Side of the result, in pixels.
         rng: Source of the randomness.
         scale: Range of the rectangle's share of the image's area, drawn uniformly.
@@ -68,7 +55,6 @@ def random_resized_crop(
     Returns:
         uint8, ``[size, size, 3]``.
     """
-    image = to_rgb(image)
     for _ in range(10):
         pixels = image.width * image.height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))

@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..core.files import atomic_write, cache_dir
+from .images import read_file
 
 # The formats, and of each the PIL modes, that DALI decodes to the same RGB pixels as PIL. It has no GIF; it
 # fails on 1-bit TIFF and on grey JPEG 2000 with alpha; it reads float and LAB images as something else.
@@ -38,25 +39,6 @@ Span = tuple[int, int]  # offset and size in bytes within a tar shard
 def image_file(root: Path, path: str, span: Span | None) -> str:
     """The file that holds an image: itself, or its tar shard, whose name is what comes before the colon."""
     return os.path.join(root, path if span is None else path[: path.index(".tar:") + 4])
-
-
-def image_source(root: Path, path: str, span: Span | None) -> str | io.BytesIO:
-    """What PIL can open to read an image."""
-    file = image_file(root, path, span)
-    return file if span is None else io.BytesIO(read_span(file, span))
-
-
-def read_span(file: str, span: Span) -> bytes:
-    """The bytes of an image in a tar shard.
-
-    Raises:
-        OSError: The shard is gone, or shorter than it was.
-    """
-    with open(file, "rb") as shard:
-        data = os.pread(shard.fileno(), span[1], span[0])
-    if len(data) < span[1]:
-        raise OSError(f"{file} ends within an image at byte {span[0]}: it has become shorter, scan it again")
-    return data
 
 
 def image_stamps(root: Path, paths: Sequence[str], spans: Sequence[Span] | None) -> list[list[int] | None]:
@@ -113,7 +95,7 @@ def _defect(root: Path, path: str, span: Span | None) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns about metadata that nobody reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(image_source(root, path, span)) as image:
+            with Image.open(io.BytesIO(read_file(image_file(root, path, span), span))) as image:
                 if image.format not in _MODES:
                     return f"its format {image.format} is not supported ({', '.join(_MODES)} are)"
                 if image.mode not in _MODES[image.format]:

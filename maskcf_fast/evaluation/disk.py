@@ -12,15 +12,15 @@ from typing import Any
 
 import PIL
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..core.errors import UserError
 from ..data import Batch, LoaderConfig, LoadingError, Manifest
+from ..data.images import read_image
 from ..data.torch_loader import start_workers, without_traceback
 from ..data.transforms import resize_and_crop
-from ..data.verify import image_source
+from ..data.verify import image_file
 
 
 @dataclass(frozen=True)
@@ -129,16 +129,16 @@ class _Decoded(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         source, border = self.source, self.border
-        image: Image.Image
+        if isinstance(source, Manifest):
+            where = str(source.root / source.paths[index])
+        else:
+            where = f"row {source.rows[index]} of {source.root}"
         try:
             if isinstance(source, Manifest):
-                where = str(source.root / source.paths[index])
                 span = None if source.spans is None else source.spans[index]
-                with Image.open(image_source(source.root, source.paths[index], span)) as opened:
-                    image = opened.copy()
+                image = read_image(image_file(source.root, source.paths[index], span), span)
             else:
-                where = f"row {source.rows[index]} of {source.root}"
-                image = source.table[source.rows[index]][source.column]
+                image = source.table[source.rows[index]][source.column].convert("RGB")
             if min(image.size) <= 2 * border:
                 raise UserError(f"its sides {image.size} leave nothing inside a border of {border}")
             if border:

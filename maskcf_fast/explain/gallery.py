@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..data.images import ImageError, read_image
 from .load import Loaded, load
 from .models import explained
 
@@ -97,21 +98,14 @@ def _pictures(model: Loaded, paths: list[Path], config: GalleryConfig, device: t
         batch: list[tuple[Path, Tensor]] = []
         for path in paths[at : at + config.batch_size]:
             try:
-                batch.append((path, _read(path, model)))
-            except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+                batch.append((path, model.transform(read_image(path))))
+            except ImageError as error:
                 unread += 1
                 print(f"skipped: {path}: {error}", file=sys.stderr)
         if batch:
             yield from _explain(model, batch, config, device)
     if unread:
         print(f"{unread} of {len(paths)} images could not be read", file=sys.stderr)
-
-
-def _read(path: Path, model: Loaded) -> Tensor:
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        return model.transform(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def _explain(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..data.images import ImageError, read_image
 from ..data.transforms import resize_and_crop
 from ..explain.gallery import SUFFIXES
 
@@ -59,9 +59,8 @@ def read_images(root: Path, classes: Sequence[str], image_size: int, count: int,
     names, pixels, labels = [], [], []
     for path in (paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)):
         try:
-            with Image.open(path) as image:
-                pixels.append(torch.from_numpy(resize_and_crop(image, image_size)))
-        except Exception as error:  # PIL lets anything through, from SyntaxError to struct.error
+            pixels.append(torch.from_numpy(resize_and_crop(read_image(path), image_size)))
+        except ImageError as error:
             print(f"skipped: {path}: {error}", file=sys.stderr)
             continue
         names.append(path.relative_to(root).as_posix())

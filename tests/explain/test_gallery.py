@@ -10,7 +10,8 @@ import zoo
 from PIL import Image
 
 from maskcf_fast.explain.__main__ import main
-from maskcf_fast.explain.gallery import _explain, _read
+from maskcf_fast.data.images import read_image
+from maskcf_fast.explain.gallery import _explain
 from maskcf_fast.explain.load import Loaded, load
 from maskcf_fast.explain.models import explain
 
@@ -124,7 +125,7 @@ def test_what_is_drawn(images):
     class Config:
         label, start_layer = 3, 0
 
-    image = _read(path, loaded)
+    image = transform(read_image(path))
     (picture,) = _explain(loaded, [(path, image)], Config, torch.device("cpu"))
     assert torch.allclose(
         picture.pixels, torch.from_numpy(np.array(Image.open(path).resize((32, 32)))) / 255, atol=1e-6
