@@ -4,7 +4,6 @@ from ..core.optional import need
 
 need("PIL", "tqdm", "yaml")
 
-from ..training.runs import Run, read_run
 from .benchmark import Benchmark, Reader
 from .layouts import LAYOUTS, Spec, read_benchmark
 from .measure import Measurement, measure
@@ -22,12 +21,10 @@ __all__ = [
     "Report",
     "Results",
     "Row",
-    "Run",
     "Spec",
     "Suite",
     "choose_specs",
     "measure",
     "read_benchmark",
-    "read_run",
     "wilson",
 ]

@@ -145,5 +145,5 @@ class _Decoded(Dataset):
                 image = image.crop((border, border, image.width - border, image.height - border))
             pixels = resize_and_crop(image, self.size)
         except Exception as error:  # PIL lets anything through, from SyntaxError to struct.error
-            raise RuntimeError(f"cannot decode {where}: {error}") from error
+            raise RuntimeError(f"{where}: {error}") from error
         return torch.from_numpy(pixels), source.labels[index], index

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -15,8 +16,6 @@ from ..core.processes import Processes
 from ..core.tensors import fingerprint
 from ..data import Batch, Loader, LoaderConfig, build_loader
 from ..models import VisionTransformer
-from ..training.build import named_test_sets
-from ..training.settings import DataConfig
 from .benchmark import Benchmark, Reader
 from .classes import some
 from .disk import DiskImages, DiskLoader
@@ -25,20 +24,20 @@ from .measure import Measurement, measure
 from .results import Results
 
 
-def choose_specs(texts: Sequence[str], id: str | None, own: DataConfig) -> list[Spec]:
+def choose_specs(texts: Sequence[str], id: str | None, own: Mapping[str, Path]) -> list[Spec]:
     """The test sets that are asked for.
 
     Args:
         texts: Each ``[NAME=][LAYOUT:]PATH``.
         id: Name of the one in distribution, if it is said.
-        own: What training was tested on, which is taken if there are no ``texts``.
+        own: What training was tested on, by name, which is taken if there are no ``texts``.
 
     Raises:
         OSError: One of them is not there.
         ValueError: Two of the same name, an unknown layout, or an ``id`` that is none of them.
     """
     specs = [Spec.parse(text) for text in texts]
-    specs = specs or [Spec(name, None, path) for name, path in named_test_sets(own).items()]
+    specs = specs or [Spec(name, None, path) for name, path in own.items()]
     names = [spec.name for spec in specs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"several test sets are called {some(twice)}: name them, NAME=PATH")

@@ -21,11 +21,12 @@ import torch
 from ..core.errors import UserError
 from ..core.files import atomic_write, cache_dir
 from ..core.processes import Processes
-from ..evaluation import Reader, Results, choose_specs, read_run
+from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.results import check_writable, refuse_others
 from ..methods import CounterfactualDistiller
 from ..ops import refill_patches
-from ..training.build import build_loaders, build_method, build_model, scan
+from ..training.build import build_loaders, build_method, build_model, named_test_sets, scan
+from ..training.runs import read_run
 from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, to_yaml
 from ..visualization.plots import Point, plot_counterfactuals, plot_tradeoff
 from .comparison import build_suite, spread, train, train_or_reuse
@@ -176,7 +177,8 @@ class Demo:
         config = self._config("ft", 0.0, seed)
         assert config.out is not None
         run = read_run(config.out)
-        specs, results = choose_specs([], None, config.data), Results(config.out.parent / "measurements.json", "demo")
+        specs = choose_specs([], None, named_test_sets(config.data))
+        results = Results(config.out.parent / "measurements.json", "demo")
         suite = build_suite(config, specs, Reader(run.classes), results, self.processes)
         rows = []
         for alpha, model in run.models(ALPHAS):

@@ -13,6 +13,7 @@ from ..evaluation.metrics import read_baselines
 from ..evaluation.report import Report, Row
 from ..evaluation.results import Results
 from ..evaluation.suite import Suite, check_known, choose_specs
+from ..training.build import named_test_sets
 from ..training.runs import Run, parse_alphas, read_run
 from .evaluate_settings import EvaluateConfig, flat
 
@@ -38,7 +39,7 @@ class Evaluation:
         self.runs = [
             read_run(folder, config.weights, config.classes, name) for folder, name in zip(folders, names, strict=True)
         ]
-        self.specs = choose_specs(flat(config.data), config.id, self.runs[0].config.data)
+        self.specs = choose_specs(flat(config.data), config.id, named_test_sets(self.runs[0].config.data))
         if not self.specs:
             raise UserError(f"--data is missing, and {folders[0]} was trained without test sets")
         self.folder = config.out or folders[0] / "evaluation"

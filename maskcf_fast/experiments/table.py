@@ -23,10 +23,11 @@ from ..core.errors import UserError
 from ..core.files import atomic_write
 from ..core.names import unknown
 from ..core.processes import Processes
-from ..evaluation import Reader, Results, Run, choose_specs, read_run
+from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.benchmark import read_class_map
 from ..methods import PAPER_CUTS, OutputEnsemble, average
-from ..training.build import build_model, scan
+from ..training.build import build_model, named_test_sets, scan
+from ..training.runs import Run, read_run
 from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, find_yaml
 from ..visualization.plots import Point, plot_tradeoff
 from .comparison import build_suite, images_checksum, spread, train_or_reuse
@@ -136,7 +137,7 @@ class Table:
 
             self.base, self.basis = Demo(DemoConfig(quick=config.quick)).prepare()
         data = self.base.data
-        specs = choose_specs(flat(config.test), config.id, data)
+        specs = choose_specs(flat(config.test), config.id, named_test_sets(data))
         if len(specs) < 2:
             raise UserError(
                 f"a test set in distribution and at least one shifted are needed, got {len(specs)}: "

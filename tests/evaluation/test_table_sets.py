@@ -14,8 +14,9 @@ from PIL import Image
 
 from maskcf_fast.data.transforms import resize_and_crop
 from maskcf_fast.evaluate import main as evaluate
-from maskcf_fast.evaluation import read_run, suite
+from maskcf_fast.evaluation import suite
 from maskcf_fast.table import main
+from maskcf_fast.training.runs import read_run
 
 NUMBERS = {"cat": 2, "dog": 10, "owl": 414}  # as whose images the three classes' pass; as strings, "10" precedes "2"
 ROOT = Path(__file__).parents[2]

@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from maskcf_fast.core.tensors import fingerprint, save_tensors
-from maskcf_fast.evaluation import read_run
 from maskcf_fast.evaluation.suite import _identity
 from maskcf_fast.experiments.table import METHODS, TRAINED, Table, TableConfig, TableRow, markdown, plot
 from maskcf_fast.methods import PAPER_CUTS
 from maskcf_fast.table import main
 from maskcf_fast.training.checkpoint import load_checkpoint
+from maskcf_fast.training.runs import read_run
 from maskcf_fast.training.settings import TrainConfig, find_yaml
 
 

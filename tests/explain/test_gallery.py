@@ -9,8 +9,8 @@ import torch
 import zoo
 from PIL import Image
 
-from maskcf_fast.explain.__main__ import main
 from maskcf_fast.data.images import read_image
+from maskcf_fast.explain.__main__ import main
 from maskcf_fast.explain.gallery import _explain
 from maskcf_fast.explain.load import Loaded, load
 from maskcf_fast.explain.models import explain
