@@ -15,7 +15,7 @@ import torch
 
 from maskcf_fast.core.processes import Processes
 from maskcf_fast.models import VisionTransformerConfig, preset
-from maskcf_fast.training.distributed import reduce_gradients
+from maskcf_fast.training.distributed import average_gradients, broadcast_state
 
 from . import measure as m
 from .workload import Variant, Workload
@@ -153,8 +153,14 @@ def _rank(
     device = processes.device
     work = Workload(config, batch, device)
     method = work.method(Variant(METHOD, precision=precision))
-    last = reduce_gradients(method, processes)
-    step = work.step(lambda: method.backward(work.images, work.labels, generator=work.generator, last=last))
+    broadcast_state(method, processes)
+
+    def backward() -> Any:
+        out = method.backward(work.images, work.labels, generator=work.generator)
+        average_gradients(method.parameters(), processes)
+        return out
+
+    step = work.step(backward)
     warm, timed = (3, 20) if kind == "cuda" else (1, 4)
     for _ in range(warm):
         step()

@@ -7,6 +7,7 @@ import os
 # Before any import reads it: tests must neither use nor fill the user's cache.
 os.environ.setdefault("MASKCF_CACHE", os.path.join(os.environ.get("TMPDIR", "/tmp"), f"maskcf-tests-{os.getpid()}"))
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,3 +90,11 @@ def change(config):
         return replace(config, **nested)
 
     return changed
+
+
+@pytest.fixture
+def port():
+    """A free one, for processes to meet at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

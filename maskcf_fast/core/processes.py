@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +73,3 @@ class Processes:
         """Leave the group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-            # DistributedDataParallel keeps gloo's threads alive. One that still lets go of a tensor while the
-            # interpreter ends would abort the process.
-            time.sleep(0.5)

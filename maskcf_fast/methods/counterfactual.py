@@ -11,7 +11,6 @@ Per batch, with F one student forward (multiply by images for FLOPs):
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -29,7 +28,6 @@ from .method import (
     check_temperature,
     feature_loss,
     logit_loss,
-    run,
     step_output,
     task_loss,
 )
@@ -130,7 +128,6 @@ class CounterfactualDistiller(Method):
         *,
         generator: torch.Generator | None = None,
         scale: float = 1.0,
-        last: Callable[[Callable[[], Tensor]], Tensor] = run,
         draw: Draw | None = None,
         mask: Tensor | None = None,
     ) -> StepOutput:
@@ -166,26 +163,15 @@ class CounterfactualDistiller(Method):
         del logits, taps, task
         chosen = self.strategy.mask(cam, draw) if mask is None else mask
 
-        distill: list[Tensor] = []
-
-        def compute() -> Tensor:
-            with autocast(images.device, self.precision):
-                distill.append(self._distill(tokens, pixels, chosen, draw))
-            return scale * self.weight * distill[0]
-
-        loss = last(compute)
-        roots: list[Tensor] = [loss]
-        grads: list[Tensor] = [torch.ones_like(loss)]
+        with autocast(images.device, self.precision):
+            distill = self._distill(tokens, pixels, chosen, draw)
+        loss = scale * self.weight * distill
         if tokens.requires_grad:  # the clean branch's gradient joins where the branches meet
-            roots.append(tokens)
-            grads.append(cast(Tensor, shared.grad))
-        for p in self.student.head.parameters():  # the head has had its gradient, and is reached all the same
-            if p.requires_grad:
-                roots.append(p)
-                grads.append(torch.zeros_like(p))
-        torch.autograd.backward(roots, grads)
-        total = out.task + self.weight * distill[0].detach()
-        return out._replace(loss=total, distill=distill[0].detach(), cam=cam, mask=chosen)
+            torch.autograd.backward([loss, tokens], [torch.ones_like(loss), cast(Tensor, shared.grad)])
+        else:
+            loss.backward()
+        distill = distill.detach()
+        return out._replace(loss=out.task + self.weight * distill, distill=distill, cam=cam, mask=chosen)
 
     def select(self, images: Tensor, labels: Tensor) -> Tensor:
         """The mask ``[N, L]`` bool that `backward` would now cut from the map; touches no parameter's gradient.

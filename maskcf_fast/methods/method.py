@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +22,6 @@ class StepOutput(NamedTuple):
     logits: Tensor  # [N, classes] of the clean images, detached
     cam: Tensor | None = None  # [N, L] relevance
     mask: Tensor | None = None  # [N, L] bool
-
-
-def run(compute: Callable[[], Tensor]) -> Tensor:
-    """Nothing but ``compute()``."""
-    return compute()
 
 
 class Method(nn.Module):
@@ -96,7 +90,6 @@ class Method(nn.Module):
         *,
         generator: torch.Generator | None = None,
         scale: float = 1.0,
-        last: Callable[[Callable[[], Tensor]], Tensor] = run,
     ) -> StepOutput:
         """``(scale * forward(...).loss).backward()``: adds to every parameter's ``grad``.
 
@@ -105,20 +98,13 @@ class Method(nn.Module):
             labels: int64 ``[N]``.
             generator: As `forward` takes it.
             scale: Factor of the gradient.
-            last: Calls the function it is given, which computes the loss whose backward pass is the step's last
-                and reaches every parameter that is trained: the place to reduce gradients between processes.
 
         Returns:
             The losses, detached.
         """
-        out: list[StepOutput] = []
-
-        def compute() -> Tensor:
-            out.append(self(images, labels, generator=generator))
-            return scale * out[0].loss
-
-        last(compute).backward()
-        return out[0]._replace(loss=out[0].loss.detach())
+        out: StepOutput = self(images, labels, generator=generator)
+        (scale * out.loss).backward()
+        return out._replace(loss=out.loss.detach())
 
 
 def step_output(

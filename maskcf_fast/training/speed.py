@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..core.checks import debug_enabled
 from ..methods import Method, StepOutput
-from ..methods.method import run
 from ..models import VisionTransformer
 
 Backward = Callable[..., StepOutput]
@@ -114,10 +113,9 @@ class GraphedBackward:
         *,
         generator: torch.Generator | None = None,
         scale: float = 1.0,
-        last: Callable[[Callable[[], Tensor]], Tensor] = run,
     ) -> StepOutput:
-        """As `Method.backward`; ``generator`` and ``last`` are always the same."""
-        options: dict[str, Any] = {"generator": generator, "scale": scale, "last": last}
+        """As `Method.backward`; ``generator`` is always the same."""
+        options: dict[str, Any] = {"generator": generator, "scale": scale}
         key = (images.shape, images.dtype, scale)
         # A run may be continued at an epoch's last step, of fewer images or micro-batches: what comes later counts.
         if self.graphed is None or (key != self.key and self.graphed.graph is None):

@@ -17,11 +17,10 @@ from ..core.processes import Processes
 from ..core.tensors import fingerprint, save_tensors
 from ..data import Batch
 from ..methods import CounterfactualDistiller
-from ..methods.method import run
 from ..visualization.board import board_images, rows_for_board
 from .build import build_loaders, build_method, build_model, build_optimizer, describe, scan
 from .checkpoint import load_checkpoint, save_checkpoint
-from .distributed import reduce_gradients
+from .distributed import average_gradients, broadcast_state
 from .evaluate import evaluate
 from .log import RunLog, write_run_files
 from .mask_memory import NO_GRAPH, MaskMemory
@@ -105,8 +104,8 @@ class Trainer:
         self.backward: Backward = self.method.backward
         if self.graphed:
             self.backward = GraphedBackward(self.method, self.generator)
-        self.reduced: Callable[[Callable[[], Tensor]], Tensor] = run
-        if self.processes.world_size > 1 and config.parallel == "fsdp":
+        self.sharded = self.processes.world_size > 1 and config.parallel == "fsdp"
+        if self.sharded:
             for name, manifest in tests.items():
                 if len(manifest) < self.processes.world_size:
                     raise UserError(
@@ -115,7 +114,7 @@ class Trainer:
                     )
             shard(self.method, self.processes)
         else:
-            self.reduced = reduce_gradients(self.method, self.processes)
+            broadcast_state(self.method, self.processes)
         self.steps_per_epoch = -(-len(self.loader) // config.optim.accumulate)
         self.total_steps = self.steps_per_epoch * config.optim.epochs
         captured = self.graphed and not config.optim.cycle_beta1
@@ -194,14 +193,15 @@ class Trainer:
 
     def _optimizer_step(self, micro: list[Batch]) -> None:
         """Gradients of the micro-batches, averaged; clip; update."""
-        for i, batch in enumerate(micro):
-            last = self.reduced if i == len(micro) - 1 else run
-            options: dict[str, Any] = {"scale": 1 / len(micro), "last": last, "generator": self.generator}
+        options: dict[str, Any] = {"scale": 1 / len(micro), "generator": self.generator}
+        for batch in micro:
             if self.memory is None:
                 out = self.backward(batch.images, batch.labels, **options)
             else:
                 out = self.memory.backward(batch, **options)
             self._sums += torch.stack([out.loss, out.task, out.distill]) / len(micro)
+        if not self.sharded:  # there, each backward pass has averaged its own
+            average_gradients(self.method.parameters(), self.processes)
         self._watch(out.loss + whole(self.update()))
         self.step += 1
         if self.step < self.total_steps:

@@ -79,31 +79,13 @@ def test_two_passes_are_the_same_sums(name):
     one = method(images, labels, draw=draw)
     expected = gradients(0.25 * one.loss, student)
     student.zero_grad()
-    computed = []
-    two = method.backward(
-        images, labels, draw=draw, scale=0.25, last=lambda compute: computed.append(compute()) or computed[0]
-    )
+    two = method.backward(images, labels, draw=draw, scale=0.25)
     for field, value in one._asdict().items():
         got = getattr(two, field)
         assert got is value is None or torch.equal(got, value), field
         assert got is None or not got.requires_grad
-    torch.testing.assert_close(computed[0], 0.25 * 30 * two.distill)
     for name, p in student.named_parameters():
         assert relative(p.grad, expected[name]) < 1e-6, name
-
-
-def test_the_last_pass_reaches_every_parameter():
-    """What `DistributedDataParallel` needs: between the last loss and the end, every gradient is touched once."""
-    student, teacher, images, labels = make(SIZES["8×8 patches"])
-    touched = []
-
-    def last(compute):
-        for name, p in student.named_parameters():
-            p.register_post_accumulate_grad_hook(lambda _, name=name: touched.append(name))
-        return compute()
-
-    CounterfactualDistiller(student, teacher, "object-single").backward(images, labels, last=last)
-    assert sorted(touched) == sorted(name for name, _ in student.named_parameters())
 
 
 def test_two_passes_with_a_frozen_embedding_and_head():

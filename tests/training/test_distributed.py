@@ -1,7 +1,5 @@
 """Two processes on one machine, over gloo."""
 
-import socket
-from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -82,13 +80,6 @@ def known_masks(rank, port, config, path):
     trainer.run()
     torch.save({"first": first[0], "known": trainer.memory.known, "masks": trainer.memory.masks}, f"{path}/{rank}.pt")
     processes.stop()
-
-
-@pytest.fixture
-def port():
-    with closing(socket.socket()) as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_averaged_gradient_is_that_of_one_process_on_the_same_micro_batches(change, port, tmp_path):

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from maskcf_fast.methods import CounterfactualDistiller
-from maskcf_fast.methods.method import run
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training import Trainer, speed, trainer
 from maskcf_fast.training.speed import GraphedBackward, compile_pointwise, why_no_graph
@@ -195,7 +194,7 @@ def test_a_graph_is_for_one_scale(method, monkeypatch):
     cuda = Cuda(monkeypatch)
     graphed = GraphedBackward(method, torch.Generator())
     images, labels = torch.rand(6, 3, 32, 32), torch.randint(5, (6,))
-    options = {"generator": torch.Generator().manual_seed(0), "last": run}
+    options = {"generator": torch.Generator().manual_seed(0)}
     graphed(images, labels, scale=1.0, **options)  # the last step of an epoch, that a run was continued at
     for _ in range(4):
         out = graphed(images, labels, scale=0.5, **options)
