@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.files import read_lines
 from ..models import CosineClassifier
-from ..models.text import load_text_tower
+from ..models.sources import load_text_tower
 from .classes import folders_in, imagenet_classes
 
 Templates = Sequence[str | Callable[[str], str]]

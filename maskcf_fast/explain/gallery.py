@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..data.images import ImageError, read_image
-from .load import Loaded, load
-from .models import explained
+from ..models.libraries import Classifier
+from ..models.sources import load_classifier
+from .models import explained, known_readout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def draw_gallery(config: GalleryConfig) -> list[Path]:
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     )
-    model = load(config.model, pretrained=config.pretrained, prompts=config.prompts, device=device)
+    model = load_classifier(config.model, pretrained=config.pretrained, prompts=config.prompts, device=device)
     config.out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     sheet: list[Picture] = []
@@ -91,7 +92,7 @@ def draw_gallery(config: GalleryConfig) -> list[Path]:
     return written
 
 
-def _pictures(model: Loaded, paths: list[Path], config: GalleryConfig, device: torch.device) -> Iterator[Picture]:
+def _pictures(model: Classifier, paths: list[Path], config: GalleryConfig, device: torch.device) -> Iterator[Picture]:
     """Explained images; those that cannot be read are named and left out."""
     unread = 0
     for at in range(0, len(paths), config.batch_size):
@@ -109,11 +110,11 @@ def _pictures(model: Loaded, paths: list[Path], config: GalleryConfig, device: t
 
 
 def _explain(
-    model: Loaded, batch: list[tuple[Path, Tensor]], config: GalleryConfig, device: torch.device
+    model: Classifier, batch: list[tuple[Path, Tensor]], config: GalleryConfig, device: torch.device
 ) -> Iterator[Picture]:
     images = torch.stack([image for _, image in batch]).to(device)
     labels = None if config.label is None else torch.full((len(batch),), config.label, device=device)
-    cam, logits, grid = explained(model.logits, images, labels, config.start_layer, readout=model.readout)
+    cam, logits, grid = explained(model.logits, images, labels, config.start_layer, readout=known_readout(model.module))
     if grid is None:
         raise UserError(f"how the {cam.shape[1]} patches lie in the image is not known")
     labels = logits.argmax(dim=1) if labels is None else labels

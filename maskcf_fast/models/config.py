@@ -10,9 +10,21 @@ from ..core.names import unknown
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+
+# Far beyond any model, and few enough to build: what a file asks for is bounded before anything is made.
+LARGEST = {
+    "image_size": 2**14,
+    "patch_size": 2**10,
+    "width": 2**16,
+    "depth": 1000,
+    "heads": 2**10,
+    "output_dim": 2**16,
+    "mlp_width": 2**19,
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +67,14 @@ class VisionTransformerConfig:
     pool: Literal["class", "attention"] = "class"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in LARGEST.items():
+            size = getattr(self, name)
+            if size is None and name in ("output_dim", "mlp_width"):
+                continue
+            if type(size) is not int:
+                raise TypeError(f"{name} must be an int, got {size!r}")
+            if not 1 <= size <= most:
+                raise UserError(f"{name} must be at {'least 1' if size < 1 else f'most {most}'}, got {size}")
         if self.image_size % self.patch_size:
             raise UserError(f"image_size={self.image_size} does not divide by patch_size={self.patch_size}")
         if self.width % self.heads:
@@ -65,8 +82,6 @@ class VisionTransformerConfig:
         for name, known in (("activation", get_args(Activation)), ("pool", ("class", "attention"))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
-        if self.mlp_width is not None and self.mlp_width < 1:
-            raise UserError(f"mlp_width must be at least 1, got {self.mlp_width}")
         if not self.eps > 0:
             raise UserError(f"eps must be positive, got {self.eps}")
 
@@ -79,6 +94,13 @@ class VisionTransformerConfig:
     def feature_dim(self) -> int:
         """Dimension of the feature, ``D``."""
         return self.width if self.output_dim is None else self.output_dim
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Numbers in the weights of the blocks and the patch embedding: nearly all of the model."""
+        hidden = self.mlp_width or 4 * self.width
+        block = self.width * (4 * self.width + 2 * hidden)
+        return self.depth * block + 3 * self.width * self.patch_size**2
 
 
 PRESETS = {

@@ -1,10 +1,12 @@
-"""Loading weights: this package's own, and those of open_clip, Hugging Face and timm."""
+"""Loading weights: this package's own, and those of open_clip, Hugging Face, timm and whoever trained them on."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
-import pickle
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,46 +15,57 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.tensors import load_tensors
+from ..core.files import parse_json, read_json
+from ..core.tensors import LONGEST_HEADER, load_tensors
 from .config import VisionTransformerConfig
-from .layouts import LAYOUTS, TIMM, State
+from .naming import NAMINGS, TIMM, State
 from .vit import VisionTransformer
 
-PICKLES = (".bin", ".pt", ".pth")
+# Under which trainers keep a state dict, beside their epoch and optimiser; the first that is there is read.
+WRAPPERS = (
+    "state_dict", "model_state_dict", "model", "module", "net", "network", "teacher", "student",
+    "ema_state_dict", "state_dict_ema", "model_ema", "ema",
+)  # fmt: skip
+INSERTED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # names of torch's wrappers
+STRANGE = {  # how files begin that are no weights
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with git lfs pull",
+    b"<": "a web page: download the file itself",
+    b"\0": "zeros: its download was not finished",
+}
 
 
 def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, Tensor]) -> VisionTransformer:
     """Load the weights of a vision tower into ``model``.
 
-    Recognised by their names: this package's own weights, a Hugging Face ``CLIPModel``,
-    ``CLIPVisionModel(WithProjection)``, ``SiglipModel``, ``SiglipVisionModel``, ``ViTModel`` or ``Dinov2Model``, an
-    open_clip model or its ``visual`` part, and a timm ViT. Text towers and heads in the same file are passed over. No
-    file is read in a way that could execute code.
+    Recognised by their names, whatever a trainer put in front of them: this package's own weights, a Hugging Face
+    ``CLIPModel``, ``CLIPVisionModel(WithProjection)``, ``SiglipModel``, ``SiglipVisionModel``, ``ViTModel`` or
+    ``Dinov2Model``, an open_clip model or its ``visual`` part, and a timm ViT. Text towers and heads in the same file
+    are passed over. No file is read in a way that could execute code.
 
     Args:
         model: The model to fill, in place.
-        weights: Path of a ``.safetensors`` file (or of a pickled state dict), or a state dict.
+        weights: Path of a file as `read_state` takes it, or a state dict.
 
     Returns:
         ``model``.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not a readable file, an unknown layout, or an architecture other than the model's; every
-            missing, unexpected and misshapen tensor is named.
+        ValueError: Not a readable file, unknown names, more than one vision tower, or an architecture other than the
+            model's; every missing, unexpected and misshapen tensor is named.
     """
+    source = f" in {weights}" if isinstance(weights, str | Path) else ""
     state = read_state(Path(weights)) if isinstance(weights, str | Path) else dict(weights)
     state = _translate(state, model.config)
     own = model.state_dict()
     problems = [f"missing {name} {list(own[name].shape)}" for name in own if name not in state]
     problems += [f"unexpected {name} {list(state[name].shape)}" for name in state if name not in own]
-    problems += [
-        f"{name} is {list(state[name].shape)}, the model needs {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
+    for name in (name for name in own if name in state):
+        if state[name].shape != own[name].shape:
+            problems.append(f"{name} is {list(state[name].shape)}, the model needs {list(own[name].shape)}")
+        elif not state[name].is_floating_point():
+            problems.append(f"{name} is {state[name].dtype}, it must be of a float dtype")
     if problems:
-        source = f" in {weights}" if isinstance(weights, str | Path) else ""
         shown = "\n  ".join(problems[:12]) + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise UserError(f"the weights{source} are of another architecture than {model.config}:\n  {shown}")
     model.load_state_dict(state)
@@ -60,27 +73,73 @@ def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, T
 
 
 def read_state(path: Path) -> State:
-    """The tensors in a file, read without executing code.
+    """The tensors in a file, told by its content and read without executing code.
+
+    Args:
+        path: A safetensors file, a pickled state dict (or a trainer's checkpoint that holds one), or the JSON index of
+            several such files.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Neither a complete safetensors file nor a pickle of tensors alone.
+        ValueError: It is damaged, or holds other things than tensors, or none.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
-    if path.suffix not in PICKLES:
-        return load_tensors(path)
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER:
+        state = load_tensors(path)
+    elif start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):
+        state = _read_pickle(path)
+    elif start.lstrip().startswith(b"{"):
+        state = _read_shards(path)
+    else:
+        said = next((said for mark, said in STRANGE.items() if start.lstrip().startswith(mark)), "something else")
+        raise UserError(f"{path} holds neither safetensors nor a pickled state dict, but {said}")
+    state = {INSERTED.sub("", name): tensor for name, tensor in state.items()}
+    if all(name.startswith("module.") for name in state):  # of DistributedDataParallel
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+def _read_pickle(path: Path) -> State:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings that many trainers keep
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler that meets garbage raises whatever comes up
+        called = re.search(r"GLOBAL ([\w.]+)", str(error))  # what stands for an object in the file
+        reason = f"holds {called[1]}, and would execute code when loaded" if called else "is damaged"
         raise UserError(
-            f"{path} is damaged, or holds more than tensors and would execute code when loaded: convert it to "
-            f"safetensors where you trust it ({str(error).splitlines()[0]})"
+            f"{path} {reason}: only tensors are read from a pickle; where you trust it, save its state_dict() as "
+            "safetensors"
         ) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    state = {str(name).removeprefix("module."): t for name, t in content.items() if isinstance(t, Tensor)}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no state dict but a {type(content).__name__}")
+    for _ in range(3):
+        keys = [key for key in WRAPPERS if isinstance(content.get(key), dict) and content[key]]
+        if not keys:
+            break
+        if keys[1:]:
+            print(f"note: {path} holds {', '.join(keys)}: {keys[0]} is read", file=sys.stderr)
+        content = content[keys[0]]
+    state = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     if not state:
-        raise UserError(f"{path} holds no state dict")
+        held = ", ".join(map(str, list(content)[:8])) or "nothing"
+        raise UserError(f"{path} holds no state dict but {held}: save model.state_dict() alone")
+    return state
+
+
+def _read_shards(path: Path) -> State:
+    """The files that an index names, which lie beside it."""
+    index = read_json(path)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(f'{path} is JSON, but no index of weights with a "weight_map"')
+    state: State = {}
+    for name in sorted(set(files.values())):
+        if Path(name).name != name or not (path.parent / name).is_file() or path.parent / name == path:
+            raise FileNotFoundError(f"{path.parent} lacks {name}, which {path.name} names")
+        state |= read_state(path.parent / name)
     return state
 
 
@@ -101,39 +160,54 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_architecture(path: Path) -> VisionTransformerConfig | None:
-    """The architecture that a file of this package's weights names, if it does."""
+    """The architecture that a file of this package's weights names, if it does.
+
+    Raises:
+        ValueError: It is none, or asks for more than the file holds.
+    """
     stored = read_metadata(path).get("architecture")
     if stored is None:
         return None
+    fields = parse_json(stored, f"the architecture in {path}")
     try:
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(stored).items()}
-        return VisionTransformerConfig(**fields)
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        config = VisionTransformerConfig(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} names an architecture that this version does not know: {error}") from error
+    check_holds(config, path.stat().st_size, str(path))
+    return config
 
 
-def _translate(state: State, config: VisionTransformerConfig) -> State:
-    """Rename to this package's names; the layout is told by its mark."""
-    if any(name.startswith("backbone.") for name in state):  # an ImageClassifier
-        return _strip(state, "backbone.")
-    for layout in LAYOUTS:
-        for prefix in layout.prefixes:
-            if prefix + layout.marks in state:
-                tower = _strip(state, prefix)
-                if prefix and "visual_projection.weight" in state:
-                    tower["visual_projection.weight"] = state["visual_projection.weight"]
-                if layout is TIMM:
-                    tower = _without_head(tower, config)
-                tower = layout.to_ours(tower)
-                if config.output_dim is None:
-                    tower.pop("projection", None)
-                return tower
-    if "patch_weight" in state:
-        return state
-    raise UserError(
-        "unknown weight layout: expected this package's, open_clip's, timm's, or Hugging Face's CLIP, SigLIP, ViT or "
-        f"DINOv2 names, got {', '.join(sorted(state)[:4]) or 'no tensors'}, …"
-    )
+def check_holds(config: VisionTransformerConfig, numbers: int, source: str) -> None:
+    """Raise, before anything of its size is made, where an architecture has more parameters than its weights."""
+    if config.matrix_parameters > numbers:
+        raise UserError(
+            f"{source} describes a model of {config.matrix_parameters:,} parameters and holds at most {numbers:,}: it "
+            "is damaged, get it again"
+        )
+
+
+def _translate(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> State:
+    """The vision tower in ``state``, in this package's names."""
+    found = [(naming, prefix) for naming in NAMINGS for prefix in naming.prefixes(state)]
+    if not found:
+        raise UserError(
+            "unknown weight layout: expected this package's, open_clip's, timm's, or Hugging Face's CLIP, SigLIP, ViT "
+            f"or DINOv2 names, got {', '.join(sorted(state)[:4]) or 'no tensors'}, …"
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"the weights hold several vision towers, under {', '.join(repr(prefix) for _, prefix in found)}: keep the "
+            "tensors of one"
+        )
+    naming, prefix = found[0]
+    tower = naming.tower(state, prefix)
+    if naming is TIMM:
+        tower = _without_head(tower, config)
+    tower = naming.to_ours(tower)
+    if config.output_dim is None and naming.library != "this package":
+        tower.pop("projection", None)
+    return tower
 
 
 def _without_head(state: State, config: VisionTransformerConfig) -> State:
@@ -145,7 +219,3 @@ def _without_head(state: State, config: VisionTransformerConfig) -> State:
     elif bias is not None and bool(bias.any()):
         raise UserError("the head in these timm weights has a bias: it is a classifier, no projection of features")
     return state
-
-
-def _strip(state: State, prefix: str) -> State:
-    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}

@@ -35,7 +35,7 @@ from ..models import (
     load_source,
     preset,
 )
-from ..models.layouts import State
+from ..models.naming import State
 from ..models.weights import architecture_metadata, read_architecture, read_metadata, read_state
 from .settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 

@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ..core.errors import UserError
+from ..core.optional import need
 from ..models import ImageClassifier
 
 Target = Literal["hf", "open_clip", "timm", "onnx"]
@@ -63,27 +64,22 @@ def export_model(model: ImageClassifier, classes: Sequence[str], to: Target, out
         OSError: It cannot be written.
     """
     from ..core.tensors import save_tensors
-    from ..models import onnx_target, targets
+    from ..models.sources import LIBRARIES, library
     from .build import describe
 
-    writers = {
-        "hf": targets.write_hugging_face,
-        "open_clip": targets.write_open_clip,
-        "timm": targets.write_timm,
-        "onnx": onnx_target.write_onnx,
-    }
-    if to not in writers:
-        raise UserError(f"--to {to}: there are {', '.join(writers)}")
+    if to not in get_args(Target):
+        raise UserError(f"--to {to}: there are {', '.join(get_args(Target))}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is not an empty folder: choose another")
     if len(classes) != model.head.weight.shape[0]:
         raise UserError(f"the model has {model.head.weight.shape[0]} outputs, got {len(classes)} class names")
+    need(LIBRARIES[to][1])
     model = model.cpu().eval()
     parent = out.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}."))
     try:
-        load, inside = writers[to](model, classes, work)
+        load, inside = library(to).write(model, classes, work)
         if not inside:
             said = {name: text for name, text in describe(model, classes).items() if name != "architecture"}
             save_tensors(work / "head.safetensors", model.head.state_dict(), said)

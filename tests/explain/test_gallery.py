@@ -12,8 +12,9 @@ from PIL import Image
 from maskcf_fast.data.images import read_image
 from maskcf_fast.explain.__main__ import main
 from maskcf_fast.explain.gallery import _explain
-from maskcf_fast.explain.load import Loaded, load
 from maskcf_fast.explain.models import explain
+from maskcf_fast.models.libraries import Classifier
+from maskcf_fast.models.sources import load_classifier
 
 # The package shares its name with the function `maskcf_fast.explain`, so modules in it are found by import only.
 gallery = sys.modules["maskcf_fast.explain.gallery"]
@@ -99,7 +100,7 @@ def test_hugging_face_folder(images, tmp_path, name, options, pretrained):
 
 def test_zero_shot_logits_are_the_librarys(tmp_path):
     name = saved_hugging_face(tmp_path / "model", "CLIPModel")
-    loaded = load(name, pretrained=True, prompts=["a cat", "a black dog"], device=torch.device("cpu"))
+    loaded = load_classifier(name, pretrained=True, prompts=["a cat", "a black dog"], device=torch.device("cpu"))
     from transformers import CLIPModel
 
     model = CLIPModel.from_pretrained(tmp_path / "model").eval()
@@ -119,7 +120,7 @@ def test_what_is_drawn(images):
         pixels = torch.from_numpy(np.array(picture.resize((32, 32)))).permute(2, 0, 1) / 255
         return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
-    loaded = Loaded(model, transform, mean, std, {3: "owl, bird"}, None)
+    loaded = Classifier(model, model, transform, mean, std, {3: "owl, bird"})
     path = images / "deeper" / "image1.png"
 
     class Config:
@@ -165,8 +166,8 @@ def test_second_run_leaves_its_own_pictures_out(images):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("tim:vit_tiny_patch16_224", [], "timm:NAME.*did you mean 'timm'"),
-        ("vit_tiny_patch16_224", [], "must be given as timm:NAME"),
+        ("tim:vit_tiny_patch16_224", [], "timm:MODEL.TAG.*did you mean 'timm'"),
+        ("vit_tiny_patch16_224", [], "a classifier is named open_clip:MODEL"),
         ("timm:vit_tinny_patch16_224", [], "did you mean 'vit_tiny_patch16_224'"),
         ("torchvision:vit_b16", [], "did you mean 'vit_b_16'"),
         ("open_clip:ViT-B32", [], "did you mean 'ViT-B-32'"),

@@ -10,7 +10,7 @@ from maskcf_fast.explain import explain, record_attention
 from maskcf_fast.explain.models import known_readout
 from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import LinearClassifier, VisionTransformer, load_backbone
-from maskcf_fast.models.architectures import timm_config
+from maskcf_fast.models.libraries.timm import vision_config as timm_config
 
 
 def assert_same(cam, truth):

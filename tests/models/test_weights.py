@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from maskcf_fast.models import VisionTransformer, VisionTransformerConfig, load_backbone, preset
-from maskcf_fast.models.layouts import HF_CLIP, HF_DINOV2, HF_SIGLIP, HF_VIT, OPEN_CLIP, TIMM
+from maskcf_fast.models.naming import HF_CLIP, HF_DINOV2, HF_SIGLIP, HF_VIT, OPEN_CLIP, TIMM
 
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # the others expect normalised pixels
 

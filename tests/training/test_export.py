@@ -159,21 +159,21 @@ def test_timm(tmp_path, config, kind):
 def test_the_presets_are_open_clip_models(config, known):
     pytest.importorskip("open_clip")
     from maskcf_fast.models import preset
-    from maskcf_fast.models.targets import _open_clip_name
+    from maskcf_fast.models.libraries.open_clip import known_name
 
-    assert _open_clip_name(preset(config)) == known
+    assert known_name(preset(config)) == known
 
 
 @pytest.mark.parametrize(("changes", "known"), [({"activation": "gelu"}, "ViT-B-16-SigLIP"), ({}, None)])
 def test_siglips_of_open_clip_have_the_exact_gelu(changes, known):
     pytest.importorskip("open_clip")
     from maskcf_fast.models import preset
-    from maskcf_fast.models.targets import _open_clip_siglip
+    from maskcf_fast.models.libraries.open_clip import known_name
 
-    assert _open_clip_siglip(preset("SigLIP-B/16", **changes)) == known
+    assert known_name(preset("SigLIP-B/16", **changes)) == known
 
 
-def test_open_clip_siglip(tmp_path, monkeypatch):
+def testknown_name(tmp_path, monkeypatch):
     """timm models within open_clip, whose sizes are in their names: here with those of the small model."""
     open_clip, timm = pytest.importorskip("open_clip"), pytest.importorskip("timm")
     create = timm.create_model

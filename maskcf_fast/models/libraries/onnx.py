@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..ops.patchify import patchify
-from .head import ImageClassifier
+from ...core.optional import need
+from ...ops.patchify import patchify
+from ..head import ImageClassifier
 
 OPSET = 20  # the first with GELU as one operator
 
@@ -29,7 +30,7 @@ class _Graph(nn.Module):
         return self.model.head(backbone.encode(backbone.embed_rows(rows))[0])
 
 
-def write_onnx(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple[str, bool]:
+def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple[str, bool]:
     """Write ``model.onnx``, with the head: pixels in, logits out.
 
     The input ``pixels`` is float32 ``[N, 3, S, S]`` in [0, 1], not normalised; ``logits`` is ``[N, classes]``. The
@@ -46,11 +47,7 @@ def write_onnx(model: ImageClassifier, classes: Sequence[str], folder: Path) -> 
     Raises:
         ImportError: onnx or onnxscript is not installed.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"--to onnx needs onnx and onnxscript ({error}): pip install onnx onnxscript") from error
+    need("onnx", "onnxscript")
     side = model.backbone.config.image_size
     # Two images, since an export with one would take the batch for a constant.
     program = torch.onnx.export(

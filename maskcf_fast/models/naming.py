@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +16,15 @@ TOKENS = {"class_embedding": 2, "position_embedding": 1}  # [1, 1, width] and [1
 
 
 @dataclass(frozen=True)
-class Layout:
+class Naming:
     """One library's names and shapes.
 
     Attributes:
         library: What messages call it.
         names: This package's name (or the start of one) → the library's; ``#`` stands for a block's number.
-        marks: A tensor that tells the layout from the others, by the library's name.
-        prefixes: What the names may begin with in a file that holds more than the vision tower.
+        mark: A tensor that tells the architecture from others of the same names, by the library's name.
+        beside: Of a file that holds more than the vision tower, the end of the tower's prefix that the projection's
+            name lacks.
         leading: Tensors that have dimensions of 1 in front there, by this package's name, and how many.
         transposed: The projection is a Linear layer's ``[output, width]``.
         ignored: Pattern of the library's names that do not belong to the feature.
@@ -31,8 +32,8 @@ class Layout:
 
     library: str
     names: Mapping[str, str]
-    marks: str
-    prefixes: tuple[str, ...] = ("",)
+    mark: str = ""
+    beside: str = ""
     leading: Mapping[str, int] = field(default_factory=dict)
     transposed: bool = False
     ignored: str = r"$^"
@@ -40,6 +41,23 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inverse", {theirs: ours for ours, theirs in self.names.items()})
+
+    def prefixes(self, state: Iterable[str]) -> list[str]:
+        """What the names of such vision towers begin with, of those that ``state`` holds: whatever was put in front."""
+        names = set(state)
+        first, *others = (_rename(name, self.names) for name in ("patch_weight", "blocks.0.ln_1.weight"))
+        others += [self.mark] if self.mark else []
+        found = sorted(name.removesuffix(first) for name in names if name == first or name.endswith(f".{first}"))
+        return [prefix for prefix in found if all(prefix + other in names for other in others)]
+
+    def tower(self, state: Mapping[str, Tensor], prefix: str) -> State:
+        """The tensors under ``prefix``, without it, and a projection that lies beside them."""
+        tower = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        projection = self.names.get("projection", "")
+        if self.beside and prefix.endswith(self.beside):
+            outside = prefix.removesuffix(self.beside) + projection
+            tower |= {projection: state[outside]} if outside in state else {}
+        return tower
 
     def to_ours(self, state: Mapping[str, Tensor]) -> State:
         """The library's tensors under this package's names and in its shapes; unknown names stay."""
@@ -88,7 +106,7 @@ def _rename(name: str, names: Mapping[str, str]) -> str:
     return new.replace("#", number[1]) if number else new
 
 
-OPEN_CLIP = Layout(
+OPEN_CLIP = Naming(
     "open_clip",
     {
         "patch_weight": "conv1.weight",
@@ -107,8 +125,6 @@ OPEN_CLIP = Layout(
         "blocks.#.scale_1": "transformer.resblocks.#.ls_1.gamma",
         "blocks.#.scale_2": "transformer.resblocks.#.ls_2.gamma",
     },
-    marks="conv1.weight",
-    prefixes=("visual.", ""),
 )
 _HF_CLIP = {
     "patch_weight": "embeddings.patch_embedding.weight",
@@ -123,7 +139,7 @@ _HF_CLIP = {
     "blocks.#.fc": "encoder.layers.#.mlp.fc1",
     "blocks.#.proj": "encoder.layers.#.mlp.fc2",
 }
-HF_CLIP = Layout(
+HF_CLIP = Naming(
     "Hugging Face CLIP",
     {
         **_HF_CLIP,
@@ -131,12 +147,12 @@ HF_CLIP = Layout(
         "ln_pre": "pre_layrnorm",
         "projection": "visual_projection.weight",
     },
-    marks="embeddings.class_embedding",
-    prefixes=("vision_model.", ""),
+    mark="embeddings.class_embedding",
+    beside="vision_model.",
     transposed=True,
     ignored=r"embeddings\.position_ids$",
 )
-HF_SIGLIP = Layout(
+HF_SIGLIP = Naming(
     "Hugging Face SigLIP",
     {
         **_HF_CLIP,
@@ -149,8 +165,7 @@ HF_SIGLIP = Layout(
         "pool.fc": "head.mlp.fc1",
         "pool.proj": "head.mlp.fc2",
     },
-    marks="head.probe",
-    prefixes=("vision_model.", ""),
+    mark="head.probe",
     leading={"pool.probe": 2},
     ignored=r"embeddings\.position_ids$",
 )
@@ -165,7 +180,7 @@ _HF_VIT = {
     "blocks.#.attn.v": "encoder.layer.#.attention.attention.value",
     "blocks.#.attn.out": "encoder.layer.#.attention.output.dense",
 }
-HF_VIT = Layout(
+HF_VIT = Naming(
     "Hugging Face ViT",
     {
         **_HF_VIT,
@@ -174,12 +189,10 @@ HF_VIT = Layout(
         "blocks.#.fc": "encoder.layer.#.intermediate.dense",
         "blocks.#.proj": "encoder.layer.#.output.dense",
     },
-    marks="encoder.layer.0.layernorm_before.weight",
-    prefixes=("vit.", ""),
     leading=TOKENS,
     ignored=r"pooler\.|classifier\.|embeddings\.mask_token$",
 )
-HF_DINOV2 = Layout(
+HF_DINOV2 = Naming(
     "Hugging Face DINOv2",
     {
         **_HF_VIT,
@@ -190,12 +203,10 @@ HF_DINOV2 = Layout(
         "blocks.#.scale_1": "encoder.layer.#.layer_scale1.lambda1",
         "blocks.#.scale_2": "encoder.layer.#.layer_scale2.lambda1",
     },
-    marks="encoder.layer.0.layer_scale1.lambda1",
-    prefixes=("dinov2.", ""),
     leading=TOKENS,
     ignored=r"classifier\.|embeddings\.mask_token$",
 )
-TIMM = Layout(
+TIMM = Naming(
     "timm",
     {
         "patch_weight": "patch_embed.proj.weight",
@@ -221,9 +232,8 @@ TIMM = Layout(
         "pool.fc": "attn_pool.mlp.fc1",
         "pool.proj": "attn_pool.mlp.fc2",
     },
-    marks="patch_embed.proj.weight",
-    prefixes=("visual.trunk.", "trunk.", ""),  # the first two within open_clip
     leading={**TOKENS, "pool.probe": 2},
     transposed=True,
 )
-LAYOUTS = (OPEN_CLIP, HF_CLIP, HF_SIGLIP, HF_DINOV2, HF_VIT, TIMM)
+OWN = Naming("this package", {name: name for name in ("patch_weight", "blocks.#")})
+NAMINGS = (OWN, OPEN_CLIP, HF_CLIP, HF_SIGLIP, HF_DINOV2, HF_VIT, TIMM)

@@ -1,0 +1,206 @@
+"""open_clip's vision-language models: its own vision towers, and the timm ones of its SigLIPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ...core.errors import UserError
+from ...core.names import did_you_mean
+from ..config import CLIP_MEAN, CLIP_STD, VisionTransformerConfig
+from ..head import ImageClassifier
+from ..naming import OPEN_CLIP, TIMM, State
+from . import (
+    PT,
+    Classifier,
+    TextTower,
+    check_settings,
+    is_exactly,
+    loading,
+    no_place,
+    square,
+    three,
+    unsupported,
+    unusual,
+    zero_shot,
+)
+from . import timm as timm_library
+
+
+def load_module(name: str, pretrained: bool = True, device: torch.device | str = "cpu") -> Any:
+    """The model that ``name`` stands for, in eval mode, with the activation its weights were trained with.
+
+    open_clip itself only warns where the two differ, as for ``ViT-B-32/openai``.
+    """
+    import open_clip
+
+    options: dict[str, Any] = {"device": device, "weights_only": True, "load_weights": pretrained}
+    if name.startswith(("hf-hub:", "local-dir:")):
+        with loading(f"open_clip:{name}"), no_questions():
+            check_settings(name, "open_clip_config.json")
+            return open_clip.create_model(name, **options).eval()
+    model, _, tag = name.partition("/")
+    if model not in open_clip.list_models():
+        raise UserError(f"open_clip has no model {model!r}{did_you_mean(model, open_clip.list_models())}")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag not in tags and (pretrained or tag):
+        known = f"one of {', '.join(tags)}" if tags else "weights, of which it has none"
+        raise UserError(f"open_clip:{model}/PRETRAINED needs {known}, got {tag!r}{did_you_mean(tag, tags)}")
+    quick = bool(tag and (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
+    with loading(f"open_clip:{name}"), no_questions():
+        return open_clip.create_model(model, tag or None, force_quick_gelu=quick, **options).eval()
+
+
+@contextmanager
+def no_questions() -> Iterator[None]:
+    """While it lasts, transformers refuses a text tower's own code at once, instead of asking whether to run it."""
+    try:
+        from transformers import dynamic_module_utils as utils
+    except ImportError:  # then there is nothing that could ask
+        yield
+        return
+    before, utils.TIME_OUT_REMOTE_CODE = utils.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        utils.TIME_OUT_REMOTE_CODE = before
+
+
+def tower(name: str) -> tuple[VisionTransformerConfig, State]:
+    """The architecture and the tensors of the ``visual`` part."""
+    visual = load_module(name).visual
+    return vision_config(visual), visual.state_dict()
+
+
+def text_tower(name: str, device: str) -> TextTower:
+    """The part that reads prompts."""
+    return _text(load_module(name, device=device), name)
+
+
+def _text(clip: Any, name: str) -> TextTower:
+    import open_clip
+
+    with loading(f"the tokenizer of open_clip:{name}"), no_questions():
+        tokenizer = open_clip.get_tokenizer(name if ":" in name else name.partition("/")[0])
+    scale = clip.logit_scale.detach()
+
+    def encode(prompts: list[str]) -> torch.Tensor:
+        with torch.no_grad():
+            return clip.encode_text(tokenizer(prompts).to(scale.device))
+
+    return TextTower(encode, float(scale.exp()))
+
+
+def classifier(name: str, pretrained: bool, prompts: Sequence[str], device: torch.device) -> Classifier:
+    """The model, with prompts for classes."""
+    clip = load_module(name, pretrained, device)
+    if not prompts:
+        raise UserError('an open_clip model has no classes: give --prompts "a photo of a cat" "a photo of a dog" …')
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    transform = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
+    logits = zero_shot(clip.encode_image, _text(clip, name), prompts)
+    return Classifier(logits, clip, transform, clip.visual.image_mean, clip.visual.image_std, dict(enumerate(prompts)))
+
+
+def vision_config(visual: Any) -> VisionTransformerConfig:
+    """The architecture of a vision tower."""
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+
+    mean = three(getattr(visual, "image_mean", None) or CLIP_MEAN)
+    std = three(getattr(visual, "image_std", None) or CLIP_STD)
+    if is_exactly(visual, TimmModel):
+        if len(visual.head):
+            raise unsupported(
+                f"its vision tower has a head of its own: {', '.join(dict(visual.head.named_children()))}"
+            )
+        return replace(timm_library.vision_config(visual.trunk), mean=mean, std=std)
+    if not is_exactly(visual, VisionTransformer):
+        raise unsupported(
+            f"its vision tower is a {type(visual).__name__}, not a VisionTransformer of open_clip or timm"
+        )
+    block = visual.transformer.resblocks[0]
+    if not is_exactly(block, ResidualAttentionBlock):
+        raise unsupported(f"its blocks are {type(block).__name__}s, not plain pre-norm blocks")
+    if visual.attn_pool is not None or visual.pool_type != "tok":
+        raise unsupported("its feature is pooled from all tokens, not read at the class token")
+    return VisionTransformerConfig(
+        image_size=square(visual.image_size),
+        patch_size=square(visual.patch_size),
+        width=visual.class_embedding.shape[0],
+        depth=len(visual.transformer.resblocks),
+        heads=block.attn.num_heads,
+        output_dim=None if visual.proj is None else visual.proj.shape[1],
+        activation=timm_library.activation(block.mlp.gelu, QuickGELU),
+        mean=mean,
+        std=std,
+        pre_norm=not isinstance(visual.ln_pre, nn.Identity),
+        layer_scale=not isinstance(block.ls_1, nn.Identity),
+        mlp_width=unusual(block.mlp.c_fc.out_features, block.mlp.c_fc.in_features),
+        eps=visual.ln_post.eps,
+    )
+
+
+def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple[str, bool]:
+    """Write the ``visual`` part of a model; arguments, result and errors as for Hugging Face."""
+    config = model.backbone.config
+    state = model.backbone.state_dict()
+    if config.pool == "attention":  # a timm model within an open_clip one, whose names alone choose the architecture
+        name = known_name(config)
+        if name is None:
+            raise no_place("open_clip", "SigLIP", config)
+        state = {f"trunk.{name}": tensor for name, tensor in TIMM.to_theirs(state).items()}
+    elif config.output_dim is None or config.patch_bias or config.eps != 1e-5:
+        raise no_place("open_clip", "vision transformer", config)
+    else:
+        name = known_name(config)
+        state = OPEN_CLIP.to_theirs(state)
+    save_file(state, folder / "model.safetensors", PT)
+    create = f'open_clip.create_model("{name}")' if name else "model"
+    return f'{create}.visual.load_state_dict(safetensors.torch.load_file("{{out}}/model.safetensors"))', False
+
+
+def known_name(config: VisionTransformerConfig) -> str | None:
+    """The shortest of open_clip's names for the architecture, with CLIP's own text tower if there is one."""
+    import open_clip
+
+    is_it = _is_siglip if config.pool == "attention" else _is_clip
+    names = [name for name in open_clip.list_models() if is_it(open_clip.get_model_config(name), config)]
+    return min(names, key=lambda name: (not name.startswith("ViT-"), len(name)), default=None)
+
+
+def _is_clip(theirs: dict[str, Any], config: VisionTransformerConfig) -> bool:
+    vision = theirs["vision_cfg"]
+    plain = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"}
+    if not set(vision) <= plain or config.layer_scale or not config.pre_norm:
+        return False
+    width = vision["width"]
+    return (
+        vision["image_size"], vision["patch_size"], width, vision["layers"], width // vision.get("head_width", 64),
+        int(width * vision.get("mlp_ratio", 4.0)), theirs["embed_dim"],
+        "quick_gelu" if theirs.get("quick_gelu") else "gelu",
+    ) == (
+        config.image_size, config.patch_size, config.width, config.depth, config.heads,
+        config.mlp_width or 4 * config.width, config.output_dim, config.activation,
+    )  # fmt: skip
+
+
+def _is_siglip(theirs: dict[str, Any], config: VisionTransformerConfig) -> bool:
+    import timm
+
+    vision = theirs["vision_cfg"]
+    if (vision.get("timm_pool"), vision.get("timm_proj")) != ("map", "none"):
+        return False
+    if (vision["image_size"], theirs["embed_dim"]) != (config.image_size, config.width):
+        return False
+    with torch.device("meta"):
+        trunk = timm.create_model(vision["timm_model_name"], num_classes=0)
+    return replace(timm_library.vision_config(trunk), mean=config.mean, std=config.std) == config
