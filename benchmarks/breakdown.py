@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskcf_fast.core.precision import autocast
 from maskcf_fast.methods import CounterfactualDistiller, Draw
 from maskcf_fast.methods.counterfactual import encode_masked
-from maskcf_fast.methods.method import feature_loss, task_loss
+from maskcf_fast.methods.losses import feature_loss, task_loss
 from maskcf_fast.models import VisionTransformer, VisionTransformerConfig, preset
 
 from . import measure as m

@@ -159,7 +159,7 @@ class Demo:
 
     def _config(self, name: str, weight: float, seed: int) -> TrainConfig:
         if name in ("ft", "fd"):
-            method = MethodConfig(name, weight=weight)  # type: ignore[arg-type]
+            method = MethodConfig(name, weight=weight)
         else:
             method = MethodConfig(strategy=name, weight=weight)
         model = ModelConfig("tiny", self.pretrained)

@@ -25,7 +25,7 @@ from ..core.names import unknown
 from ..core.processes import Processes
 from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.benchmark import read_class_map
-from ..methods import PAPER_CUTS, OutputEnsemble, average
+from ..methods import PAPER_CUTS, OutputEnsemble, average, registry
 from ..training.build import build_model, named_test_sets, scan
 from ..training.runs import Run, read_run
 from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, find_yaml
@@ -215,10 +215,8 @@ class Table:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=probe, head=None))
         section = yaml.safe_load(find_yaml("ft" if method == "lp-ft" else method).read_text())["method"]
         chosen = MethodConfig(**section)
-        if self.config.demo and chosen.name not in ("ft", "lp", "l2-sp"):
+        if self.config.demo and registry.METHODS[chosen.name].distils:
             chosen = dataclasses.replace(chosen, weight=DEMO_WEIGHT)
-        if chosen.name == "l2-sp":  # the penalty takes the place of weight decay
-            config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=0.0))
         return dataclasses.replace(config, method=chosen)
 
 

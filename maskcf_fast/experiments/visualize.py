@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..core.errors import UserError
 from ..core.files import atomic_write
-from ..methods import MaskStrategy
+from ..methods import METHODS, MaskStrategy
 from ..methods.label_map import LabelMap
 from ..models import ImageClassifier
 from ..training.runs import Run, read_run
@@ -24,7 +24,6 @@ from ..visualization.page import Look, render
 from ..visualization.plots import heat_maps, mask_maps
 
 BATCH = 16
-MASKING = ("counterfactual", "cf-kd")  # methods that have a strategy
 ALL = tuple(f"{region}-{fill}" for region in ("object", "context", "random") for fill in ("single", "multi", "none"))
 
 
@@ -91,7 +90,7 @@ def visualize(config: VisualizeConfig) -> list[Path]:
 
 def _strategy(name: str, run: Run) -> MaskStrategy:
     method = run.config.method
-    own = method.name in MASKING and name == method.strategy
+    own = METHODS[method.name].masks and name == method.strategy
     return method.mask_strategy() if own else MaskStrategy.from_name(name)
 
 
@@ -113,7 +112,7 @@ def _look(
         title=f"Counterfactual images of {run.name}",
         facts={
             "model": f"{run.config.model.name or run.config.model.arch}, {run.weights.name}",
-            "trained with": f"{method.name}, {method.strategy}" if method.name in MASKING else method.name,
+            "trained with": f"{method.name}, {method.strategy}" if METHODS[method.name].masks else method.name,
             "map": f"the fine-tuned model's {method.cam} for the label's {method.cam_target}",
         },
         images=images,

@@ -1,14 +1,26 @@
 """Fine-tuning methods: strategies, the counterfactual step, and its neighbours."""
 
+import pkgutil
+from importlib import import_module
+
 from .averaging import OutputEnsemble, average, interpolate
 from .counterfactual import CounterfactualDistiller
+from .feature_distillation import FeatureDistillation
+from .fine_tuning import FineTuning
+from .knowledge_distillation import KnowledgeDistillation
 from .l2sp import L2SP
-from .method import FeatureDistillation, FineTuning, KnowledgeDistillation, Method, StepOutput
+from .losses import StepOutput
+from .method import Method
 from .paper_order import paper_order_step
+from .registry import METHODS, build_method, register
 from .strategies import PAPER_CUTS, Draw, MaskStrategy
+
+for _module in pkgutil.iter_modules(__path__):  # each registers its methods
+    import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "L2SP",
+    "METHODS",
     "PAPER_CUTS",
     "CounterfactualDistiller",
     "Draw",
@@ -20,6 +32,8 @@ __all__ = [
     "OutputEnsemble",
     "StepOutput",
     "average",
+    "build_method",
     "interpolate",
     "paper_order_step",
+    "register",
 ]

@@ -11,7 +11,8 @@ Per batch, with F one student forward (multiply by images for FLOPs):
 
 from __future__ import annotations
 
-from typing import cast
+import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,15 +23,9 @@ from ..core.precision import autocast
 from ..models import ImageClassifier, Tap, VisionTransformer
 from ..ops import drop_tokens, gather_tokens, pack_tokens
 from .label_map import LabelMap
-from .method import (
-    Method,
-    StepOutput,
-    check_temperature,
-    feature_loss,
-    logit_loss,
-    step_output,
-    task_loss,
-)
+from .losses import StepOutput, check_temperature, feature_loss, logit_loss, step_output, task_loss
+from .method import Method
+from .registry import register
 from .strategies import Draw, MaskStrategy
 
 
@@ -243,6 +238,22 @@ class CounterfactualDistiller(Method):
         tokens = self._teacher_tokens(pixels).detach().requires_grad_()
         feature, taps = self._teacher_backbone.encode(tokens, record=True)
         return self.map(cast(ImageClassifier, self.teacher).head(feature), labels, taps)
+
+
+MAP = ("cam", "cam_target", "start_layer", "cam_source")
+
+
+@register("counterfactual", "strategy", "weight", "ema_teacher", *MAP)
+def _(student: ImageClassifier, **settings: Any) -> Method:
+    """Feature distillation on counterfactual images, the paper's method."""
+    teacher = student if settings.get("cam_source") == "teacher" else student.backbone
+    return CounterfactualDistiller(student, copy.deepcopy(teacher), **settings)
+
+
+@register("cf-kd", "strategy", "weight", "temperature", "ema_teacher", *MAP)
+def _(student: ImageClassifier, **settings: Any) -> Method:
+    """Knowledge distillation on counterfactual images."""
+    return CounterfactualDistiller(student, copy.deepcopy(student), **settings)
 
 
 def encode_masked(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models import ImageClassifier
-from .method import Method, StepOutput, step_output, task_loss
+from .losses import StepOutput, step_output, task_loss
+from .method import Method
+from .registry import register
 
 
 class L2SP(Method):
@@ -17,8 +20,10 @@ class L2SP(Method):
     The head counts as well: it starts from the zero-shot head, and is not new.
 
     Source: Li, Grandvalet, Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks",
-    ICML 2018. The penalty takes the place of weight decay, which pulls to zero: train with none.
+    ICML 2018.
     """
+
+    weight_decay = 0.0  # the penalty takes its place: it would pull to zero
 
     def __init__(self, student: ImageClassifier, weight: float = 0.1) -> None:
         super().__init__(student, copy.deepcopy(student), weight)
@@ -30,3 +35,9 @@ class L2SP(Method):
         pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
         penalty = torch.stack([(p - start).square().sum() for p, start in pairs]).sum() / 2
         return step_output(task_loss(logits, labels), logits, penalty, self.weight)
+
+
+@register("l2-sp", "weight", fsdp=False)
+def _(student: ImageClassifier, **settings: Any) -> Method:
+    """A penalty on the distance from the initial weights."""
+    return L2SP(student, **settings)

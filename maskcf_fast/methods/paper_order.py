@@ -16,7 +16,7 @@ from torch import Tensor
 from ..models import ImageClassifier, VisionTransformer
 from ..models.blocks import Block
 from ..ops import refill_patches
-from .method import StepOutput
+from .losses import StepOutput
 from .strategies import Draw, MaskStrategy
 
 

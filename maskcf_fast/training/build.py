@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -11,19 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..core.errors import UserError
 from ..core.processes import Processes
 from ..data import Loader, LoaderConfig, Manifest, build_loader, scan_images
-from ..methods import (
-    L2SP,
-    CounterfactualDistiller,
-    FeatureDistillation,
-    FineTuning,
-    KnowledgeDistillation,
-    Method,
-)
+from ..methods import METHODS, Method, registry
 from ..models import (
     HEADS,
     CosineClassifier,
@@ -148,56 +139,31 @@ def describe(model: ImageClassifier, classes: Sequence[str]) -> dict[str, str]:
 
 
 def build_method(config: MethodConfig, student: ImageClassifier) -> Method:
-    """The method, with a copy of the student as it is now for its teacher."""
-    method = _method(config, student)
-    method.ema_decay = config.ema_teacher
-    return method
-
-
-def _method(config: MethodConfig, student: ImageClassifier) -> Method:
-    if config.name in ("ft", "lp"):
-        return FineTuning(student, probe=config.name == "lp")
-    if config.name == "l2-sp":
-        return L2SP(student, config.weight)
-    if config.name == "kd":
-        return KnowledgeDistillation(student, copy.deepcopy(student), config.weight, config.temperature)
-    if config.name == "fd":
-        return FeatureDistillation(student, copy.deepcopy(student.backbone), config.weight)
-    with_head = config.name == "cf-kd" or config.cam_source == "teacher"
-    return CounterfactualDistiller(
-        student,
-        copy.deepcopy(student if with_head else student.backbone),
-        config.mask_strategy(),
-        config.weight,
-        cam=config.cam,
-        cam_target=config.cam_target,
-        start_layer=config.start_layer,
-        cam_source=config.cam_source,
-        temperature=config.temperature if config.name == "cf-kd" else None,
-    )
+    """The method that the settings describe, with a copy of the student as it is now for its teacher."""
+    return registry.build_method(config.name, student, {**vars(config), "strategy": config.mask_strategy()})
 
 
 def build_optimizer(
     config: OptimConfig,
-    parameters: Iterable[nn.Parameter],
+    method: Method,
     total_steps: int,
     captured_on: torch.device | None = None,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW on what is to be trained, and its one-cycle schedule.
+    """AdamW on what of the method is to be trained, and its one-cycle schedule.
 
     Args:
         config: The optimiser's settings.
-        parameters: Those that do not require gradients are left out.
+        method: Its parameters that do not require gradients are left out.
         total_steps: Length of the schedule.
         captured_on: Where a CUDA graph shall capture the update: the learning rate lies there, for the graph to read
             what the schedule writes.
     """
-    trained = [p for p in parameters if p.requires_grad]
+    trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained,
         lr=config.lr if captured_on is None else torch.tensor(config.lr, device=captured_on),
         betas=(0.9, 0.999),
-        weight_decay=config.weight_decay,
+        weight_decay=method.weight_decay if config.weight_decay is None else config.weight_decay,
         fused=True,
         capturable=captured_on is not None,
     )
@@ -274,7 +240,7 @@ def build_loaders(
             f"accumulate={config.optim.accumulate}"
         )
     method = config.method
-    refills = method.name in ("counterfactual", "cf-kd") and method.mask_strategy().fill != "none"
+    refills = METHODS[method.name].masks and method.mask_strategy().fill != "none"
     if refills and config.optim.batch_size == parts:
         raise UserError(
             f"{method.strategy} needs a micro-batch of at least 2 images, got 1: no other image to draw from; "

@@ -17,7 +17,7 @@ import yaml
 
 from ..core.errors import UserError
 from ..core.names import unknown
-from ..methods import MaskStrategy
+from ..methods import METHODS, PAPER_CUTS, MaskStrategy
 from ..models import VisionTransformerConfig, preset
 from ..models.weights import read_architecture
 
@@ -73,20 +73,18 @@ class DataConfig:
 class MethodConfig:
     """What is trained on."""
 
-    name: Literal["counterfactual", "ft", "lp", "l2-sp", "fd", "kd", "cf-kd"] = "counterfactual"
-    """counterfactual; or ft (fine-tuning), lp (linear probe), l2-sp (a penalty on the distance from the initial
-    weights), fd (feature distillation on clean images), kd (knowledge distillation on clean images), cf-kd (kd on
-    counterfactual images)."""
+    name: str = "counterfactual"
+    """One of the methods above."""
     strategy: str = "object-single"
-    """{object,context,random}-{single,multi,none}: which patches are masked, and what fills them."""
+    """One of the strategies above: which patches are masked, and what fills them."""
     threshold: float | None = None
     """Cut on the normalised relevance; by default the paper's for the strategy."""
     top_k: int | None = None
     """Mask this many patches instead of cutting at a threshold."""
     rate: float | None = None
     """Share of patches that a random strategy masks; by default the paper's."""
-    weight: float = 30.0
-    """Weight of the distillation loss, or of the penalty of l2-sp (for which 0.1 is usual)."""
+    weight: float | None = None
+    """Weight of the distillation loss, by default 30, or of the penalty of l2-sp, by default 0.1."""
     temperature: float = 10.0
     """Softening of the logits in kd and cf-kd."""
     cam: Literal["relevance", "gradcam"] = "relevance"
@@ -129,8 +127,8 @@ class OptimConfig:
     """Micro-batches per optimiser step. Donor images come from the same micro-batch."""
     lr: float = 3e-5
     """Peak learning rate."""
-    weight_decay: float = 0.1
-    """Decoupled, on all parameters."""
+    weight_decay: float | None = None
+    """Decoupled, on all parameters; by default 0.1, with l2-sp none, whose penalty takes its place."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     warmup: float = 0.02
@@ -197,8 +195,8 @@ class TrainConfig:
         not_negative = {
             "data.holdout": self.data.holdout,
             "data.threads": self.data.threads,
-            "method.weight": self.method.weight,
-            "optim.weight_decay": self.optim.weight_decay,
+            "method.weight": self.method.weight or 0,
+            "optim.weight_decay": self.optim.weight_decay or 0,
             "checkpoint_every": self.checkpoint_every,
             "eval_every": self.eval_every,
             "seed": self.seed,
@@ -210,12 +208,13 @@ class TrainConfig:
             raise UserError(f"optim.warmup must lie in [0, 1), got {self.optim.warmup}")
         if not 0 <= self.method.ema_teacher < 1:
             raise UserError(f"method.ema_teacher must lie in [0, 1), got {self.method.ema_teacher}")
-        if self.method.ema_teacher and self.method.name in ("ft", "lp", "l2-sp"):
+        method = METHODS[self.method.name]
+        if self.method.ema_teacher and not method.distils:
             raise UserError(f"method.ema_teacher needs a method with a teacher, {self.method.name} has none")
         if self.method.ema_teacher and self.parallel == "fsdp":
             raise UserError("method.ema_teacher does not go with --parallel fsdp: use --parallel ddp")
-        if self.method.name == "l2-sp" and self.parallel == "fsdp":
-            raise UserError("l2-sp does not go with --parallel fsdp: use --parallel ddp")
+        if self.parallel == "fsdp" and not method.fsdp:
+            raise UserError(f"{self.method.name} does not go with --parallel fsdp: use --parallel ddp")
         if self.method.cam_every > 1:
             self._check_masks_can_be_kept()
         if self.model.name is None:
@@ -225,8 +224,8 @@ class TrainConfig:
 
     def _check_masks_can_be_kept(self) -> None:
         every, method = f"method.cam_every={self.method.cam_every}", self.method
-        if method.name not in ("counterfactual", "cf-kd"):
-            raise UserError(f"{every} is for counterfactual and cf-kd, {method.name} has no masks: use 1")
+        if not METHODS[method.name].masks:
+            raise UserError(f"{every} is for methods with masks, {method.name} has none: use 1")
         if not method.mask_strategy().needs_cam:
             raise UserError(f"{every} is for object and context masks, {method.strategy} has no map: use 1")
         if self.data.augment != "none":
@@ -370,10 +369,23 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str = "python -m mask
         source = folder / "config.yaml"
         if not source.is_file():
             raise FileNotFoundError(f"{folder} is no run to resume: it has no config.yaml")
-    read = yaml_arguments(source) if source else []
+    read = _without_replaced_cuts(yaml_arguments(source), own) if source else []
+    listed = "\n".join(f"  {name}: {entry.about}" for name, entry in METHODS.items())
     return tyro.cli(
-        TrainConfig, args=[*read, *own], prog=prog, config=(tyro.conf.FlagConversionOff,), description=DESCRIPTION
+        TrainConfig,
+        args=[*read, *own],
+        prog=prog,
+        config=(tyro.conf.FlagConversionOff,),
+        description=f"{DESCRIPTION}\n\nMethods:\n{listed}\n\nStrategies: {', '.join(PAPER_CUTS)}",
     )
+
+
+def _without_replaced_cuts(read: Sequence[str], own: Sequence[str]) -> list[str]:
+    """A file's arguments without the cut of its strategy, where the command line names another strategy or cut."""
+    cuts = ("--method.threshold", "--method.top-k", "--method.rate")
+    if not {"--method.strategy", *cuts} & {argument.replace("_", "-") for argument in own}:
+        return list(read)
+    return [a for before, a in zip(["", *read], read, strict=False) if not {before, a} & set(cuts)]
 
 
 DESCRIPTION = """Fine-tune a pre-trained CLIP vision transformer so that it keeps its out-of-distribution accuracy.

@@ -119,7 +119,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.optim.epochs
         captured = self.graphed and not config.optim.cycle_beta1
         self.optimizer, self.schedule = build_optimizer(
-            config.optim, self.method.parameters(), self.total_steps, captured_on=device if captured else None
+            config.optim, self.method, self.total_steps, captured_on=device if captured else None
         )
         self.update: Callable[[], Tensor] = Graphed(self._update, self.generator) if captured else self._update
 
@@ -253,7 +253,7 @@ class Trainer:
         kept = f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet"
         return TrainingDiverged(
             f"{what} of {self.total_steps}; {kept}. Lower --optim.lr ({self.config.optim.lr:g}) or "
-            f"--method.weight ({self.config.method.weight:g})"
+            f"--method.weight ({self.method.weight:g})"
         )
 
     def _write_log(self, images_per_second: float) -> None:

@@ -196,7 +196,7 @@ def test_settings_of_every_method(tmp_path):
         name = {"lp-ft": "ft"}.get(method, "counterfactual" if method in PAPER_CUTS else method)
         assert config.method.name == name
         assert name != "counterfactual" or config.method.strategy == method
-        assert config.optim.weight_decay == (0.0 if method == "l2-sp" else 0.1)
+        assert config.optim == made.base.optim
         probe = tmp_path / "lp-seed3" / "model.safetensors"
         expected = dataclasses.replace(TrainConfig().model, weights=probe) if method == "lp-ft" else TrainConfig().model
         assert config.model == expected

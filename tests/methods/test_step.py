@@ -18,7 +18,7 @@ from maskcf_fast.methods import (
     paper_order_step,
 )
 from maskcf_fast.methods.label_map import LabelMap
-from maskcf_fast.methods.method import task_loss
+from maskcf_fast.methods.losses import task_loss
 from maskcf_fast.methods.paper_order import paper_cam
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
 

@@ -12,11 +12,19 @@ import pytest
 import torch
 import yaml
 
-from maskcf_fast.methods import PAPER_CUTS
+import maskcf_fast.configs
+from maskcf_fast.methods import MaskStrategy
+from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.train import main
-from maskcf_fast.training.settings import TrainConfig, find_yaml, parse, to_yaml, yaml_arguments
+from maskcf_fast.training.build import build_method, build_optimizer
+from maskcf_fast.training.settings import find_yaml, parse, to_yaml, yaml_arguments
 
-PRESETS = [*PAPER_CUTS, "ft", "lp", "fd", "kd"]
+CUTS = {  # the paper's table: rates of random strategies, thresholds of the others
+    "random-none": 0.75, "random-single": 0.5, "random-multi": 0.5,
+    "object-none": 0.3, "object-single": 0.3, "object-multi": 0.6,
+    "context-none": 0.6, "context-single": 0.5, "context-multi": 0.3,
+}  # fmt: skip
+PRESETS = sorted(path.stem for path in Path(maskcf_fast.configs.__path__[0]).glob("*.yaml"))
 
 
 def arguments(config, **changes):
@@ -26,24 +34,49 @@ def arguments(config, **changes):
     return ["--config", str(path)]
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_the_papers_settings(name):
-    config = parse(["--config", name])
-    assert config.optim == TrainConfig().optim
-    assert (config.optim.epochs, config.optim.batch_size, config.optim.lr, config.optim.weight_decay) == (
-        10,
-        512,
-        3e-5,
-        0.1,
-    )
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_papers_settings(preset):
+    """Those of the run that is built from them: what a preset leaves out, the method knows."""
+    config = parse(["--config", preset])
+    optim = config.optim
+    assert (optim.epochs, optim.batch_size, optim.lr, optim.clip, optim.warmup) == (10, 512, 3e-5, 1.0, 0.02)
+    assert optim.cycle_beta1
     assert (config.data.holdout, config.model.arch) == (10240, "ViT-B/32")
-    if name in PAPER_CUTS:
-        assert config.method.strategy == name
-        assert config.method.weight == 30
-        cut = config.method.rate if name.startswith("random") else config.method.threshold
-        assert cut == PAPER_CUTS[name]
-    else:
-        assert config.method.name == name
+    student = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3))
+    method = build_method(config.method, student)
+    assert config.method.name == (preset if preset not in CUTS else "counterfactual")
+    assert method.weight == {"ft": 0, "lp": 0, "l2-sp": 0.1}.get(preset, 30)
+    assert getattr(method, "temperature", None) == (10 if preset in ("kd", "cf-kd") else None)
+    optimizer, _ = build_optimizer(optim, method, 10)
+    assert optimizer.defaults["weight_decay"] == (0 if preset == "l2-sp" else 0.1)
+    section = yaml.safe_load(find_yaml(preset).read_text())
+    assert {*section, *section["method"], *section["data"]} <= {"method", "data", "name", "strategy", "holdout"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_carries_the_cut_of_another_strategy(preset):
+    for strategy, cut in CUTS.items():
+        made = parse(["--config", preset, "--method.strategy", strategy]).method.mask_strategy()
+        assert (made.name, made.rate if made.region == "random" else made.threshold) == (strategy, cut)
+        assert made.top_k is None
+    assert parse(["--config", preset, "--method.strategy=object-none", "--method.top_k=3"]).method.mask_strategy().top_k
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ([], MaskStrategy("object", "single", threshold=0.35)),
+        (["--method.strategy", "object-multi"], MaskStrategy("object", "multi", threshold=0.6)),
+        (["--method.strategy=random-none"], MaskStrategy("random", "none", rate=0.75)),
+        (["--method.top-k", "7"], MaskStrategy("object", "single", top_k=7)),
+        (["--method.threshold", "0.1"], MaskStrategy("object", "single", threshold=0.1)),
+        (["--method.strategy", "context-none", "--method.top_k", "7"], MaskStrategy("context", "none", top_k=7)),
+    ],
+)
+def test_a_cut_goes_with_the_strategy_that_it_was_set_for(own, expected, config):
+    """Also one that a file, such as a run's config.yaml, sets for the strategy that it names."""
+    line = arguments(config, method=replace(config.method, threshold=0.35))
+    assert parse([*line, *own]).method.mask_strategy() == expected
 
 
 def test_yaml_round_trip_and_later_arguments_win(config, tmp_path):
@@ -60,7 +93,8 @@ def test_yaml_round_trip_and_later_arguments_win(config, tmp_path):
 def test_help_is_readable():
     command = [sys.executable, "-m", "maskcf_fast.train", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100"})
-    for words in ("--data.train", "embedded demo", "--method.strategy", "Peak learning rate", "--resume"):
+    settings = ("--data.train", "embedded demo", "--method.strategy", "Peak learning rate", "--resume")
+    for words in (*settings, "cf-kd: Knowledge distillation on counterfactual images.", "context-multi"):
         assert words in done.stdout
 
 
