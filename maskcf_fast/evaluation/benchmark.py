@@ -15,7 +15,11 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..data import Manifest
-from ..data.manifest import some
+from ..data.verify import image_stamps
+from .classes import some
+from .disk import DiskImages
+
+Source = Manifest | DiskImages
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Benchmark:
 
     name: str
     layout: str
-    source: Manifest
+    source: Source
     targets: Tensor
     allowed: Tensor
     border: int = 0
@@ -63,8 +67,9 @@ class Benchmark:
         digest = hashlib.sha256(f"{self.source.root} {self.source.fingerprint} {self.border}".encode())
         digest.update(str(list(self.targets.shape)).encode() + self.targets.numpy().tobytes())
         digest.update(self.allowed.numpy().tobytes())
-        for stamp in self.source.stamps():
-            digest.update(f"{stamp}\0".encode())
+        if isinstance(self.source, Manifest):
+            for stamp in image_stamps(self.source.root, self.source.paths, self.source.spans):
+                digest.update(f"{stamp}\0".encode())
         return digest.hexdigest()
 
 
@@ -92,7 +97,7 @@ class Reader:
         self,
         name: str,
         layout: str,
-        source: Manifest,
+        source: Source,
         meanings: Sequence[tuple[str, ...]],
         *,
         restricted: bool,

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.files import read_lines
-from ..data.scan import class_folders
 from ..models import CosineClassifier
 from ..models.sources import load_text_tower
-from .classes import imagenet_classes
+from .classes import folders_in, imagenet_classes
 
 Templates = Sequence[str | Callable[[str], str]]
 
@@ -83,7 +82,7 @@ def read_names(source: str) -> tuple[list[str], list[str]]:
         return list(imagenet_classes()), list(_open_clip().IMAGENET_CLASSNAMES)
     path = Path(source)
     if path.is_dir():
-        lines = list(class_folders(path))
+        lines = list(folders_in(path))
     elif path.is_file():
         lines = read_lines(path)
     else:

@@ -203,10 +203,10 @@ def test_names_are_translated_or_left_out(call, sets, data, image_folders, tmp_p
     assert "1 of 3 classes of own" in (tmp_path / "table" / "table.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reproduction.md"])
+@pytest.mark.parametrize("page", ["docs/evaluate.md", "docs/reproduction.md"])
 def test_the_documented_command(call, data, page):
     """It runs as it is written, but for the paths, the model, and fewer methods, seeds and images."""
-    command = re.search(r"python -m maskcf_fast\.table (--data\.train.*?)\n```", (ROOT / page).read_text(), re.DOTALL)
+    command = re.search(r"maskcf table (--data\.train.*?)\n```", (ROOT / page).read_text(), re.DOTALL)
     assert command is not None
     words = shlex.split(command[1].replace("\\\n", " "))
     at = words.index("--model.name")
