@@ -1,20 +1,22 @@
-"""One step phase by phase: what each takes, how many FLOPs it counts, and how many the theory says."""
+"""One step phase by phase: what each takes, how many FLOPs it counts, and how many the theory says.
+
+The real step runs; its calls into the models, the map, autograd and the optimiser are watched from outside.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskcf_fast.core.precision import autocast
-from maskcf_fast.methods import CounterfactualDistiller, Draw
-from maskcf_fast.methods.counterfactual import encode_masked
-from maskcf_fast.methods.losses import feature_loss, task_loss
+from maskcf_fast.methods import CounterfactualDistiller, MaskStrategy
+from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import VisionTransformer, VisionTransformerConfig, preset
 
 from . import measure as m
@@ -23,46 +25,60 @@ from .workload import CLASSES, Variant, Workload
 
 PHASES = (
     *("embed", "clean forward", "map", "task backward", "teacher", "masked forward", "masked backward"),
-    "clip and optimiser",
+    *("clip and optimiser", "rest"),
 )
 ROUNDS = (3, 15)
 
 
-def phases(work: Workload, method: CounterfactualDistiller, draw: Draw) -> Iterator[str]:
-    """`CounterfactualDistiller.backward`, then clipping and the optimiser; the phase's name after each of `PHASES`."""
+@contextmanager
+def watched(work: Workload, method: CounterfactualDistiller, read: Callable[[], float]) -> Iterator[dict[str, float]]:
+    """How much ``read`` (a clock, a counter) goes on during each phase of the steps within; the rest is the caller's.
+
+    Encoding and autograd's passes come twice in a step: of the clean images, then of the masked ones.
+    """
+    found = dict.fromkeys(PHASES, 0.0)
+    inside = False
+    turns: dict[tuple[str, ...], int] = {}
+
+    def phase(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return function(*args, **options)
+            inside = True
+            turn = turns[names] = turns.get(names, -1) + 1
+            start = read()
+            try:
+                return function(*args, **options)
+            finally:
+                found[names[turn % len(names)]] += read() - start
+                inside = False
+
+        return call
+
     student, teacher = method.student.backbone, cast(VisionTransformer, method.teacher)
+    places: list[tuple[Any, str, tuple[str, ...]]] = [
+        *((student, name, ("embed",)) for name in ("rows", "embed_rows")),
+        (student, "encode", ("clean forward", "masked forward")),
+        (method.student.head, "forward", ("clean forward",)),
+        (LabelMap, "__call__", ("map",)),
+        *((teacher, name, ("teacher",)) for name in ("rows", "embed_rows", "encode")),
+        (torch.autograd, "backward", ("task backward", "masked backward")),
+        (torch.nn.utils, "clip_grad_norm_", ("clip and optimiser",)),
+        (work.optimizer, "step", ("clip and optimiser",)),
+    ]
+    with ExitStack() as stack:
+        for where, name, phases in places:
+            function = getattr(where, name)
+            wrapped = phase(function, *phases)
+            if where is LabelMap:
+                wrapped = _as_method(wrapped)
+            stack.enter_context(patch.object(where, name, wrapped))
+        yield found
 
-    def precision() -> Any:  # not held while the caller looks at the clock
-        return autocast(work.device, method.precision)
 
-    with precision():
-        rows = student.rows(work.images)
-        tokens = student.embed_rows(rows)
-    shared = tokens.detach().requires_grad_()
-    yield "embed"
-    with precision():
-        feature, taps = student.encode(shared, record=method.strategy.needs_cam)
-        logits = method.student.head(feature)
-        task = task_loss(logits, work.labels)
-    yield "clean forward"
-    cam = method.map(logits, work.labels, taps) if taps else None
-    mask = method.strategy.mask(cam, draw)
-    yield "map"
-    task.backward()
-    del feature, taps, logits, task
-    yield "task backward"
-    with torch.no_grad(), precision():
-        target = encode_masked(teacher, teacher.embed_rows(rows), mask, draw.donors, method.strategy)
-    yield "teacher"
-    with precision():
-        masked = encode_masked(student, tokens, mask, draw.donors, method.strategy)
-        loss = method.weight * feature_loss(masked, target)
-    yield "masked forward"
-    torch.autograd.backward([loss, tokens], [torch.ones_like(loss), cast(Tensor, shared.grad)])
-    yield "masked backward"
-    torch.nn.utils.clip_grad_norm_(work.parameters, 1.0, foreach=True)
-    work.optimizer.step()
-    yield "clip and optimiser"
+def _as_method(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **options: function(self, *args, **options)
 
 
 def theory(config: VisionTransformerConfig, batch: int, method: str, classes: int = CLASSES) -> dict[str, int]:
@@ -74,10 +90,7 @@ def theory(config: VisionTransformerConfig, batch: int, method: str, classes: in
     t, w, layers, d = 1 + config.num_patches, config.width, config.depth, config.feature_dim
     embed = 2 * config.num_patches * w * 3 * config.patch_size**2
     linear, attention = 24 * t * w * w, 4 * t * t * w  # of a block
-    last_linear, last_attention = (
-        4 * t * w * w + 20 * w * w,
-        4 * t * w,
-    )  # keys and values of all tokens, the rest of one
+    last_linear, last_attention = 4 * t * w * w + 20 * w * w, 4 * t * w  # keys and values of all, the rest of one
     out = 0 if config.output_dim is None else 2 * w * d
     head = 2 * d * classes
     encode = (layers - 1) * (linear + attention) + last_linear + last_attention + out
@@ -96,9 +109,21 @@ def theory(config: VisionTransformerConfig, batch: int, method: str, classes: in
         "teacher": embed + encode,
         "masked forward": encode,
         "masked backward": backward + embed,
-        "clip and optimiser": 0,
     }
-    return {name: batch * flops for name, flops in per_image.items()}
+    return {name: batch * per_image.get(name, 0) for name in PHASES}
+
+
+def count(work: Workload, variant: Variant) -> dict[str, int]:
+    """FLOPs of each phase, as `torch.utils.flop_counter` counts them."""
+    method = cast(CounterfactualDistiller, work.method(variant))
+    with (
+        FlopCounterMode(display=False) as counter,
+        watched(work, method, lambda: float(counter.get_total_flops())) as found,
+    ):
+        work.step(lambda: method.backward(work.images, work.labels, draw=work.draw(variant)))()
+    return {name: int(flops) for name, flops in found.items()} | {
+        "rest": int(counter.get_total_flops() - sum(found.values()))
+    }
 
 
 def measure(
@@ -110,7 +135,7 @@ def measure(
     method: str = "object-single",
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Time every phase, waiting for the device after each, and count its FLOPs.
+    """Time every phase, waiting for the device before and after each, and count its FLOPs.
 
     Returns:
         ``phases``: name, ms, iqr_ms, flops, theory, all per step; ``forward`` is F, of the batch; ``whole_ms`` is the
@@ -122,52 +147,37 @@ def measure(
     config = preset(arch)
     work = Workload(config, batch, device)
     variant = Variant(method, precision=precision)
+    flops = count(work, variant)  # this also warms up
     distiller = cast(CounterfactualDistiller, work.method(variant))
+    step = work.step(lambda: distiller.backward(work.images, work.labels, generator=work.generator))
     times: dict[str, list[float]] = {name: [] for name in PHASES}
     whole: list[float] = []
-    flops = count(work, distiller)  # this also warms up
-    step = work.step(work.backward(variant))
+
+    def clock() -> float:
+        m.synchronize(device)
+        return time.perf_counter()
+
     for done in range(ROUNDS[1]):
         if done >= ROUNDS[0] and time.perf_counter() > end:
             break
-        work.optimizer.zero_grad(set_to_none=True)
-        m.synchronize(device)
-        start = time.perf_counter()
-        for name in phases(work, distiller, work.draw(distiller.strategy)):
-            m.synchronize(device)
-            now = time.perf_counter()
-            times[name].append(now - start)
-            start = now
+        start = clock()
+        with watched(work, distiller, clock) as found:
+            step()
+        found["rest"] = clock() - start - sum(found.values())
+        for name, taken in found.items():
+            times[name].append(taken)
         whole.append(m.timed(step, device))
-    expected = theory(config, batch, method)
+    expected = theory(config, batch, method) if MaskStrategy.from_name(method).fill != "none" else {}
     rows = [
         {
             "name": name,
             "ms": 1e3 * statistics.median(times[name]),
             "iqr_ms": 1e3 * m.spread(times[name]),
             "flops": flops[name],
-            "theory": expected[name] if distiller.strategy.fill != "none" else None,
+            "theory": expected.get(name),
         }
         for name in PHASES
     ]
-    return {
-        "arch": arch,
-        "batch": batch,
-        "method": method,
-        "precision": precision,
-        "forward": batch * forward_flops(config),
-        "whole_ms": 1e3 * statistics.median(whole),
-        "phases": rows,
-    }
-
-
-def count(work: Workload, method: CounterfactualDistiller) -> dict[str, int]:
-    """FLOPs of each phase, as `torch.utils.flop_counter` counts them."""
-    work.optimizer.zero_grad(set_to_none=True)
-    found: dict[str, int] = {}
-    parts = phases(work, method, work.draw(method.strategy))
-    for _ in PHASES:
-        with FlopCounterMode(display=False) as counter:
-            name = next(parts)
-        found[name] = counter.get_total_flops()
-    return found
+    where = {"arch": arch, "batch": batch, "method": method, "precision": precision}
+    totals = {"forward": batch * forward_flops(config), "whole_ms": 1e3 * statistics.median(whole)}
+    return where | totals | {"phases": rows}

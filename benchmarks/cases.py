@@ -139,12 +139,19 @@ def gather(config: VisionTransformerConfig, n: int, device: torch.device, fill: 
     )
 
 
-def relevance(config: VisionTransformerConfig, n: int, device: torch.device) -> Case:
-    heads, t, dtype = config.heads, 1 + config.num_patches, compute_dtype(device)
+def relevance(
+    config: VisionTransformerConfig,
+    n: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    queries: int | None = None,
+) -> Case:
+    heads, t, dtype = config.heads, 1 + config.num_patches, dtype or compute_dtype(device)
     d = config.width // heads
     # In the layouts of a transformer: q, k, v from one projection, the gradient towards the output projection.
     q, k, v = torch.randn(n, t, 3, heads, d, device=device, dtype=dtype).permute(2, 0, 3, 1, 4)
     grad_out = torch.randn(n, t, heads, d, device=device, dtype=dtype).transpose(1, 2)
+    q, grad_out = (x[:, :, :queries] for x in (q, grad_out))
     row = torch.rand(n, t, device=device)
     return Case(
         partial(mf.attention_relevance),

@@ -8,45 +8,41 @@ from typing import Any
 
 OUT_OF_TIME = ("needs about", "the time was over")  # how a cell begins that was left out, not broken
 LEAST = 0.05  # a difference below this is noise, however little the rounds differed
+VARIANT = ("method", "order", "run", "precision")
 
 Figures = dict[tuple[str, ...], tuple[float, float]]  # ms and its interquartile range, by what was measured
 
 
 def figures(report: dict[str, Any]) -> Figures:
     """Every time in a report."""
-    return dict(_figures(report))
+    return {key: (found["ms"], found["iqr_ms"]) for key, found in _figures(report) if "ms" in found}
 
 
-def _figures(report: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], tuple[float, float]]]:
+def _figures(report: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     for cell in report.get("step", {}).get("cells", []):
-        if "ms" in cell:
-            key = ("step", *(str(cell[k]) for k in ("arch", "batch", "method", "order", "run", "precision")))
-            yield key, (cell["ms"], cell["iqr_ms"])
+        yield ("step", *(str(cell[k]) for k in ("arch", "batch", *VARIANT))), cell
     for row in report.get("ops", {}).get("rows", []):
         for name, found in row.get("variants", {}).items():
-            if "ms" in found:
-                yield (
-                    ("op", row["op"], row["case"], row["size"], str(row["batch"]), name),
-                    (found["ms"], found["iqr_ms"]),
-                )
+            yield ("op", *(str(row[k]) for k in ("op", "case", "size", "batch")), name), found
     breakdown = report.get("breakdown", {})
-    of = tuple(str(breakdown.get(name)) for name in ("arch", "batch", "precision"))
     for phase in breakdown.get("phases", []):
-        yield ("phase", *of, phase["name"]), (phase["ms"], phase["iqr_ms"])
+        yield ("phase", *(str(breakdown.get(k)) for k in ("arch", "batch", "precision")), phase["name"]), phase
 
 
 def failures(report: dict[str, Any]) -> set[str]:
     """What was tried and did not come out right: checks that failed, and variants that could not run."""
-    failed = {
-        f"{check['what']}: {check['status']}"
-        for check in report.get("correctness", [])
-        if check["status"].startswith("FAILED")
-    }
+    checks = [(check["what"], check["status"]) for check in report.get("correctness", [])]  # of older reports
+    failed = set()
     for cell in report.get("step", {}).get("cells", []):
+        name = ", ".join(str(cell[k]) for k in ("arch", *VARIANT))
+        checks.append((name, cell.get("check", "ok")))
         reason = cell.get("not_measured")
         if reason is not None and not reason.startswith(OUT_OF_TIME):
-            name = ", ".join(str(cell[k]) for k in ("arch", "method", "order", "run", "precision"))
             failed.add(f"{name}: {reason}")
+    for row in report.get("ops", {}).get("rows", []):
+        for name, found in row.get("variants", {}).items():
+            checks.append((f"{row['op']}, {row['case']}, {row['size']}, {name}", found.get("check", "ok")))
+    failed |= {f"{what}: {status}" for what, status in checks if status.startswith("FAILED")}
     for name in ("step", "breakdown", "scaling", "ops"):  # the loader may be missing: it needs other packages
         if "not_measured" in (section := report.get(name, {})):
             failed.add(f"{name}: {section['not_measured']}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskcf_fast.data import LoaderConfig, build_loader, scan_image_folder
+from maskcf_fast.data import LoaderConfig, build_loader, scan_images
 from maskcf_fast.methods import CounterfactualDistiller
 from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import ImageClassifier
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.3, help="cut on the normalised map")
     options = parser.parse_args()
     complete_flop_counter()
-    manifest = scan_image_folder(options.images)
+    manifest = scan_images(options.images)
     model = build_model(ModelConfig(options.arch, options.weights), len(manifest.classes), seed=0)
     loader = build_loader(manifest, LoaderConfig(50, model.backbone.config.image_size, train=False))
     correlation: dict[str, list[Tensor]] = {name: [] for name in MAPS}

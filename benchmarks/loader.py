@@ -1,28 +1,35 @@
 """``python -m benchmarks.loader``: images per second of every way to load the same files.
 
 Each way runs over the same images for a fixed time, after a first epoch that is not timed: workers have started, and
-caches are full.
+caches are full. `benchmarks.report` adds a step fed by the loader, against one on a batch that is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from maskcf_fast.core.files import atomic_write
 from maskcf_fast.data import LoaderConfig, Manifest, build_loader, scan_images
+from maskcf_fast.models import preset
 
-from .measure import environment, resolve_device, synchronize
+from . import measure as m
+from .tables import table, write
+from .workload import Variant, Workload
+
+STEPS = {"cpu": 3, "cuda": 16}  # per turn of the fed step; a GPU's are short, and a turn's first waits for its images
+ROUNDS = (3, 9)
 
 
 @dataclass(frozen=True)
@@ -70,25 +77,16 @@ def write_photographs(folder: Path, count: int) -> None:
 
 
 def plain_loader(manifest: Manifest, config: LoaderConfig) -> Any:
-    """What one writes without this package: ``ImageFolder`` of torchvision, or the same on PIL."""
+    """What one writes without this package: files, torchvision's transforms, a `DataLoader`."""
     from PIL import Image
-    from torch.utils.data import DataLoader
+    from torchvision import transforms
 
-    try:
-        from torchvision import transforms
-    except ImportError:
-        from maskcf_fast.data.transforms import resize_and_crop
-
-        def transform(image: Image.Image) -> torch.Tensor:
-            return torch.from_numpy(resize_and_crop(image, config.image_size)).permute(2, 0, 1).float() / 255
-    else:
-        transform = transforms.Compose(
-            [
-                transforms.Resize(config.image_size, transforms.InterpolationMode.BICUBIC),
-                transforms.CenterCrop(config.image_size),
-                transforms.ToTensor(),
-            ]
-        )
+    steps = [
+        transforms.Resize(config.image_size, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(config.image_size),
+        transforms.ToTensor(),
+    ]
+    transform = transforms.Compose(steps)
 
     class Files(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -98,10 +96,8 @@ def plain_loader(manifest: Manifest, config: LoaderConfig) -> Any:
             with Image.open(manifest.root / manifest.paths[i]) as image:
                 return transform(image.convert("RGB")), manifest.labels[i]
 
-    pinned = config.device != "cpu"
-    return DataLoader(
-        Files(), config.batch_size, shuffle=True, num_workers=config.threads, drop_last=True, pin_memory=pinned
-    )
+    options: dict[str, Any] = {"num_workers": config.threads, "pin_memory": config.device != "cpu"}
+    return torch.utils.data.DataLoader(Files(), config.batch_size, shuffle=True, drop_last=True, **options)
 
 
 def rate(loader: Any, device: torch.device, seconds: float) -> float:
@@ -113,24 +109,27 @@ def rate(loader: Any, device: torch.device, seconds: float) -> float:
             yield len(labels)
 
     sum(epoch())
-    synchronize(device)
+    m.synchronize(device)
     start, images = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         images += sum(epoch())
-    synchronize(device)
+    m.synchronize(device)
     return images / (time.perf_counter() - start)
 
 
 def measure(config: Config) -> dict[str, Any]:
     """Images per second by way of loading; a string says why there is none."""
-    device = resolve_device(config.device)
-    with tempfile.TemporaryDirectory() as folder, _cache_in(Path(folder) / "cache"):
+    device = m.resolve_device(config.device)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict(os.environ, MASKCF_CACHE=str(Path(folder) / "cache")),
+    ):
         images = config.images or Path(folder) / "images"
         if config.images is None:
             try:
                 write_photographs(images, config.count)
             except ImportError as error:
-                return {"environment": environment(device), "unavailable": f"{error}: pass --images DIR"}
+                return {"environment": m.environment(device), "unavailable": f"{error}: pass --images DIR"}
         manifest = scan_images(images)
         settings = LoaderConfig(config.batch, config.size, train=True, threads=config.threads, device="cpu")
         here = replace(settings, device=str(device))
@@ -148,30 +147,56 @@ def measure(config: Config) -> dict[str, Any]:
                 rates[name] = rate(build(), device, config.seconds)
             except ImportError as error:
                 rates[name] = f"not available: {error}"
-        return {
-            "environment": environment(device),
-            "images": len(manifest),
-            "batch": config.batch,
-            "size": config.size,
-            "threads": config.threads,
-            "images_per_second": rates,
-        }
+    facts = {"batch": config.batch, "size": config.size, "threads": config.threads, "images_per_second": rates}
+    return {"environment": m.environment(device), "images": len(manifest)} | facts
 
 
-class _cache_in:
-    """Let the package's cache be a folder for a while."""
+def measure_with_step(config: Config, arch: str, seconds: float) -> dict[str, Any]:
+    """As `measure`; ``fed`` is `fed_step`'s, or why there is none."""
+    device = m.resolve_device(config.device)
+    size = preset(arch).image_size
+    found: dict[str, Any]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            images = config.images or Path(folder)
+            if config.images is None:
+                write_photographs(images, STEPS[device.type] * config.batch)
+            settings = LoaderConfig(config.batch, size, train=True, threads=config.threads, device=str(device))
+            loader = build_loader(scan_images(images), settings)
+            fed = fed_step(loader, Workload(preset(arch), config.batch, device), seconds)
+    except (ImportError, RuntimeError, OSError, ValueError) as error:
+        fed = {"not_measured": f"not available: {m.first_line(error)}"}
+    try:
+        found = measure(replace(config, size=size))
+    except (RuntimeError, OSError, ValueError) as error:
+        found = {"not_measured": m.first_line(error)}
+    return found | {"fed": fed}
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def __enter__(self) -> None:
-        self.before = os.environ.get("MASKCF_CACHE")
-        os.environ["MASKCF_CACHE"] = str(self.folder)
+def fed_step(loader: Any, work: Workload, seconds: float) -> dict[str, Any]:
+    """``fed_ms`` and ``synthetic_ms`` per step; ``slowdown``, the median over the rounds of their ratio, minus 1."""
+    method = work.method(Variant("object-single", precision="bf16" if work.device.type == "cuda" else "fp32"))
+    batch = [work.images, work.labels]
+    step = work.step(lambda: method.backward(*batch, generator=work.generator))
+    steps = min(STEPS[work.device.type], len(loader))
+    fed: list[float] = []
+    synthetic: list[float] = []
+    end = time.perf_counter() + seconds
 
-    def __exit__(self, *_: object) -> None:
-        del os.environ["MASKCF_CACHE"]
-        if self.before is not None:
-            os.environ["MASKCF_CACHE"] = self.before
+    def feed() -> None:
+        for images, labels, _ in islice(loader, steps):
+            batch[:] = images.to(work.device, non_blocking=True), labels.to(work.device, non_blocking=True)
+            step()
+
+    feed()  # workers start, kernels are tuned
+    for done in range(ROUNDS[1]):
+        if done >= ROUNDS[0] and time.perf_counter() > end:
+            break
+        fed.append(m.timed(feed, work.device) / steps)
+        batch[:] = work.images, work.labels
+        synthetic.append(m.timed(step, work.device, steps))
+    times = {"fed_ms": 1e3 * statistics.median(fed), "synthetic_ms": 1e3 * statistics.median(synthetic)}
+    return {"batch": work.batch, "steps": steps} | times | {"slowdown": m.ratio(fed, synthetic) - 1}
 
 
 def to_markdown(results: dict[str, Any]) -> str:
@@ -180,18 +205,18 @@ def to_markdown(results: dict[str, Any]) -> str:
         return f"Loader: not available ({results['unavailable']})\n"
     rates = results["images_per_second"]
     plain = rates.get("plain torch DataLoader")
-    lines = ["| loader | images/s | against a plain DataLoader |", "|---|--:|--:|"]
-    for name, value in rates.items():
-        if isinstance(value, str):
-            lines.append(f"| {name} | {value.partition(':')[0]} | |")
-        else:
-            ratio = f"{value / plain:.2f} ×" if isinstance(plain, float) else ""
-            lines.append(f"| {name} | {value:,.0f} | {ratio} |")
+    rows = [
+        (name, value.partition(":")[0], "")
+        if isinstance(value, str)
+        else (name, f"{value:,.0f}", f"{value / plain:.2f} ×" if isinstance(plain, float) else "")
+        for name, value in rates.items()
+    ]
     env = results["environment"]
-    lines.append(
+    lines = [
+        *table(("loader", "images/s", "against a plain DataLoader"), rows, left=1),
         f"\n{results['images']:,} images → {results['size']}×{results['size']}, batches of {results['batch']}, "
-        f"{results['threads']} threads or worker processes, {env['device']}, torch {env['versions']['torch']}."
-    )
+        f"{results['threads']} threads or worker processes, {env['device']}, torch {env['versions']['torch']}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -214,8 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(to_markdown(results), end="")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        atomic_write(out / "loader.json", json.dumps(results, indent=1).encode())
-        atomic_write(out / "loader.md", to_markdown(results).encode())
+        write(results, to_markdown(results), out, "loader")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,19 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import torch
 
 WARM_SECONDS = 0.2  # a call that takes longer is not run an extra time: it works on far more memory than malloc keeps
+COPY_BYTES = 1 << 28  # that the copy moves with which ops are compared
 SAMPLE_SECONDS = {"cpu": 0.002, "cuda": 0.01}  # a sample is as many calls as take this long: the clock costs nothing
+
+Call = Callable[[], Any]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -42,16 +45,20 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's as the system gives it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def slug(name: str) -> str:
     """A name as a folder: ``"NVIDIA H100 80GB HBM3"`` becomes ``"nvidia-h100-80gb-hbm3"``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def results_folder(device: torch.device) -> Path:
+    """Where a device's results are committed."""
+    return Path(__file__).parent / "results" / slug(device_name(device))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -76,13 +83,19 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def first_line(reason: object) -> str:
+    """The first line that says something; of an error without words, its kind."""
+    lines = (line.strip() for line in str(reason).splitlines())
+    return next((line[:200] for line in lines if line), type(reason).__name__)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device; a CPU is never behind."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def timed(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+def timed(call: Call, device: torch.device, repeats: int = 1) -> float:
     """Seconds per call, over ``repeats`` calls in a row; results are dropped as they come."""
     synchronize(device)
     start = time.perf_counter()
@@ -92,12 +105,21 @@ def timed(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> fl
     return (time.perf_counter() - start) / repeats
 
 
+def timed_cold(call: Call) -> float:
+    """Seconds per call on a GPU whose cache holds none of its data, by Triton's timer."""
+    from triton.testing import do_bench
+
+    return 1e-3 * do_bench(call, warmup=1, rep=1e3 * SAMPLE_SECONDS["cuda"], return_mode="median")
+
+
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Mapping[str, Call],
     device: torch.device,
     *,
     seconds: float,
     rounds: tuple[int, int] = (5, 31),
+    cold: bool = False,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Time several calls in turns, so that whatever else the machine does falls on all of them.
 
@@ -110,27 +132,46 @@ def interleaved(
         device: Where they run.
         seconds: Time to spend; the rounds end early, but never before the first bound of ``rounds``.
         rounds: Fewest and most rounds.
+        cold: On a GPU, empty its cache before each call: what is measured is the memory's speed, as within a step.
+        failed: Takes the reason, by name, of a call that fails (out of memory beside the others, say): it takes no
+            more turns, and keeps the times it has. Without it the error is raised.
 
     Returns:
         Seconds per call by name, one value per round: values at the same place come from the same round.
     """
     end = time.perf_counter() + seconds
-    first = {name: timed(call, device) for name, call in calls.items()}
+    cold = cold and device.type == "cuda" and util.find_spec("triton") is not None
+    first: dict[str, float] = {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for done in range(rounds[1]):
+
+    def sample(name: str) -> None:
+        call = calls[name]
+        if name not in first:
+            first[name] = timed(call, device)
+            return
+        if device.type == "cpu":
+            trim_memory()
+            if first[name] < WARM_SECONDS:
+                call()
+        repeats = min(max(int(SAMPLE_SECONDS[device.type] / max(first[name], 1e-7)), 1), 1000)
+        samples[name].append(timed_cold(call) if cold else timed(call, device, repeats))
+
+    gone: set[str] = set()
+    for done in range(-1, rounds[1]):
         if done >= rounds[0] and time.perf_counter() > end:
             break
-        for name, call in calls.items():
-            if device.type == "cpu":
-                trim_memory()
-                if first[name] < WARM_SECONDS:
-                    call()
-            repeats = int(SAMPLE_SECONDS[device.type] / max(first[name], 1e-7))
-            samples[name].append(timed(call, device, min(max(repeats, 1), 1000)))
+        for name in [name for name in calls if name not in gone]:
+            try:
+                sample(name)
+            except RuntimeError as error:
+                if failed is None:
+                    raise
+                failed[name] = first_line(error)
+                gone.add(name)
     return samples
 
 
-def spread(samples: list[float]) -> float:
+def spread(samples: Sequence[float]) -> float:
     """The interquartile range; 0 for a single sample."""
     if len(samples) < 2:
         return 0.0
@@ -138,12 +179,12 @@ def spread(samples: list[float]) -> float:
     return high - low
 
 
-def ratio(over: list[float], under: list[float]) -> float:
-    """Median over the rounds of one variant's time by another's of the same round."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+def ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Median over the rounds, as many as both have, of one variant's time by another's of the same round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=False))
 
 
-def copies(total: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+def copies(total: int, device: torch.device) -> dict[str, Call]:
     """Plain copies that move ``total`` bytes, half of them read, half written.
 
     ``"copy"`` writes a new tensor, as an op does; ``"copy in place"`` one that is there, which shows the memory's
@@ -157,20 +198,21 @@ def copies(total: int, device: torch.device) -> dict[str, Callable[[], Any]]:
     }
 
 
-def copy_bandwidth(device: torch.device, total: int = 1 << 28, seconds: float = 1.0) -> dict[str, float]:
+def copy_bandwidth(device: torch.device, seconds: float = 1.0) -> dict[str, float]:
     """GB/s, read and written together, of each of `copies`."""
-    samples = interleaved(copies(total, device), device, seconds=seconds)
-    return {name: total / statistics.median(times) / 1e9 for name, times in samples.items()}
+    samples = interleaved(copies(COPY_BYTES, device), device, seconds=seconds)
+    return {name: COPY_BYTES / statistics.median(times) / 1e9 for name, times in samples.items()}
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that could still be allocated; None where the system does not say."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return _from_proc("/proc/meminfo", "MemAvailable")
 
 
-def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+def peak_memory(call: Call, device: torch.device) -> int | None:
     """Bytes in use at the highest point of a call, its result included, above what was in use before.
 
     On a GPU as torch's allocator counts them. On a CPU by the high-water mark of the process's resident memory,
@@ -202,8 +244,7 @@ def trim_memory() -> None:
 
 def _from_proc(path: str, name: str) -> int | None:
     """A field of a file in /proc that counts kilobytes, in bytes."""
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB$", Path(path).read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) << 10 if found else None
+    with suppress(OSError):
+        if found := re.search(rf"^{name}:\s+(\d+) kB$", Path(path).read_text(), re.MULTILINE):
+            return int(found[1]) << 10
+    return None

@@ -12,10 +12,11 @@ from typing import Any
 from maskcf_fast.models import VisionTransformerConfig, preset
 
 from . import measure as m
-from .report_page import name, table
+from .page import name
+from .tables import number, table
 from .workload import Variant, Workload
 
-VARIANTS = (("object-single", "paper"), ("object-single", "one graph"), ("object-single", "two passes"))
+ORDERS = ("paper", "one graph", "two passes")
 REPEATS = 2
 
 
@@ -26,8 +27,8 @@ def measure(config: VisionTransformerConfig, batch: int, precision: str, device:
     """
     work = Workload(config, batch, m.resolve_device(device))
     rows = []
-    for method, order in VARIANTS:
-        variant = Variant(method, order, precision=precision)
+    for order in ORDERS:
+        variant = Variant("object-single", order, precision=precision)
         backward = work.backward(variant)
         work.step(backward)()
         work.optimizer.zero_grad(set_to_none=False)
@@ -38,14 +39,8 @@ def measure(config: VisionTransformerConfig, batch: int, precision: str, device:
 
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A table, with each step's memory by the paper order's."""
-    paper = rows[0]["peak_bytes"]
-    cells = [
-        (
-            name(row),
-            *(("", "") if not paper else (f"{row['peak_bytes'] / 1e6:.0f}", f"{row['peak_bytes'] / paper:.2f}")),
-        )
-        for row in rows
-    ]
+    found = [(name(row), row["peak_bytes"] or 0) for row in rows]
+    cells = [(what, number(peak, ".0f", 1e-6), number(peak and peak / found[0][1])) for what, peak in found]
     return "\n".join(table(("step", "MB", "of the paper order's"), cells, left=1))
 
 

@@ -1,11 +1,12 @@
-"""The proof of throughput in one command: correctness first, then the step, its parts, and the targets.
+"""The proof of throughput in one command: the step in its variants, each checked first, its parts, and the targets.
 
-    python -m benchmarks.report [--out DIR] [--minutes 9] [--device cpu] [--sections step breakdown]
+    python -m benchmarks.report [--out DIR] [--minutes 9] [--device cpu] [--sections step,breakdown]
     python -m benchmarks.report --compare OLD.json
     python -m benchmarks.report --readme DIR
+    python -m benchmarks.report --dry-run     # the plan for a GPU, in miniature and on this machine
 
-It needs torch, triton, numpy, matplotlib and a checkout; with nvcc it builds the extension first. What is not
-available, or does not fit into the minutes, is named as such.
+It needs torch, triton and a checkout; with nvcc it builds the extension first. What is not available, or does not fit
+into the minutes, is named as such.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,17 @@ import torch
 from maskcf_fast.core.files import atomic_write
 from maskcf_fast.ops import extension
 
-from . import breakdown, correctness, fed_step, ops, scaling, step
+from . import breakdown, ops, rehearsal, scaling, step
 from . import measure as m
-from .charts import CHARTS, charts
 from .compare import check_comparable, compare, failures
-from .report_page import readme_section, targets, to_markdown
+from .page import readme_section, targets, to_markdown
+from .tables import write, write_json
 
-# In the order in which they are measured, with their share of the minutes; correctness always comes first.
-SECTIONS = {"step": 0.55, "breakdown": 0.05, "scaling": 0.15, "loader": 0.1, "ops": 0.15}
-CHECKING = 0.15  # share of the minutes after which no more is compiled only to be checked
+# In the order in which they are measured, with their share of the minutes.
+SECTIONS = {"step": 0.65, "breakdown": 0.05, "scaling": 0.1, "loader": 0.05, "ops": 0.15}
 MARKERS = ("<!-- performance -->", "<!-- /performance -->")
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")  # one of them has the markers
 
 Progress = Callable[[str], None]
 
@@ -50,10 +52,9 @@ class Config:
         minutes: Time to spend; what does not fit is named as not measured.
         sections: Of `SECTIONS`.
         images: Folder of class folders or tar shards for the loader; None writes photographs.
-        runs: Of the step, to check: ``"eager"``, ``"compiled"``, ``"graphed"``.
         groups: Of the step; None for `benchmarks.step.plan`.
         series: Of `benchmarks.scaling.SERIES`; None for the device's.
-        arch: Model of the breakdown and the loader-fed step.
+        arch: Model of the breakdown and the loader-fed step; None for ViT-B/32 on a CPU, ViT-B/16 on a GPU.
         batch: Images of those; None for 16 on a CPU, 256 on a GPU.
         sizes: Models of the ops.
     """
@@ -62,10 +63,9 @@ class Config:
     minutes: float = 9.0
     sections: tuple[str, ...] = tuple(SECTIONS)
     images: Path | None = None
-    runs: tuple[str, ...] = ("eager", "compiled", "graphed")
     groups: tuple[step.Group, ...] | None = None
     series: tuple[str, int, dict[str, tuple[int, ...]]] | None = None
-    arch: str = "ViT-B/32"
+    arch: str | None = None
     batch: int | None = None
     sizes: tuple[str, ...] = ("ViT-B/32", "ViT-L/14")
 
@@ -86,7 +86,8 @@ def measure(
     Args:
         config: What to measure.
         progress: Called with a line now and then.
-        keep: Called with the report after each section, so that one cut short keeps what it has.
+        keep: Called with the report after each section, and each group of steps, so that one cut short keeps what it
+            has.
 
     Raises:
         ValueError: A device that is not there.
@@ -95,51 +96,53 @@ def measure(
     start = time.perf_counter()
     end = start + 60 * config.minutes
     report: dict[str, Any] = {"environment": m.environment(device), "minutes": config.minutes}
-    report["correctness"] = checks = correctness.measure(
-        device, runs=config.runs, seconds=60 * CHECKING * config.minutes, progress=progress
-    )
+
+    def so_far(name: str, found: dict[str, Any]) -> None:
+        report[name] = found
+        report["seconds"] = time.perf_counter() - start
+        report["targets"] = targets(report)
+        keep(report)
+
     chosen = [name for name in SECTIONS if name in config.sections]
     for name in chosen:
         share = SECTIONS[name] / sum(SECTIONS[other] for other in chosen[chosen.index(name) :])
         seconds = max(share * (end - time.perf_counter()), 0.0)
         progress(f"{name}: {seconds:.0f} s")
         try:
-            report[name] = _section(name, config, device, seconds, checks, progress)
+            found = _section(name, config, device, seconds, progress, so_far)
         except Exception as error:  # one section must not cost the others their figures
-            report[name] = {"not_measured": f"{type(error).__name__}: {ops.first_line(error)}"}
-        report["seconds"] = time.perf_counter() - start
-        report["targets"] = targets(report)
-        keep(report)
+            found = {"not_measured": f"{type(error).__name__}: {m.first_line(error)}"}
+        so_far(name, found)
     return report
 
 
 def _section(
-    name: str, config: Config, device: torch.device, seconds: float, checks: list[dict[str, Any]], progress: Progress
+    name: str,
+    config: Config,
+    device: torch.device,
+    seconds: float,
+    progress: Progress,
+    so_far: Callable[[str, dict[str, Any]], None],
 ) -> dict[str, Any]:
-    batch = config.batch or (256 if device.type == "cuda" else 16)
+    gpu = device.type == "cuda"
+    arch, batch = config.arch or ("ViT-B/16" if gpu else "ViT-B/32"), config.batch or (256 if gpu else 16)
     if name == "step":
-        failed = lambda variant: correctness.failure(checks, variant)  # noqa: E731
-        return step.measure(device, seconds, config.groups, failed, progress)
+        return step.measure(device, seconds, config.groups, progress, lambda found: so_far("step", found))
     if name == "breakdown":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-        return breakdown.measure(device, seconds, config.arch, batch, precision, progress=progress)
+        return breakdown.measure(device, seconds, arch, batch, "bf16" if gpu else "fp32", progress=progress)
     if name == "scaling":
         return scaling.measure(device, seconds, config.series, progress)
     if name == "ops":
         sizes = config.sizes
         return ops.measure(ops.Config(str(device), sizes, minutes=max(seconds, 1) / 60, compiled=False), progress)
-    threads = max(torch.get_num_threads(), 2)
-    fed = fed_step.measure(device, seconds / 2, config.images, config.arch, batch, threads)
     try:
         from . import loader
     except ImportError as error:
-        return {"fed": fed, "not_measured": f"not available: {error}"}
-    each = seconds / 2 / 6  # ways to load
-    settings = loader.Config(config.images, batch=batch, threads=threads, seconds=each, device=str(device))
-    try:
-        return loader.measure(settings) | {"fed": fed}
-    except (RuntimeError, OSError) as error:
-        return {"fed": fed, "not_measured": ops.first_line(error)}
+        return {"fed": {"not_measured": f"not available: {error}"}, "not_measured": f"not available: {error}"}
+    settings = loader.Config(
+        config.images, batch=batch, threads=max(torch.get_num_threads(), 2), seconds=seconds / 12, device=str(device)
+    )
+    return loader.measure_with_step(settings, arch, seconds / 2)
 
 
 def build_extension(progress: Progress) -> None:
@@ -149,7 +152,12 @@ def build_extension(progress: Progress) -> None:
     progress("building the extension")
     done = subprocess.run([sys.executable, "-m", "maskcf_fast.build"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        progress(f"the extension could not be built: {ops.first_line(done.stderr)}")
+        progress(f"the extension could not be built: {m.first_line(done.stderr)}")
+
+
+def page_with_figures() -> Path:
+    """The page that shows a report's figures."""
+    return next((page for page in PAGES if page.is_file() and MARKERS[0] in page.read_text()), PAGES[0])
 
 
 def write_readme(report: dict[str, Any], readme: Path) -> None:
@@ -165,22 +173,6 @@ def write_readme(report: dict[str, Any], readme: Path) -> None:
     atomic_write(readme, f"{before}{MARKERS[0]}\n{readme_section(report)}{MARKERS[1]}{after}".encode())
 
 
-def write(report: dict[str, Any], out: Path) -> None:
-    """``report.json``, ``report.md`` and the charts."""
-    pictures = charts(report)
-    for name in CHARTS:
-        (out / name).unlink(missing_ok=True)
-    for name, data in pictures.items():
-        atomic_write(out / name, data)
-    atomic_write(out / "report.md", to_markdown(report, list(pictures)).encode())
-    write_json(report, out / "report.json")
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """A report as it is so far."""
-    atomic_write(path, (json.dumps(report, indent=1) + "\n").encode())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; the exit status."""
     parser = argparse.ArgumentParser(
@@ -192,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sections", default=",".join(SECTIONS), help=f"some of {','.join(SECTIONS)}")
     parser.add_argument("--images", type=Path, help="class folders or tar shards for the loader")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="fail if slower than this report")
-    parser.add_argument("--readme", type=Path, metavar="DIR", help="measure nothing; put DIR's report into docs/")
+    parser.add_argument("--readme", type=Path, metavar="DIR", help="measure nothing; write DIR's report to the README")
+    parser.add_argument("--dry-run", action="store_true", help="a GPU's plan on this machine, with tiny models")
     given = parser.parse_args(arguments)
 
     def progress(line: str) -> None:
@@ -200,10 +193,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if given.readme is not None:
-            write_readme(json.loads((given.readme / "report.json").read_text()), ROOT / "docs" / "performance.md")
+            write_readme(json.loads((given.readme / "report.json").read_text()), page_with_figures())
             return 0
         old = None if given.compare is None else json.loads(given.compare.read_text())
         config = Config(given.device, given.minutes, tuple(given.sections.split(",")), given.images)
+        if given.dry_run:
+            arch, batch = rehearsal.ARCH, rehearsal.BATCH
+            small: dict[str, Any] = {"arch": arch, "batch": batch, "sizes": (arch,), "series": rehearsal.SERIES}
+            config = replace(config, groups=rehearsal.groups(), **small)
         if given.images is not None and not given.images.exists():
             raise ValueError(f"there are no --images {given.images}: check the path")
         device = m.resolve_device(given.device)
@@ -211,30 +208,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_comparable(old, m.device_name(device), torch.get_num_threads())
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
-    out = given.out or ROOT / "benchmarks" / "results" / m.slug(m.device_name(device))
+    out = given.out or m.results_folder(device)
     out.mkdir(parents=True, exist_ok=True)  # before the measurement, not after: it may not be allowed
     build_extension(progress)
     partial = out / "partial.json"  # a report that is cut short replaces no complete one
-    try:
-        report = measure(config, progress, lambda so_far: write_json(so_far, partial))
-    except KeyboardInterrupt:
-        progress(f"interrupted; the sections that were measured: {partial}")
-        return 130
-    write(report, out)
+    with rehearsal.rehearsal() if given.dry_run else nullcontext():
+        try:
+            report = measure(config, progress, lambda so_far: write_json(so_far, partial))
+        except KeyboardInterrupt:
+            progress(f"interrupted; what was measured: {partial}")
+            return 130
+    text = to_markdown(report)
+    write(report, text, out, "report")
     partial.unlink(missing_ok=True)
-    print((out / "report.md").read_text())
+    print(text)
     progress(f"Written: {out}")
-    for failure in sorted(failures(report)):
+    wrong = sorted(failures(report))
+    for failure in wrong:
         progress(f"not right: {failure}")
-    wrong = any(check["status"].startswith("FAILED") for check in report["correctness"])
+    wrong = [failure for failure in wrong if given.dry_run or "FAILED" in failure]
     if old is None:
-        return int(wrong)
+        return int(bool(wrong))
     try:
         lines, regressed = compare(report, old)
     except ValueError as error:
         parser.error(str(error))
     print("\n".join(lines))
-    return int(regressed or wrong)
+    return int(regressed or bool(wrong))
 
 
 if __name__ == "__main__":

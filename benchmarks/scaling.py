@@ -21,21 +21,19 @@ from . import measure as m
 from .workload import Variant, Workload
 
 METHOD = "object-single"
-SERIES = {  # by kind of device: model, batch, and the values of each series
+Series = tuple[str, int, Mapping[str, Sequence[int]]]
+SERIES: dict[str, Series] = {  # by kind of device: model, batch, and the values of each series
     "cpu": ("ViT-B/32", 4, {"batch": (2, 4, 8, 16), "tokens": (224, 320, 448, 640), "depth": (3, 6, 12)}),
-    "cuda": (
-        "ViT-B/16",
-        64,
-        {"batch": (16, 32, 64, 128, 256), "tokens": (160, 224, 320, 448), "depth": (3, 6, 12, 24)},
-    ),
+    "cuda": ("ViT-B/16", 64, {"batch": (16, 32, 64), "tokens": (160, 224, 320), "depth": (3, 6, 12)}),
 }
 ROUNDS = (3, 7)
+GROWTH = 2.5  # a guess at the next point's time from the last's
 
 
 def measure(
     device: torch.device,
     seconds: float,
-    series: tuple[str, int, Mapping[str, Sequence[int]]] | None = None,
+    series: Series | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure each series for the step and for the paper's order, and fit exponents.
@@ -58,24 +56,21 @@ def measure(
         points: list[dict[str, Any]] = []
         last = 0.0
         for size in sizes:
-            config, n = preset(arch), batch
-            if name == "batch":
-                n = size
-            elif name == "depth":
+            config = preset(arch)
+            if name == "depth":
                 config = replace(config, depth=size)
-            else:
+            elif name == "tokens":
                 config = replace(config, image_size=size, depth=max(config.depth // 2, 1))
             x = 1 + config.num_patches if name == "tokens" else size
-            growth = 2.5 if points else 0  # a guess at the next point from the last
-            if time.perf_counter() + growth * last > until:
-                points.append({"x": x, "not_measured": f"about {growth * last:.0f} s, which is over the time"})
+            if points and time.perf_counter() + GROWTH * last > until:
+                points.append({"x": x, "not_measured": f"about {GROWTH * last:.0f} s, which is over the time"})
                 continue
             progress(f"scaling: {name} {x}")
             start = time.perf_counter()
             try:
-                points.append({"x": x} | _point(config, n, precision, device))
+                points.append({"x": x} | _point(config, size if name == "batch" else batch, precision, device))
             except RuntimeError as error:
-                points.append({"x": x, "not_measured": str(error).splitlines()[0]})
+                points.append({"x": x, "not_measured": m.first_line(error)})
             last = time.perf_counter() - start
         found[name] = {"points": points, "exponents": exponents(points)}
     try:
@@ -101,18 +96,16 @@ def fit(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 def _point(config: VisionTransformerConfig, batch: int, precision: str, device: torch.device) -> dict[str, Any]:
     work = Workload(config, batch, device)
-    orders = {"step": Variant(METHOD, precision=precision), "paper": Variant(METHOD, "paper", precision=precision)}
     found: dict[str, Any] = {}
     calls = {}
-    for name, variant in orders.items():
-        backward = work.backward(variant)
+    for name, order in (("step", "two passes"), ("paper", "paper")):
+        backward = work.backward(Variant(METHOD, order, precision=precision))
         calls[name] = work.step(backward)
         calls[name]()
         work.optimizer.zero_grad(set_to_none=False)
         found[f"{name}_bytes"] = m.peak_memory(work.step(backward, keep=True), device)
-    for name, times in m.interleaved(calls, device, seconds=0, rounds=ROUNDS).items():
-        found[f"{name}_ms"] = 1e3 * statistics.median(times)
-    return found
+    samples = m.interleaved(calls, device, seconds=0, rounds=ROUNDS)
+    return found | {f"{name}_ms": 1e3 * statistics.median(times) for name, times in samples.items()}
 
 
 def _ranks(
@@ -128,8 +121,7 @@ def _ranks(
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = torch.multiprocessing.get_context("spawn")
-        queue = context.Queue()
+        queue = torch.multiprocessing.get_context("spawn").Queue()
         arguments = (ranks, port, config, batch, precision, device.type, queue)
         torch.multiprocessing.spawn(_rank, arguments, nprocs=ranks)
         points.append({"x": ranks, "images_s": queue.get()})

@@ -22,12 +22,13 @@ from maskcf_fast.methods import (
 )
 from maskcf_fast.methods.paper_order import paper_cam
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
-from maskcf_fast.models.vit import POINTWISE
-from maskcf_fast.training.speed import Graphed, GraphedBackward, compile_pointwise, why_no_graph
+from maskcf_fast.models.blocks import POINTWISE
+from maskcf_fast.training import speed
 
 STRATEGIES = tuple(PAPER_CUTS)
 CLASSES = 1000
-COST = {"paper": 9.0, "FT": 3.0, "FD": 4.0, "random": 6.5, "cam": 7.5}  # in forwards, for planning only
+
+Backward = Callable[..., Any]  # adds a step's gradients to the parameters, and returns its `StepOutput`
 
 
 class Unavailable(Exception):
@@ -40,8 +41,8 @@ class Variant(NamedTuple):
     Attributes:
         method: ``"FT"``, ``"FD"``, or a masking strategy.
         order: ``"two passes"`` (`Method.backward`), ``"one graph"``, or ``"paper"`` (`paper_order_step`).
-        run: ``"eager"``, ``"compiled"`` or ``"graphed"``.
-        precision: ``"fp32"`` or ``"bf16"``.
+        run: ``"eager"``, ``"compiled"`` or ``"graphed"`` (compiled, and replayed as a CUDA graph).
+        precision: ``"fp32"``, its products rounded as IEEE wants; ``"tf32"``, on a GPU's matrix units; or ``"bf16"``.
     """
 
     method: str
@@ -49,29 +50,22 @@ class Variant(NamedTuple):
     run: str = "eager"
     precision: str = "fp32"
 
-    @property
-    def baseline(self) -> Variant:
-        """The paper's order, written plainly, at the same precision."""
-        return Variant(self.method, "paper", "eager", self.precision)
+    def paper(self, **changes: str) -> Variant:
+        """The paper's order, written plainly, at the same precision unless ``changes`` say otherwise."""
+        return self._replace(order="paper", run="eager")._replace(**changes)
 
     @property
-    def cost(self) -> float:
-        """About how many forwards it takes."""
-        kind = "paper" if self.order == "paper" else self.method if self.method in COST else "cam"
-        return COST["random" if kind == "cam" and self.method.startswith("random") else kind]
+    def masked(self) -> bool:
+        """Whether it masks patches, and so takes a mask and a draw."""
+        return self.method in STRATEGIES
 
     def __str__(self) -> str:
-        return ", ".join(
-            (self.method, "paper's order" if self.order == "paper" else self.order, self.run, self.precision)
-        )
+        order = "paper's order" if self.order == "paper" else self.order
+        return ", ".join((self.method, order, self.run, self.precision))
 
 
 class Workload:
-    """A student, a teacher of other random weights, a batch as the loader delivers it, and an optimiser.
-
-    Attributes:
-        method_arguments: What every variant shares.
-    """
+    """A student, a teacher of other random weights, a batch as the loader delivers it, and an optimiser."""
 
     def __init__(self, config: VisionTransformerConfig, batch: int, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -107,16 +101,16 @@ class Workload:
             method = FeatureDistillation(self.student, self.teacher)
         else:
             method = CounterfactualDistiller(self.student, self.teacher, variant.method)
-        method.precision = variant.precision
+        method.precision = "bf16" if variant.precision == "bf16" else "fp32"
         return method
 
-    def draw(self, strategy: MaskStrategy) -> Draw:
+    def draw(self, variant: Variant) -> Draw:
         """Donors and random masks of one step."""
-        patches = self.config.num_patches
-        return strategy.draw(self.batch, patches, generator=self.generator, device=self.device)
+        strategy = MaskStrategy.from_name(variant.method)
+        return strategy.draw(self.batch, self.config.num_patches, generator=self.generator, device=self.device)
 
-    def backward(self, variant: Variant) -> Callable[..., Any]:
-        """Adds a step's gradients to the parameters and returns its `StepOutput`; takes ``draw=`` or draws itself.
+    def backward(self, variant: Variant) -> Backward:
+        """The step's backward passes; takes ``draw=`` and ``mask=``, or draws and selects by itself.
 
         Raises:
             Unavailable: This variant cannot be had here; says why.
@@ -124,51 +118,51 @@ class Workload:
         if variant.order == "paper":
             return self._paper(variant)
         method = self.method(variant)
-        if variant.run == "graphed" and (reason := why_no_graph(self.device, 1, method)):
+        if variant.run == "graphed" and (reason := speed.why_no_graph(self.device, 1, method)):
             raise Unavailable(reason.partition("left out: ")[2])
         if variant.run != "eager" and self._compiled is None:
             self._compiled = self._compile(method)
-        if variant.run == "graphed":
-            return self._graphed(method)
+        call = self._graphed(method) if variant.run == "graphed" else method.backward
         pointwise = POINTWISE if variant.run == "eager" else self._compiled
-        images, labels, generator = self.images, self.labels, self.generator
 
         def run(**given: Any) -> Any:
-            given = given or {"generator": generator}
-            with self._using(pointwise):
+            given = given if "draw" in given else given | {"generator": self.generator}
+            with self._using(pointwise), products(variant.precision):
                 if variant.order == "two passes":
-                    return method.backward(images, labels, **given)
-                out = method(images, labels, **given)
+                    return call(self.images, self.labels, **given)
+                out = method(self.images, self.labels, **given)
                 out.loss.backward()
                 return out
 
         return run
 
-    def _paper(self, variant: Variant) -> Callable[..., Any]:
+    def _paper(self, variant: Variant) -> Backward:
         strategy = MaskStrategy.from_name(variant.method)
         if variant.run == "compiled" and strategy.fill == "none":
             raise Unavailable("compiled for fills only")
         compiled = torch.compile(paper_order_step, dynamic=False)
         given = MaskStrategy("random", strategy.fill, rate=0.5)  # takes the mask that is drawn, whatever it is
+        models = (self.student, self.teacher)
 
-        def run(draw: Draw | None = None) -> Any:
-            draw = draw or self.draw(strategy)
-            models = (self.student, self.teacher)
-            with autocast(self.device, variant.precision):
+        def run(draw: Draw | None = None, mask: Tensor | None = None) -> Any:
+            draw = draw or self.draw(variant)
+            if mask is not None:
+                draw = draw._replace(mask=mask)
+            with autocast(self.device, variant.precision), products(variant.precision):
                 if variant.run == "eager":
                     out = paper_order_step(*models, strategy, self.pixels, self.labels, draw)
                 else:  # gradients of maps inside a compiled graph cannot be had: the map is taken outside
                     cam = paper_cam(self.student, self.pixels, self.labels) if strategy.needs_cam else None
-                    draw = Draw(draw.donors, strategy.mask(cam, draw))
+                    draw = draw._replace(mask=strategy.mask(cam, draw))
                     out = compiled(*models, given, self.pixels, self.labels, draw)._replace(cam=cam)
-            out.loss.backward()
+                out.loss.backward()
             return out
 
         return run
 
     def _compile(self, method: Method) -> tuple[Callable[..., Any], ...]:
         torch.compiler.reset()  # this model's shapes are the first: no limit on recompilations
-        if reason := compile_pointwise(method, self.device):
+        if reason := speed.compile_pointwise(method, self.device):
             raise Unavailable(reason.partition("left out, ")[2])
         block: Any = self.student.backbone.blocks[0]
         compiled = block.pointwise
@@ -188,21 +182,20 @@ class Workload:
         finally:
             self._set(POINTWISE)
 
-    def _graphed(self, method: Method) -> Callable[..., Any]:
-        graphed = GraphedBackward(method, self.generator)
+    def _graphed(self, method: Method) -> Backward:
+        graphed = speed.GraphedBackward(method, self.generator)
         grads: list[Tensor] = []
 
-        def run() -> Any:
+        def run(images: Tensor, labels: Tensor, **options: Any) -> Any:
             calls = 1
             if not grads:  # captured with these gradients, which the other variants take away
                 grads.extend(torch.zeros_like(p) for p in self.parameters)
-                calls += Graphed.WARM_UP
+                calls += speed.Graphed.WARM_UP
             for p, grad in zip(self.parameters, grads, strict=True):
                 p.grad = grad
-            with self._using(self._compiled):
-                for _ in range(calls):
-                    torch._foreach_zero_(grads)
-                    out = graphed(self.images, self.labels, generator=self.generator)
+            for _ in range(calls):
+                torch._foreach_zero_(grads)
+                out = graphed(images, labels, **options)
             return out
 
         return run
@@ -217,3 +210,16 @@ class Workload:
             self.optimizer.step()
 
         return run
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Products of float32 in float32, or with ``"tf32"`` on a GPU's matrix units; convolutions likewise."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

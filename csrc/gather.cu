@@ -21,16 +21,14 @@ Tensor gather_tokens(const Tensor& tokens,    // [N, T, D]
                      const Tensor& mask,      // [N, L] bool
                      const Tensor& donors) {  // [N] or [N, L] int64
   const GatherArgs args = gather_args(tokens, mask, donors);
-  const DeviceGuard guard(tokens.get_device_index());
+  const Launcher launch(tokens);
   Tensor out = torch::stable::empty_like(tokens);
   const int64_t row = tokens.size(2) * int64_t(tokens.element_size());
   for_access(access_bytes({row, address_of(tokens), address_of(out)}), [&](auto vector) {
     using V = decltype(vector);
-    gather_kernel<<<warps(args), kGatherThreads, 0, current_stream(tokens)>>>(
-        static_cast<const V*>(tokens.const_data_ptr()), static_cast<V*>(out.mutable_data_ptr()),
-        int(row / int64_t(sizeof(V))), args);
+    launch(gather_kernel<V>, warps(args), kGatherThreads, 0, static_cast<const V*>(tokens.const_data_ptr()),
+           static_cast<V*>(out.mutable_data_ptr()), int(row / int64_t(sizeof(V))), args);
   });
-  check_launch();
   return out;
 }
 
@@ -38,7 +36,7 @@ Tensor gather_tokens_backward(const Tensor& grad_out,  // [N, T, D]
                               const Tensor& mask,      // [N, L] bool
                               const Tensor& donors) {  // [N] or [N, L] int64
   const GatherArgs args = gather_args(grad_out, mask, donors);
-  const DeviceGuard guard(grad_out.get_device_index());
+  const Launcher launch(grad_out);
   const int64_t patches = args.tokens - 1, width = grad_out.size(2);
   STD_TORCH_CHECK(args.images < (int64_t(1) << 31), "the batch is too large");
   Tensor out = torch::stable::empty_like(grad_out);
@@ -46,30 +44,27 @@ Tensor gather_tokens_backward(const Tensor& grad_out,  // [N, T, D]
   int* const source = static_cast<int*>(lists.mutable_data_ptr());
   int* const head = source + patches * args.images;
   int* const next = head + patches * args.images;
-  const cudaStream_t stream = current_stream(grad_out);
-  if (patches > 0) receivers_kernel<<<blocks(patches), 256, 0, stream>>>(source, head, next, args);
-  check_launch();
+  if (patches > 0) launch(receivers_kernel, blocks(patches), 256, 0, source, head, next, args);
   for_float_type(grad_out.scalar_type(), "grad_out", [&](auto zero) {
     using T = decltype(zero);
     constexpr int kWide = 16 / int(sizeof(T));
     const T* in = static_cast<const T*>(grad_out.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
     if (width % kWide == 0 && address_of(grad_out) % 16 == 0 && address_of(out) % 16 == 0) {
-      gather_backward_kernel<T, kWide><<<warps(args), kGatherThreads, 0, stream>>>(
-          in, to, int(width / kWide), args.images, args.tokens, head, next);
+      launch(gather_backward_kernel<T, kWide>, warps(args), kGatherThreads, 0, in, to, int(width / kWide), args.images,
+             args.tokens, head, next);
     } else {
-      gather_backward_kernel<T, 1><<<warps(args), kGatherThreads, 0, stream>>>(in, to, int(width), args.images,
-                                                                              args.tokens, head, next);
+      launch(gather_backward_kernel<T, 1>, warps(args), kGatherThreads, 0, in, to, int(width), args.images, args.tokens,
+             head, next);
     }
   });
-  check_launch();
   return out;
 }
 
 }  // namespace
 }  // namespace maskcf
 
-STABLE_TORCH_LIBRARY_IMPL(maskcf, CUDA, m) {
+MASKCF_KERNELS(m) {
   m.impl("gather_tokens", TORCH_BOX(&maskcf::gather_tokens));
   m.impl("gather_tokens_backward", TORCH_BOX(&maskcf::gather_tokens_backward));
 }

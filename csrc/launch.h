@@ -1,32 +1,16 @@
-// Launching kernels from the stable interface: the stream, the device, errors.
+// What the launches of all kernels share: checks, and the width of accesses.
 #pragma once
 
-#include <cuda_runtime.h>
+#include <algorithm>
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
+#include "device.h"
 #include "ops.h"
-
-// Absent from a PyTorch without CUDA, which must still load this library: there, nothing calls them.
-#pragma weak aoti_torch_get_current_cuda_stream
-#pragma weak torch_c10_cuda_check_msg
-#pragma weak torch_c10_cuda_free_error_msg
 
 namespace maskcf {
 
-using torch::stable::accelerator::DeviceGuard;
-
-inline cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-inline void check_launch() { STD_CUDA_CHECK(cudaGetLastError()); }
-
 inline void check_same_device(const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(b.is_cuda() && a.get_device_index() == b.get_device_index(), "tensors must be on one GPU");
+  STD_TORCH_CHECK(a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(),
+                  "tensors must be on one GPU");
 }
 
 // Blocks of a grid dimension, checked against what a launch can hold.

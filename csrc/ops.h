@@ -70,9 +70,14 @@ inline void check_mask(const Tensor& mask, int64_t n, int64_t patches) {  // [N,
   STD_TORCH_CHECK(mask.is_contiguous(), "mask must be contiguous");
 }
 
+// As PyTorch sees it: the stride of a dimension of one says nothing.
 inline bool is_channels_last(const Tensor& t) {
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  return t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
+  int64_t dense = 1;
+  for (int64_t dim : {1, 3, 2, 0}) {
+    if (t.size(dim) != 1 && t.stride(dim) != dense) return false;
+    dense *= t.size(dim);
+  }
+  return true;
 }
 
 // The patch grid of contiguous or channels-last images [N, C, H, W].

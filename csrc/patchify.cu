@@ -6,12 +6,13 @@ namespace maskcf {
 namespace {
 
 template <class Out, class In, int kCount>
-void launch(const Tensor& images, Tensor& out, const PatchifyArgs<typename Wide<In>::type>& args) {
+void run_kernel(const Launcher& launch, const Tensor& images, Tensor& out,
+                const PatchifyArgs<typename Wide<In>::type>& args) {
   const dim3 count(blocks(args.images), blocks((args.patches + args.group - 1) / args.group));
   STD_TORCH_CHECK(count.y < 65536, "images have too many patches");
   const size_t shared = sizeof(In) == 1 ? size_t(args.channels) * 256 * sizeof(Out) : 0;
-  patchify_kernel<Out, In, kCount><<<count, kPatchifyThreads, shared, current_stream(images)>>>(
-      static_cast<const In*>(images.const_data_ptr()), static_cast<Out*>(out.mutable_data_ptr()), args);
+  launch(patchify_kernel<Out, In, kCount>, count, kPatchifyThreads, shared,
+         static_cast<const In*>(images.const_data_ptr()), static_cast<Out*>(out.mutable_data_ptr()), args);
 }
 
 Tensor patchify(const Tensor& images,  // [N, H, W, C] uint8 or [N, C, H, W] float, any strides
@@ -29,7 +30,7 @@ Tensor patchify(const Tensor& images,  // [N, H, W, C] uint8 or [N, C, H, W] flo
     check_same_device(images, *mask);
     check_same_device(images, *donors);
   }
-  const DeviceGuard guard(images.get_device_index());
+  const Launcher launch(images);
   Tensor out = torch::stable::new_empty(images, {s.n, patches, row}, dtype);
   const auto run = [&](auto in, auto to) {
     using In = decltype(in);
@@ -46,18 +47,17 @@ Tensor patchify(const Tensor& images,  // [N, H, W, C] uint8 or [N, C, H, W] flo
       args.std[c] = typename Wide<In>::type(std[c]);
     }
     constexpr int kWide = 16 / int(sizeof(Out));
-    if (row % kWide == 0 && address_of(out) % 16 == 0) return launch<Out, In, kWide>(images, out, args);
-    launch<Out, In, 1>(images, out, args);
+    if (row % kWide == 0 && address_of(out) % 16 == 0) return run_kernel<Out, In, kWide>(launch, images, out, args);
+    run_kernel<Out, In, 1>(launch, images, out, args);
   };
   for_float_type(dtype, "the result", [&](auto to) {
     if (s.bytes) return run(uint8_t{}, to);
     for_float_type(images.scalar_type(), "images", [&](auto in) { run(in, to); });
   });
-  check_launch();
   return out;
 }
 
 }  // namespace
 }  // namespace maskcf
 
-STABLE_TORCH_LIBRARY_IMPL(maskcf, CUDA, m) { m.impl("patchify", TORCH_BOX(&maskcf::patchify)); }
+MASKCF_KERNELS(m) { m.impl("patchify", TORCH_BOX(&maskcf::patchify)); }

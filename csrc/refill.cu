@@ -6,7 +6,8 @@ namespace maskcf {
 namespace {
 
 template <class Mask>
-void launch(const PatchGrid& grid, const Tensor& images, const Tensor& donors, Tensor& out, const Mask& mask) {
+void refill(const Launcher& launch, const PatchGrid& grid, const Tensor& images, const Tensor& donors, Tensor& out,
+            const Mask& mask) {
   RefillArgs args{grid,
                   static_cast<const char*>(images.const_data_ptr()),
                   static_cast<char*>(out.mutable_data_ptr()),
@@ -23,9 +24,8 @@ void launch(const PatchGrid& grid, const Tensor& images, const Tensor& donors, T
   STD_TORCH_CHECK(count.y < 65536, "an image is too large");
   const size_t shared = size_t(grid.cols) * sizeof(int64_t);
   for_access(access_bytes({grid.run, address_of(images), address_of(out)}), [&](auto vector) {
-    refill_kernel<decltype(vector)><<<count, kRefillThreads, shared, current_stream(images)>>>(args, mask);
+    launch(refill_kernel<decltype(vector), Mask>, count, kRefillThreads, shared, args, mask);
   });
-  check_launch();
 }
 
 Tensor refill_patches(const Tensor& images,  // [N, C, H, W]
@@ -37,9 +37,9 @@ Tensor refill_patches(const Tensor& images,  // [N, C, H, W]
   check_donors(donors, grid.images, grid.patches());
   check_same_device(images, mask);
   check_same_device(images, donors);
-  const DeviceGuard guard(images.get_device_index());
+  const Launcher launch(images);
   Tensor out = torch::stable::empty_like(images);
-  launch(grid, images, donors, out, GivenMask{mask_data(mask)});
+  refill(launch, grid, images, donors, out, GivenMask{mask_data(mask)});
   return out;
 }
 
@@ -55,12 +55,12 @@ std::tuple<Tensor, Tensor> counterfactual_refill(const Tensor& images,  // [N, C
   check_donors(donors, grid.images, grid.patches());
   check_same_device(images, cam);
   check_same_device(images, donors);
-  const DeviceGuard guard(images.get_device_index());
+  const Launcher launch(images);
   Tensor out = torch::stable::empty_like(images);
   Tensor mask = torch::stable::new_empty(cam, {grid.images, grid.patches()}, ScalarType::Bool);
   for_wide_type(cam.scalar_type(), "cam", [&](auto zero) {
     using T = decltype(zero);
-    launch(grid, images, donors, out,
+    refill(launch, grid, images, donors, out,
            SelectedMask<T>{static_cast<const T*>(cam.const_data_ptr()), selection<T>(threshold, top_k, context),
                            static_cast<bool*>(mask.mutable_data_ptr())});
   });
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> counterfactual_refill(const Tensor& images,  // [N, C
 }  // namespace
 }  // namespace maskcf
 
-STABLE_TORCH_LIBRARY_IMPL(maskcf, CUDA, m) {
+MASKCF_KERNELS(m) {
   m.impl("refill_patches", TORCH_BOX(&maskcf::refill_patches));
   m.impl("counterfactual_refill", TORCH_BOX(&maskcf::counterfactual_refill));
 }

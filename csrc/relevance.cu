@@ -14,27 +14,17 @@ bool is_wide(const Tensor& x) {
                        x.size(3) * size}) == 16;
 }
 
-// Lets a kernel use more shared memory than every GPU has by default.
-template <class Kernel>
-void allow_shared(Kernel kernel, size_t bytes) {
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-}
-
 template <class T, int kCount>
-void launch(const RelevanceArgs<T>& args, float* logits, int64_t n, cudaStream_t stream) {
+void run_kernels(const Launcher& launch, const RelevanceArgs<T>& args, float* logits, int64_t n) {
   const unsigned heads = unsigned(args.heads), images = blocks(n);
   if (args.tq == 1) {
-    one_query_kernel<T, kCount><<<dim3(1, heads, images), kRelevanceThreads, 0, stream>>>(args, logits);
-    return check_launch();
+    return launch(one_query_kernel<T, kCount>, dim3(1, heads, images), kRelevanceThreads, 0, args, logits);
   }
   const unsigned tiles = unsigned((args.t + kTile - 1) / kTile);
   const size_t tile = size_t(kTile) * size_t(args.stride) * sizeof(T);
-  allow_shared(softmax_kernel<T, kCount>, 2 * tile);
-  softmax_kernel<T, kCount><<<dim3(tiles, heads, images), kRelevanceThreads, 2 * tile, stream>>>(args);
-  check_launch();
-  allow_shared(columns_kernel<T, kCount>, 4 * tile);
-  columns_kernel<T, kCount><<<dim3(tiles, heads, images), kRelevanceThreads, 4 * tile, stream>>>(args);
-  check_launch();
+  const dim3 count(tiles, heads, images);
+  launch(softmax_kernel<T, kCount>, count, kRelevanceThreads, 2 * tile, args);
+  launch(columns_kernel<T, kCount>, count, kRelevanceThreads, 4 * tile, args);
 }
 
 Tensor attention_relevance(const Tensor& q,          // [N, H, Tq, d] float32, float16 or bfloat16
@@ -48,13 +38,12 @@ Tensor attention_relevance(const Tensor& q,          // [N, H, Tq, d] float32, f
   STD_TORCH_CHECK(d <= kMaxWidth, "heads may be up to 128 wide");
   STD_TORCH_CHECK(n < 65536 && heads < 65536 && t < (1 << 24), "too many images, heads or tokens for one launch");
   for (const Tensor* x : {&k, &v, &grad_out, &relevance}) check_same_device(q, *x);
-  const DeviceGuard guard(q.get_device_index());
+  const Launcher launch(q);
   Tensor out = torch::stable::empty_like(relevance);
   // [N, H, T] partial sums and, with one query, logits; or [N, H, Tq] maxima and weights.
   Tensor scratch = torch::stable::new_empty(relevance, {3, n, heads, t});
   float* const partial = static_cast<float*>(scratch.mutable_data_ptr());
   float* const second = partial + n * heads * t;
-  const cudaStream_t stream = current_stream(q);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto data = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
@@ -65,9 +54,9 @@ Tensor attention_relevance(const Tensor& q,          // [N, H, Tq, d] float32, f
                                 static_cast<const float*>(relevance.const_data_ptr()),
                                 second,        second + n * heads * t,       partial};
     if (is_wide(q) && is_wide(k) && is_wide(v) && is_wide(grad_out)) {
-      launch<T, 16 / int(sizeof(T))>(args, second, n, stream);
+      run_kernels<T, 16 / int(sizeof(T))>(launch, args, second, n);
     } else {
-      launch<T, 1>(args, second, n, stream);
+      run_kernels<T, 1>(launch, args, second, n);
     }
   };
   switch (q.scalar_type()) {
@@ -76,16 +65,15 @@ Tensor attention_relevance(const Tensor& q,          // [N, H, Tq, d] float32, f
     case ScalarType::BFloat16: run(BFloat16{}); break;
     default: STD_TORCH_CHECK(false, "q must be float32, float16 or bfloat16");
   }
-  heads_kernel<<<blocks((n * t + 255) / 256), 256, 0, stream>>>(
-      partial, static_cast<const float*>(relevance.const_data_ptr()), n * t, int(heads), int(t),
-      static_cast<float*>(out.mutable_data_ptr()));
-  check_launch();
+  launch(heads_kernel, blocks((n * t + 255) / 256), 256, 0, partial,
+         static_cast<const float*>(relevance.const_data_ptr()), n * t, int(heads), int(t),
+         static_cast<float*>(out.mutable_data_ptr()));
   return out;
 }
 
 }  // namespace
 }  // namespace maskcf
 
-STABLE_TORCH_LIBRARY_IMPL(maskcf, CUDA, m) {
+MASKCF_KERNELS(m) {
   m.impl("attention_relevance", TORCH_BOX(&maskcf::attention_relevance));
 }

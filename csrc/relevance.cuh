@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/pixel.h"
 #include "device.h"
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kRelevanceThreads) softmax_kernel(RelevanceArg
 template <class T, int kCount>
 __global__ void __launch_bounds__(kRelevanceThreads) columns_kernel(RelevanceArgs<T> args) {
   MASKCF_DYNAMIC_SHARED(memory);
-  __shared__ float sums[kRelevanceThreads / 32][kTile];
+  MASKCF_SHARED(sums, float[kRelevanceThreads / 32][kTile]);
   const int size = kTile * args.stride;
   T* const k = reinterpret_cast<T*>(memory);
   T* const v = k + size;
@@ -259,7 +260,9 @@ __device__ float dot(const T* row, const float* vector, int d) {  // row in memo
 // One query per head: a block per head of an image, a thread per key, each key and value read once.
 template <class T, int kCount>
 __global__ void __launch_bounds__(kRelevanceThreads) one_query_kernel(RelevanceArgs<T> args, float* logits) {
-  __shared__ float q[kMaxWidth], g[kMaxWidth], shared[2][kRelevanceThreads / 32];
+  MASKCF_SHARED(q, float[kMaxWidth]);
+  MASKCF_SHARED(g, float[kMaxWidth]);
+  MASKCF_SHARED(shared, float[2][kRelevanceThreads / 32]);
   const int64_t n = blockIdx.z, h = blockIdx.y;
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   float* const row = logits + (n * args.heads + h) * args.t;         // [T], scratch

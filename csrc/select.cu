@@ -8,15 +8,13 @@ namespace {
 Tensor select(const Tensor& cam, std::optional<double> threshold, int64_t k, bool context) {
   check_cam(cam);
   STD_TORCH_CHECK(threshold.has_value() || (k >= 0 && k <= cam.size(1)), "k must lie between 0 and L");
-  const DeviceGuard guard(cam.get_device_index());
+  const Launcher launch(cam);
   Tensor mask = torch::stable::new_empty(cam, {cam.size(0), cam.size(1)}, ScalarType::Bool);
   for_wide_type(cam.scalar_type(), "cam", [&](auto zero) {
     using T = decltype(zero);
-    select_kernel<T><<<blocks(cam.size(0)), 256, 0, current_stream(cam)>>>(
-        static_cast<const T*>(cam.const_data_ptr()), int(cam.size(1)), selection<T>(threshold, k, context),
-        static_cast<bool*>(mask.mutable_data_ptr()));
+    launch(select_kernel<T>, blocks(cam.size(0)), 256, 0, static_cast<const T*>(cam.const_data_ptr()),
+           int(cam.size(1)), selection<T>(threshold, k, context), static_cast<bool*>(mask.mutable_data_ptr()));
   });
-  check_launch();
   return mask;
 }
 
@@ -29,7 +27,7 @@ Tensor select_top_k(const Tensor& cam, int64_t k, bool context) { return select(
 }  // namespace
 }  // namespace maskcf
 
-STABLE_TORCH_LIBRARY_IMPL(maskcf, CUDA, m) {
+MASKCF_KERNELS(m) {
   m.impl("select_by_threshold", TORCH_BOX(&maskcf::select_by_threshold));
   m.impl("select_top_k", TORCH_BOX(&maskcf::select_top_k));
 }

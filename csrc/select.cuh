@@ -11,11 +11,11 @@ template <class T>
 __device__ Rule<T> block_rule(const T* cam,  // [patches]
                               int patches, const Selection<T>& s) {
   using Key = typename KeyOf<T>::type;
-  __shared__ T maxima[32];
-  __shared__ int histogram[kBins];
-  __shared__ Rank<Key> cut;
-  __shared__ int k;
-  __shared__ bool done;
+  MASKCF_SHARED(maxima, T[32]);
+  MASKCF_SHARED(histogram, int[kBins]);
+  MASKCF_SHARED(cut, Rank<Key>);
+  MASKCF_SHARED(k, int);
+  MASKCF_SHARED(done, bool);
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
 
   Rule<T> rule{s, true, cam[0], {0, 0}};

@@ -77,8 +77,8 @@ def test_a_size_that_a_kernel_lacks(monkeypatch):
     """Named when asked for; "auto" takes what can."""
     package, gpu = "maskcf_fast.ops.relevance", torch.device("cuda")
     lacks = import_module(f"{package}.triton").lacks
-    assert "float64" in lacks("cuda", torch.float64, 64)
-    assert lacks("cuda", torch.float16, 64) is None
+    assert "float64" in lacks("triton", gpu, torch.float64, 64)
+    assert lacks("triton", gpu, torch.float16, 64) is None
     monkeypatch.setattr(extension, "why_not", lambda impl: "not built")
-    assert resolve(package, "auto", gpu, ("cuda", torch.float64, 64)) == "reference"
-    assert resolve(package, "auto", gpu, ("cuda", torch.float16, 64)) == "triton"
+    assert resolve(package, "auto", gpu, (torch.float64, 64)) == "reference"
+    assert resolve(package, "auto", gpu, (torch.float16, 64)) == "triton"

@@ -24,4 +24,12 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _autocasts(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _can_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _can_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# A constant while tracing, as in ops/dispatch.py: torch 2.11 cannot trace into it.
+_can_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]

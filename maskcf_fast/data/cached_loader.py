@@ -102,8 +102,8 @@ class CachedLoader(EpochLoader):
         pixels = torch.empty((n, size, size, 3), dtype=torch.uint8, device=self.device)
         step, first, done = self.config.batch_size, self.share.start, 0
         parts = ((0, list(self.share[i : i + step])) for i in range(0, n, step))
-        with self.explained(), tqdm(total=n, desc="decoding", unit="img", delay=2, disable=self.config.rank > 0) as bar:
-            for images, _ in self._loader.decode(parts) if n else ():
+        with tqdm(total=n, desc="decoding", unit="img", delay=2, disable=self.config.rank > 0) as bar:
+            for images, _ in self._loader.decoded(parts) if n else ():
                 pixels[done : done + len(images)] = images
                 done += len(images)
                 bar.update(len(images))

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 
-from .images import read_file
+from .jpeg import is_plain_jpeg
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
 from .transforms import CROP_AREA, CROP_RATIO
-from .verify import image_file
 
 PREFETCH = 2  # batches that are ready, or being made, while the caller has one
 
 
 class DaliLoader(EpochLoader):
     """One DALI pipeline for training and evaluation, CPU and GPU. See :class:`~maskcf_fast.data.Loader`.
+
+    DALI decodes JPEGs of the common form. Of other files, decoders differ in which they refuse and in what they see:
+    `read_image` decodes them, as for the torch loader, and DALI gets their pixels.
 
     DALI is told which images to read by an external source. Its own readers know no order but their own:
     ``readers.file`` leaves padding of one epoch in the next when shards are uneven, and ``readers.webdataset``
@@ -66,7 +68,7 @@ class DaliLoader(EpochLoader):
 
     @property
     def decoder(self) -> str:
-        return f"DALI {import_module('nvidia.dali').__version__} on {self.device.type}"
+        return f"DALI {import_module('nvidia.dali').__version__} on {self.device.type}, PIL {PIL.__version__}"
 
     def decode(self, batches: Iterator[Indices]) -> Iterator[Decoded]:
         pipeline = self.build_pipeline(batches)
@@ -85,20 +87,19 @@ class DaliLoader(EpochLoader):
             yield images, labels
 
     def _read_ahead(self, batches: Iterator[Indices]) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-        """Yield the files' names and labels, or for tar shards the files' bytes and labels."""
-        root, paths, spans = self.manifest.root, self.manifest.paths, self.manifest.spans
+        """Yield the images' bytes and labels."""
         labels = np.array(self.manifest.labels, dtype=np.int64)
-        if spans is None:
-            for _, indices in batches:
-                names = [np.frombuffer(os.fsencode(root / paths[i]), np.uint8) for i in indices]
-                yield names, labels[indices]
-            return
+        reader, border = self.manifest.reader(), self.config.border
 
         def read(i: int) -> np.ndarray:
-            return np.frombuffer(read_file(image_file(root, paths[i], spans[i]), spans[i]), np.uint8)
+            data = reader.encoded(i)
+            if border or not is_plain_jpeg(data):
+                image = reader.image(i, border)
+                data = b"P6 %d %d 255\n" % image.size + image.tobytes()
+            return np.frombuffer(data, np.uint8)
 
-        # DALI reads files in its threads, but can't read a part of one; Python's threads can, a batch ahead. Not in a
-        # with, which would wait for them wherever the garbage collector finds a forgotten generator.
+        # In Python's threads, a batch ahead. Not in a with, which would wait for them wherever the garbage collector
+        # finds a forgotten generator.
         threads = ThreadPoolExecutor(max(1, self.config.threads))
         waiting = None
         for _, indices in batches:
@@ -137,8 +138,6 @@ class DaliLoader(EpochLoader):
             encoded, labels = fn.external_source(
                 source=source, batch=True, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
             )
-            if self.manifest.spans is None:
-                encoded = fn.io.file.read(encoded)
             # By default the share of the hardware decoder, on GPUs that have one, is 65 % of the images.
             decoder = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB}
             if not random:

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from ..core.files import atomic_write, cache_dir
 from .loader import EpochLoader, Indices
-from .verify import image_stamps
 
 CHUNK_BYTES = 64 * 2**20  # of pixels per file, roughly
 _VERSION = 1  # to be raised whenever the files would hold something else
@@ -131,13 +130,8 @@ class DiskCache:
         show = self._loader.config.rank == 0
         try:
             with tqdm(total=self._n, desc="decoding", unit="img", delay=2, disable=not show) as bar:
-                batches = self._loader.decode(claimed())
-                while True:
-                    with self._loader.explained():
-                        decoded = next(batches, None)
-                    if decoded is None:
-                        break
-                    parts.append(decoded[0].cpu().numpy())
+                for images, _ in self._loader.decoded(claimed()):
+                    parts.append(images.cpu().numpy())
                     if sum(map(len, parts)) == len(self._members(taken[0])):
                         self._write(taken[0], np.concatenate(parts))
                         self._unlock(taken.popleft())
@@ -162,8 +156,7 @@ class DiskCache:
             print(f"{self._path(chunk)} is damaged: its images are decoded again.", file=sys.stderr)
             members, step = self._members(chunk), self._loader.config.batch_size
             batches = ((0, list(members[i : i + step])) for i in range(0, len(members), step))
-            with self._loader.explained():
-                parts = [images.cpu().numpy() for images, _ in self._loader.decode(batches)]
+            parts = [images.cpu().numpy() for images, _ in self._loader.decoded(batches)]
             self._write(chunk, np.concatenate(parts))
             self._forget(chunk)
 
@@ -198,5 +191,5 @@ def _digest(loader: EpochLoader) -> str:
     """Of the images, which count as others when a size or time of change is another, and of the transform."""
     manifest = loader.manifest
     content: list[Any] = [_VERSION, CHUNK_BYTES, loader.decoder, loader.config.image_size, manifest.fingerprint]
-    content.append(image_stamps(manifest.root, manifest.paths, manifest.spans))
+    content.append([manifest.stamps(), loader.config.border])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]

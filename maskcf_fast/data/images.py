@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+from abc import ABC, abstractmethod
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -35,7 +36,45 @@ class ImageError(UserError):
     """A file or bytes that are no usable picture; the text says why, but not which file."""
 
 
-def read_image(source: bytes | str | os.PathLike[str], span: tuple[int, int] | None = None) -> Image.Image:
+class ImageReader(ABC):
+    """Reads the images of a data set by their index, in any thread or process; an error names its image."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Where the image is, for messages."""
+
+    @abstractmethod
+    def bytes_of(self, index: int) -> bytes:
+        """The encoded image; an ImageError or OSError need not name it."""
+
+    def encoded(self, index: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        try:
+            return self.bytes_of(index)
+        except (ImageError, OSError) as error:
+            raise ImageError(f"{self.name(index)}: {_reason(error)}") from error
+
+    def image(self, index: int, border: int = 0) -> Image.Image:
+        """The image as `read_image` gives it, ``border`` pixels cut off at each side.
+
+        Raises:
+            ImageError: It cannot be read or decoded, or has nothing inside the border.
+        """
+        data = self.encoded(index)
+        try:
+            image = read_image(data)
+            if min(image.size) <= 2 * border:
+                raise ImageError(f"its sides {image.size} leave nothing inside a border of {border}")
+        except ImageError as error:
+            raise ImageError(f"{self.name(index)}: {error}") from error
+        return image.crop((border, border, image.width - border, image.height - border)) if border else image
+
+
+def read_image(source: bytes | str | os.PathLike[str]) -> Image.Image:
     """Decode a picture as people look at it.
 
     The first frame or page, turned by the orientation that EXIF or XMP states; 16 bits scaled to 8; colours of a
@@ -43,7 +82,6 @@ def read_image(source: bytes | str | os.PathLike[str], span: tuple[int, int] | N
 
     Args:
         source: The encoded picture, or its file.
-        span: Offset and size in bytes within the file, of an image in a tar shard.
 
     Returns:
         An image of mode RGB, without metadata.
@@ -52,7 +90,7 @@ def read_image(source: bytes | str | os.PathLike[str], span: tuple[int, int] | N
         ImageError: It is no picture, damaged, cut short, of a kind that has no 8-bit RGB form, or too large.
     """
     try:
-        data = source if isinstance(source, bytes) else read_file(source, span)
+        data = source if isinstance(source, bytes) else read_file(source)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ImageError(_too_large(f"{image.width}×{image.height}"))
@@ -65,7 +103,7 @@ def read_image(source: bytes | str | os.PathLike[str], span: tuple[int, int] | N
     except Image.DecompressionBombError:
         raise ImageError(_too_large(f"more than {2 * MOST_PIXELS:,}")) from None
     except OSError as error:
-        raise ImageError(error.strerror or f"cannot be decoded: {error}") from error
+        raise ImageError(_reason(error)) from error
     except Exception as error:  # PIL lets anything through, from SyntaxError to struct.error
         raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from error
 
@@ -98,6 +136,12 @@ def read_file(path: str | os.PathLike[str], span: tuple[int, int] | None = None)
     if left:
         raise ImageError(f"ends {left} bytes too early: it has become shorter, scan it again")
     return b"".join(parts)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or f"cannot be decoded: {error}"
+    return str(error)
 
 
 def _too_large(pixels: str) -> str:

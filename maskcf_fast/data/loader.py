@@ -1,12 +1,10 @@
-"""What a loader promises, the part of it that does not depend on the backend, and the choice of one."""
+"""What a loader promises, and the part of it that does not depend on the backend."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,7 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import UserError
-from .manifest import Manifest
+from .images import ImageError
+from .manifest import Manifest, ellipsis
+
+BOUNDS = {  # of a loader's settings: more is taken for a slip
+    "batch_size": (1, 1_000_000), "image_size": (1, 10_000), "world_size": (1, 1_000_000), "threads": (0, 512),
+    "border": (0, 1_000),
+}  # fmt: skip
 
 
 class Batch(NamedTuple):
@@ -49,6 +53,7 @@ class LoaderConfig:
         world_size: Number of processes that share the data.
         threads: DALI's threads, or the torch loader's worker processes (0: decode in the calling process).
         device: Where the batches end up, such as "cpu", "cuda" or "cuda:1".
+        border: Pixels to cut off at each side of an image before anything else.
         cache: "disk" decodes every image once and keeps the pixels in the package's cache folder, for all runs and
             processes; "device" keeps them in the device's memory, decoded anew by every process. Only without
             augmentation. The batches are the same.
@@ -66,12 +71,13 @@ class LoaderConfig:
     world_size: int = 1
     threads: int = 2
     device: str = "cpu"
+    border: int = 0
     cache: Literal["none", "disk", "device"] = "none"
 
     def __post_init__(self) -> None:
-        for name, low in (("batch_size", 1), ("image_size", 1), ("world_size", 1), ("threads", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name, (low, high) in BOUNDS.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name} must be from {low} to {high:,}, got {getattr(self, name)}")
         if not 0 <= self.rank < self.world_size:
             raise UserError(f"rank must be from 0 to world_size - 1 = {self.world_size - 1}, got {self.rank}")
         if not 0 <= self.seed < 2**31:
@@ -171,11 +177,10 @@ class EpochLoader(ABC):
         epoch = self._epoch
         order, size = self._order(epoch), self.config.batch_size
         while self._epoch == epoch and self._length:
-            with self.explained():
-                if self._batches is None:
-                    self._batches = self.decode(self._upcoming())
-                images, labels = next(self._batches)
             indices = torch.from_numpy(order[self._batch * size : (self._batch + 1) * size].copy())
+            if self._batches is None:
+                self._batches = self.decoded(self._upcoming())
+            images, labels = next(self._batches)
             self._batch += 1
             if self._batch == self._length:
                 self._epoch, self._batch = epoch + 1, 0
@@ -196,23 +201,53 @@ class EpochLoader(ABC):
         self._epoch, self._batch = state["epoch"], state["batch"]
         self._batches = None
 
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turn what a decoder raises into a `LoadingError` with a remedy."""
-        try:
-            yield
-        except LoadingError:
-            raise
-        except (RuntimeError, OSError) as error:
-            self._batches = None
-            raise LoadingError(
-                f"loading a batch from {self.manifest.root} failed. If images were damaged or removed "
-                f"since the folder was scanned, scan it again. {self.backend} says: {error}"
-            ) from error
+    def decoded(self, batches: Iterable[Indices]) -> Iterator[Decoded]:
+        """`decode`, whose errors become a `LoadingError` that names the images."""
+        asked: deque[list[int]] = deque()
+
+        def watched() -> Iterator[Indices]:
+            for batch in batches:
+                asked.append(batch[1])
+                yield batch
+
+        batches_of_pixels = self.decode(watched())
+        while True:
+            try:
+                batch = next(batches_of_pixels, None)
+            except LoadingError:
+                raise
+            except (ImageError, RuntimeError, OSError) as error:
+                self._batches = None
+                raise LoadingError(self._blame(asked[0] if asked else [], error)) from error
+            if batch is None:
+                return
+            asked.popleft()
+            yield batch
+
+    def _blame(self, indices: list[int], error: Exception) -> str:
+        if isinstance(error, ImageError):
+            bad = [str(error)]
+        else:  # a decoder of many images at once: look for what PIL cannot decode either
+            reader, bad = self.manifest.reader(), []
+            for i in indices:
+                try:
+                    reader.image(i, self.config.border)
+                except ImageError as why:
+                    bad.append(str(why))
+        if bad:
+            return (
+                f"{'; '.join(bad[:5])}{ellipsis(bad)}. It was damaged or removed after the scan, or the images "
+                "were not verified: repair or remove it, or scan them again"
+            )
+        names = [self.manifest.reader().name(i) for i in indices]
+        return (
+            f"a batch of {self.manifest.root} could not be decoded, but PIL can decode each of its images; "
+            f'the loader backend "torch" takes PIL. {self.backend} says: {error} The images: {", ".join(names)}'
+        )
 
     def settings(self) -> dict[str, Any]:
         """Everything that the order or the pixels depend on."""
-        names = ("train", "batch_size", "image_size", "augment", "seed", "rank", "world_size")
+        names = ("train", "batch_size", "image_size", "augment", "seed", "rank", "world_size", "border")
         settings = {name: getattr(self.config, name) for name in names}
         return {"backend": self.backend, "images": self.manifest.fingerprint, **settings}
 
@@ -245,50 +280,3 @@ class EpochLoader(ABC):
     @abstractmethod
     def decode(self, batches: Iterator[Indices]) -> Iterator[Decoded]:
         """Yield the batches of these images, in this order, reading ahead; of any size up to ``batch_size``."""
-
-
-def build_loader(
-    manifest: Manifest, config: LoaderConfig, backend: Literal["auto", "dali", "torch"] = "auto"
-) -> Loader:
-    """Build the loader for a list of images.
-
-    Args:
-        manifest: The images.
-        config: The settings.
-        backend: "dali" decodes on the GPU if that is the device; "torch" decodes with PIL in worker processes;
-            "auto" is DALI where it is installed. The order is the same.
-
-    Returns:
-        The loader, at the start of its first epoch. With a cache, all images have been decoded.
-
-    Raises:
-        ImportError: "dali" was asked for and is not installed.
-        LoadingError: An image could not be read or decoded for the cache.
-        OSError: The cache cannot be written, or does not fit on the disk.
-        RuntimeError: The device is a GPU and there is none.
-        ValueError: An unknown backend, fewer training images than one batch on each rank, or a "device" cache
-            that does not fit in the device's memory.
-    """
-    if backend not in ("auto", "dali", "torch"):
-        raise UserError(f'backend must be "auto", "dali" or "torch", got {backend!r}')
-    loader: EpochLoader
-    if backend == "dali" or (backend == "auto" and _has_dali()):
-        from .dali import DaliLoader
-
-        loader = DaliLoader(manifest, config)
-    else:
-        if backend == "auto" and config.rank == 0:
-            print("NVIDIA DALI is not installed: images are decoded with PIL, which is slower.", file=sys.stderr)
-        from .torch_loader import TorchLoader
-
-        loader = TorchLoader(manifest, config)
-    if config.cache == "none":
-        return loader
-    from .cached_loader import CachedLoader
-
-    return CachedLoader(loader)
-
-
-def _has_dali() -> bool:
-    # The parent first: looking for a module inside an absent package raises.
-    return all(importlib.util.find_spec(name) for name in ("nvidia", "nvidia.dali"))

@@ -1,19 +1,21 @@
-"""The list of images of a data set: of a folder per class scanned, verified once, and split."""
+"""The list of images of a data set, and splitting it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Self
 
 import numpy as np
 
 from ..core.errors import UserError
-from .verify import find_bad_images
+from .images import ImageReader, read_file
+
+Span = tuple[int, int]  # offset and size in bytes within a tar shard
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Manifest:
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     skipped: tuple[tuple[str, str], ...] = ()
-    spans: tuple[tuple[int, int], ...] | None = None
+    spans: tuple[Span, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -48,7 +50,42 @@ class Manifest:
             digest.update("".join(f"{item}\0" for item in column).encode(errors="surrogateescape") + b"\0")
         return digest.hexdigest()
 
-    def holdout(self, n: int, seed: int) -> tuple[Manifest, Manifest]:
+    def stamps(self) -> list[list[int] | None]:
+        """What changes when an image does: its size and its file's time of change; None for an unreadable file."""
+        if self.spans is None:
+            return [_stamp(os.path.join(self.root, path)) for path in self.paths]
+        shards = [shard_of(path) for path in self.paths]
+        times = {shard: _stamp(os.path.join(self.root, shard)) for shard in dict.fromkeys(shards)}
+        return [
+            None if (stamp := times[shard]) is None else [*span, stamp[1]]
+            for shard, span in zip(shards, self.spans, strict=True)
+        ]
+
+    def reader(self) -> ImageReader:
+        """What reads the images."""
+        return _Files(self.root, self.paths, self.spans)
+
+    def subset(self, indices: Iterable[int]) -> Self:
+        """The images of these indices, in this order; the classes stay."""
+        indices = [int(i) for i in indices]
+        return replace(
+            self,
+            paths=tuple(self.paths[i] for i in indices),
+            labels=tuple(self.labels[i] for i in indices),
+            spans=self.spans and tuple(self.spans[i] for i in indices),
+        )
+
+    def with_images(self) -> Self:
+        """Without the classes of which there is no image: a ``classes.txt`` may list some."""
+        used = sorted(set(self.labels))
+        index = {label: i for i, label in enumerate(used)}
+        return replace(
+            self,
+            classes=tuple(self.classes[label] for label in used),
+            labels=tuple(index[label] for label in self.labels),
+        )
+
+    def holdout(self, n: int, seed: int) -> tuple[Self, Self]:
         """Split off ``n`` images, from each class in proportion to its size.
 
         Shares are rounded by largest remainder (ties go to the lower label), so the count is exactly ``n``.
@@ -83,7 +120,7 @@ class Manifest:
         """
         missing = sorted(set(self.classes) - set(other.classes))
         extra = sorted(set(other.classes) - set(self.classes))
-        differences = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
+        differences = [f"{what} {some(names)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
         if differences:
             raise UserError(
                 f"{other.root} must have the class folders of {self.root}, but it {' and '.join(differences)}"
@@ -93,105 +130,46 @@ class Manifest:
                 f"{other.root} has the classes of {self.root} in another order: give it the same classes.txt"
             )
 
-    def subset(self, indices: Iterable[int]) -> Manifest:
-        """The images of these indices, in this order; the classes stay."""
-        indices = [int(i) for i in indices]
-        return replace(
-            self,
-            paths=tuple(self.paths[i] for i in indices),
-            labels=tuple(self.labels[i] for i in indices),
-            spans=self.spans and tuple(self.spans[i] for i in indices),
-        )
+
+class _Files(ImageReader):
+    """Images in files or tar shards."""
+
+    def __init__(self, root: Path, paths: Sequence[str], spans: Sequence[Span] | None) -> None:
+        self.root = root
+        # As arrays: worker processes would copy a list of objects page by page as they touch it.
+        self.paths = np.array([os.fsencode(path) for path in paths], dtype=bytes)
+        self.spans = None if spans is None else np.array(spans, dtype=np.int64)
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def bytes_of(self, index: int) -> bytes:
+        path = self.name(index)
+        if self.spans is None:
+            return read_file(path)
+        offset, size = self.spans[index].tolist()
+        return read_file(os.path.join(self.root, shard_of(os.fsdecode(self.paths[index]))), (offset, size))
 
 
-def scan_image_folder(
-    root: str | os.PathLike[str],
-    *,
-    on_bad_image: Literal["error", "skip"] = "error",
-    verify: bool = True,
-    workers: int | None = None,
-    progress: bool = False,
-) -> Manifest:
-    """List the images below ``root/<class>/``, after decoding each new or changed file once.
-
-    A loader cannot skip a broken file in the middle of a run, so broken files are found here. Files that
-    passed are remembered by path, size and time of change; a later scan does not decode them again. With
-    several processes per machine, let one scan first: the others then find its results.
-
-    Args:
-        root: Folder with one sub-folder per class, of any depth. Hidden files and folders are ignored.
-        on_bad_image: Whether a file that is not a usable image is an error, or left out and listed in
-            ``skipped``. Usable is what both PIL and DALI decode in full: BMP, JPEG, JPEG 2000, PNG, PPM, TIFF
-            and WebP in the common colour modes.
-        verify: Whether to look into the files at all. Without it every file is taken for a usable image.
-        workers: Processes that verify when there are more than 2,000 files to do; all cores by default.
-        progress: Whether to show a progress bar on stderr.
-
-    Returns:
-        The manifest, ordered by class and path.
-
-    Raises:
-        FileNotFoundError: ``root`` does not exist.
-        NotADirectoryError: ``root`` is a file.
-        ValueError: ``root`` has no class folders, one of them is empty (or lost all its files by skipping), or
-            a file is not a usable image and ``on_bad_image`` is "error".
-    """
-    root = Path(root)
-    if not root.exists():
-        raise FileNotFoundError(f"there is no data set folder {root}: check the path")
-    if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file: pass the folder that has one sub-folder of images per class")
-    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
-    if not classes:
-        loose = any(entry.name[0] != "." for entry in os.scandir(root))
-        why = "files lie in it directly" if loose else "it is empty"
-        raise UserError(f"{root} has no class folders ({why}): put the images into one sub-folder per class")
-
-    files = {name: sorted(_files_below(root / name, name)) for name in classes}
-    if empty := [name for name in classes if not files[name]]:
-        raise UserError(f"no images in the class folder(s) {_some(empty)} of {root}: fill or remove them")
-    bad: dict[str, str] = {}
-    if verify:
-        bad = find_bad_images(root, [path for name in classes for path in files[name]], None, workers, progress)
-    report_bad_images(root, bad, on_bad_image)
-    kept = [(path, label) for label, name in enumerate(classes) for path in files[name] if path not in bad]
-    if lost := [name for name in classes if all(path in bad for path in files[name])]:
-        raise UserError(f"no usable image is left in the class folder(s) {_some(lost)} of {root}")
-    return Manifest(
-        root=root.absolute(),
-        classes=classes,
-        paths=tuple(path for path, _ in kept),
-        labels=tuple(label for _, label in kept),
-        skipped=tuple(bad.items()),
-    )
+def shard_of(path: str) -> str:
+    """The tar shard of a path in one, which is what comes before the colon."""
+    return path[: path.lower().index(".tar:") + 4]
 
 
-def report_bad_images(root: Path, bad: dict[str, str], on_bad_image: str) -> None:
-    """Raise a ValueError that lists unusable images by path and reason, unless they are to be skipped."""
-    if on_bad_image not in ("error", "skip"):
-        raise UserError(f'on_bad_image must be "error" or "skip", got {on_bad_image!r}')
-    if bad and on_bad_image == "error":
-        shown = "\n".join(f"  {path}: {reason}" for path, reason in list(bad.items())[:5])
-        raise UserError(
-            f"{len(bad)} file(s) below {root} are not usable images:\n{shown}{_ellipsis(bad)}\n"
-            "Repair or remove them; --data.on-bad-image skip (of python -m maskcf_fast.evaluate: --on-bad-image skip) "
-            "drops them."
-        )
+def some(names: Iterable[str]) -> str:
+    """The first names of many, for a message."""
+    listed = list(names)
+    return ", ".join(map(repr, listed[:5])) + ellipsis(listed)
 
 
-def _files_below(folder: Path, prefix: str) -> Iterator[str]:
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _files_below(Path(entry.path), f"{prefix}/{entry.name}")
-        else:
-            yield f"{prefix}/{entry.name}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + _ellipsis(names)
-
-
-def _ellipsis(items: Sized) -> str:
+def ellipsis(items: Sized) -> str:
+    """How many more than five there are, if any."""
     return f" … and {len(items) - 5} more" if len(items) > 5 else ""
+
+
+def _stamp(path: str) -> list[int] | None:
+    try:
+        stat = os.stat(path)
+    except OSError:  # such as a dangling link
+        return None
+    return [stat.st_size, stat.st_mtime_ns]

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .images import ImageError, read_image
+from .images import ImageError
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
 from .transforms import random_flip, random_resized_crop, resize_and_crop
-from .verify import image_file
 
 
 class TorchLoader(EpochLoader):
@@ -52,13 +51,9 @@ class TorchLoader(EpochLoader):
         try:
             for images, labels in start_workers(loader):
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        except RuntimeError as error:
-            raise RuntimeError(without_traceback(error)) from error
-
-
-def without_traceback(error: RuntimeError) -> str:
-    """What an error says: a worker process sends its whole traceback, at whose end that stands."""
-    return str(error).strip().rpartition("\nRuntimeError: ")[2]
+        except ImageError as error:
+            # A worker process sends its whole traceback, at whose end the text stands.
+            raise ImageError(str(error).strip().rpartition(f"{ImageError.__name__}: ")[2]) from error
 
 
 def start_workers(loader: DataLoader) -> Iterator[Any]:
@@ -77,22 +72,14 @@ class _Images(Dataset):
     """Map (epoch, index) to ``(pixels uint8 [S, S, 3], label)``."""
 
     def __init__(self, manifest: Manifest, config: LoaderConfig) -> None:
-        self.root = manifest.root
-        # As arrays: worker processes would copy a list of objects page by page as they touch it.
-        self.paths = np.array([path.encode(errors="surrogateescape") for path in manifest.paths], dtype=bytes)
-        self.spans = None if manifest.spans is None else np.array(manifest.spans, dtype=np.int64)
+        self.reader, self.config = manifest.reader(), config
+        # As an array: worker processes would copy a list of objects page by page as they touch it.
         self.labels = np.array(manifest.labels, dtype=np.int64)
-        self.config = config
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        path = self.paths[index].decode(errors="surrogateescape")
-        span = None if self.spans is None else (int(self.spans[index, 0]), int(self.spans[index, 1]))
         size = self.config.image_size
-        try:
-            image = read_image(image_file(self.root, path, span), span)
-        except ImageError as error:
-            raise RuntimeError(f"{self.root / path}: {error}") from error
+        image = self.reader.image(index, self.config.border)
         if self.config.augment == "none":
             pixels = resize_and_crop(image, size)
         else:

@@ -15,11 +15,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..data import Manifest
-from ..data.verify import image_stamps
-from .classes import some
-from .disk import DiskImages
-
-Source = Manifest | DiskImages
+from ..data.manifest import some
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Benchmark:
 
     name: str
     layout: str
-    source: Source
+    source: Manifest
     targets: Tensor
     allowed: Tensor
     border: int = 0
@@ -67,9 +63,8 @@ class Benchmark:
         digest = hashlib.sha256(f"{self.source.root} {self.source.fingerprint} {self.border}".encode())
         digest.update(str(list(self.targets.shape)).encode() + self.targets.numpy().tobytes())
         digest.update(self.allowed.numpy().tobytes())
-        if isinstance(self.source, Manifest):
-            for stamp in image_stamps(self.source.root, self.source.paths, self.source.spans):
-                digest.update(f"{stamp}\0".encode())
+        for stamp in self.source.stamps():
+            digest.update(f"{stamp}\0".encode())
         return digest.hexdigest()
 
 
@@ -97,7 +92,7 @@ class Reader:
         self,
         name: str,
         layout: str,
-        source: Source,
+        source: Manifest,
         meanings: Sequence[tuple[str, ...]],
         *,
         restricted: bool,

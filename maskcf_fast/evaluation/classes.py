@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import read_lines
-from ..data import Manifest, scan_images
+from ..data import scan_images
+from ..data.manifest import some
+from ..data.scan import class_folders
+from ..data.shards import is_shards
 from ..models.weights import read_metadata
 
 WNID = re.compile(r"n\d{8}")  # a WordNet id, which is what ImageNet's class folders are called
@@ -99,14 +100,12 @@ def classes_of_run(weights: Path, train: Path | None, outputs: int, source: str 
     return names
 
 
-def folders_in(root: Path) -> tuple[str, ...]:
-    """Names of the visible folders in ``root``, sorted as `scan_image_folder` sorts classes."""
-    return tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
-
-
 def data_folder(source: Path) -> Path:
-    """Where a data set lies: in ``source`` itself, or beside the tar shards that it is, or is a pattern of."""
-    return source.parent if source.suffix == ".tar" else source
+    """Where a data set lies: ``source`` without ``#COLUMN``, or beside the tar shards that it is, or a pattern of."""
+    if source.suffix.lower() == ".tar":
+        return source.parent
+    folder, mark, _ = source.name.rpartition("#")
+    return source.with_name(folder) if mark and folder and not source.exists() else source
 
 
 def class_names(source: Path) -> tuple[str, ...]:
@@ -115,23 +114,6 @@ def class_names(source: Path) -> tuple[str, ...]:
     Raises:
         OSError, ValueError: Shards that are missing or damaged.
     """
-    folders = folders_in(source) if source.is_dir() else ()
-    shards = not folders and (source.suffix == ".tar" or any(source.glob("*.tar")))
-    return with_images(scan_images(source, on_bad_image="skip", verify=False)).classes if shards else folders
-
-
-def with_images(manifest: Manifest) -> Manifest:
-    """The manifest without classes of which there is no image, as folders have none: a ``classes.txt`` may."""
-    used = sorted(set(manifest.labels))
-    index = {label: i for i, label in enumerate(used)}
-    return replace(
-        manifest,
-        classes=tuple(manifest.classes[label] for label in used),
-        labels=tuple(index[label] for label in manifest.labels),
-    )
-
-
-def some(names: Iterable[str]) -> str:
-    """The first names of many, for a message."""
-    listed = list(names)
-    return ", ".join(map(repr, listed[:5])) + (f" … and {len(listed) - 5} more" if len(listed) > 5 else "")
+    folders = class_folders(source) if source.is_dir() else ()
+    shards = not folders and (is_shards(source))
+    return scan_images(source, on_bad_image="skip", verify=False).with_images().classes if shards else folders

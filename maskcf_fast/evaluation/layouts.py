@@ -15,11 +15,13 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.names import unknown
 from ..data import Manifest, scan_images
-from ..data.manifest import report_bad_images
-from ..data.verify import find_bad_images
+from ..data.manifest import some
+from ..data.scan import class_folders
+from ..data.shards import is_shards
+from ..data.verify import verified
 from .benchmark import Benchmark, Reader
-from .classes import WNID, class_names, data_folder, folders_in, numbered_classes, some, with_images
-from .disk import read_disk_images
+from .classes import WNID, class_names, data_folder, numbered_classes
+from .hugging_face import read_table
 from .objectnet import BORDER, find_objectnet, objectnet_meanings
 
 
@@ -75,11 +77,12 @@ class Spec:
 
     def check_path(self) -> None:
         """Raise a FileNotFoundError or NotADirectoryError unless there is a folder, or shards to look for."""
-        if self.path.suffix == ".tar":
+        if is_shards(self.path):
             return
-        if not self.path.exists():
-            raise FileNotFoundError(f"there is no data set folder {self.path} (for {self.name}): check the path")
-        if not self.path.is_dir():
+        folder = data_folder(self.path)
+        if not folder.exists():
+            raise FileNotFoundError(f"there is no data set folder {folder} (for {self.name}): check the path")
+        if not folder.is_dir():
             raise NotADirectoryError(
                 f"{self.path} (for {self.name}) is a file: pass the data set's folder, or tar shards such as "
                 f"{self.path.parent}/{{000..009}}.tar"
@@ -117,7 +120,7 @@ def detect(root: Path, classes: Sequence[str]) -> str:
     """The layout of a data set. ImageNet's variants have the same classes, so they are told by the folder's name."""
     if find_objectnet(root):
         return "objectnet"
-    if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+    if _is_table(root):
         return "hf"
     names = class_names(root)
     if names and set(names) <= set(classes):
@@ -129,6 +132,10 @@ def detect(root: Path, classes: Sequence[str]) -> str:
                 return name
         return "imagenet-sketch" if plain == "sketch" else "folder"
     return "imagenet-v2" if names and _numbers(names) else "folder"
+
+
+def _is_table(source: Path) -> bool:
+    return any((data_folder(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _wnids(names: Sequence[str]) -> bool:
@@ -145,10 +152,10 @@ def _check_layout(spec: Spec) -> None:
     layout, names = LAYOUTS[spec.layout], class_names(spec.path)
     if names and layout.fits(names):
         return
-    folders = folders_in(spec.path) if spec.path.is_dir() else ()
+    folders = class_folders(spec.path) if spec.path.is_dir() else ()
     hint = ""
     for inner in folders[:50]:
-        below = folders_in(spec.path / inner)
+        below = class_folders(spec.path / inner)
         if below and layout.fits(below):
             hint = f"; did you mean {spec.path / inner}?"
             break
@@ -168,9 +175,9 @@ def _read_folders(spec: Spec, reader: Reader) -> Benchmark:
     layout = LAYOUTS[spec.layout]
     if layout.complete:
         _check_layout(spec)
-    source = with_images(
-        scan_images(spec.path, on_bad_image=reader.on_bad_image, verify=reader.verify, progress=reader.progress)
-    )
+    source = scan_images(
+        spec.path, on_bad_image=reader.on_bad_image, verify=reader.verify, progress=reader.progress
+    ).with_images()
     if spec.layout == "imagenet-v2":
         # By number: folder readers sort "10" before "2".
         numbered = numbered_classes(reader.classes)
@@ -189,24 +196,16 @@ def _read_objectnet(spec: Spec, reader: Reader) -> Benchmark:
             f"classes {some(class_names(spec.path)) or 'none'}"
         )
     images, mappings = found
-    source = with_images(scan_images(images, on_bad_image=reader.on_bad_image, verify=False))
+    source = scan_images(images, on_bad_image=reader.on_bad_image, verify=False).with_images()
     meanings = objectnet_meanings(mappings, source.classes, numbered_classes(reader.classes))
     left_out = sum(not meaning for meaning in meanings)
     notes = [f"{left_out} of {len(meanings)} classes of {spec.name} are not ImageNet's: their images are left out."]
     # Before verifying: most images are of these classes.
     source = source.subset(i for i, label in enumerate(source.labels) if meanings[label])
     if reader.verify:
-        source = _verified(source, reader)
+        source = verified(source, reader.on_bad_image, progress=reader.progress)
     notes = [*(notes if left_out else []), *_skipped(spec, source)]
     return reader.benchmark(spec.name, "objectnet", source, meanings, restricted=True, border=BORDER, notes=notes)
-
-
-def _verified(source: Manifest, reader: Reader) -> Manifest:
-    """The usable ones of images that were listed without a look into them."""
-    bad = find_bad_images(source.root, list(source.paths), source.spans, None, reader.progress)
-    report_bad_images(source.root, bad, reader.on_bad_image)
-    kept = source.subset(i for i, path in enumerate(source.paths) if path not in bad)
-    return replace(kept, skipped=(*source.skipped, *bad.items()))
 
 
 def _skipped(spec: Spec, source: Manifest) -> list[str]:
@@ -215,13 +214,16 @@ def _skipped(spec: Spec, source: Manifest) -> list[str]:
 
 
 def _read_hugging_face(spec: Spec, reader: Reader) -> Benchmark:
-    if not (spec.path / "state.json").is_file() and not (spec.path / "dataset_dict.json").is_file():
+    if not _is_table(spec.path):
         raise UserError(
             f"{spec.path} is not laid out as hf: expected {LAYOUTS['hf'].expects}, found "
             f"{some(sorted(path.name for path in data_folder(spec.path).iterdir())) or 'an empty folder'}"
         )
-    source = read_disk_images(spec.path)
-    return reader.benchmark(spec.name, "hf", source, reader.translate(source.classes), restricted=False)
+    source = read_table(spec.path, set(reader.classes) | set(reader.class_map or ()))
+    if reader.verify:
+        source = verified(source, reader.on_bad_image, progress=reader.progress)
+    meanings, notes = reader.translate(source.classes), _skipped(spec, source)
+    return reader.benchmark(spec.name, "hf", source, meanings, restricted=False, notes=notes)
 
 
 _WNID_FOLDERS = "class folders called by WordNet id, such as n01440764"

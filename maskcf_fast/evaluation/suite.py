@@ -15,10 +15,9 @@ from ..core.names import unknown
 from ..core.processes import Processes
 from ..core.tensors import fingerprint
 from ..data import Batch, Loader, LoaderConfig, build_loader
+from ..data.manifest import some
 from ..models import VisionTransformer
 from .benchmark import Benchmark, Reader
-from .classes import some
-from .disk import DiskImages, DiskLoader
 from .layouts import Spec, read_benchmark
 from .measure import Measurement, measure
 from .results import Results
@@ -66,7 +65,7 @@ class Suite:
         id: Name of the test set in distribution; by default the one of layout imagenet, else the first.
         batch_size: Images per batch and process.
         threads: Decoding threads, or worker processes, per process.
-        backend: What decodes the images. Borders and hf data sets need PIL.
+        backend: What decodes the images.
 
     Raises:
         ImportError, OSError, ValueError: See `read_benchmark`.
@@ -158,7 +157,7 @@ class Suite:
             for b in self.benchmarks
         ]
 
-    def _loader(self, model: nn.Module, benchmark: Benchmark) -> Loader | DiskLoader:
+    def _loader(self, model: nn.Module, benchmark: Benchmark) -> Loader:
         settings = LoaderConfig(
             batch_size=self.batch_size,
             image_size=_transformers(model)[0].config.image_size,
@@ -167,9 +166,8 @@ class Suite:
             world_size=self.processes.world_size,
             threads=self.threads,
             device=str(self.processes.device),
+            border=benchmark.border,
         )
-        if isinstance(benchmark.source, DiskImages) or benchmark.border:
-            return DiskLoader(benchmark.source, settings, benchmark.border)
         return build_loader(benchmark.source, settings, self.backend)
 
     def _shown(self, batches: Iterable[Batch], total: int, title: str) -> Iterator[Batch]:

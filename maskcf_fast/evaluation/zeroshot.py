@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.files import read_lines
+from ..data.scan import class_folders
 from ..models import CosineClassifier
 from ..models.sources import load_text_tower
-from .classes import folders_in, imagenet_classes
+from .classes import imagenet_classes
 
 Templates = Sequence[str | Callable[[str], str]]
 
@@ -82,7 +83,7 @@ def read_names(source: str) -> tuple[list[str], list[str]]:
         return list(imagenet_classes()), list(_open_clip().IMAGENET_CLASSNAMES)
     path = Path(source)
     if path.is_dir():
-        lines = list(folders_in(path))
+        lines = list(class_folders(path))
     elif path.is_file():
         lines = read_lines(path)
     else:

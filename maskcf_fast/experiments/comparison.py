@@ -15,7 +15,6 @@ from ..core.errors import UserError
 from ..core.files import atomic_write
 from ..core.processes import Processes
 from ..data import Manifest
-from ..data.verify import image_stamps
 from ..evaluation import Reader, Results, Spec, Suite
 from ..training.settings import ModelConfig, TrainConfig, changed_settings
 from ..training.trainer import Trainer
@@ -102,8 +101,7 @@ def _checksum(path: Path, size: int, time: int) -> bytes:
 
 def images_checksum(manifest: Manifest) -> str:
     """SHA-256, in hex, of the names, labels and sizes of images; unlike their times of change, a copy keeps them."""
-    stamps = image_stamps(manifest.root, manifest.paths, manifest.spans)
-    sizes = [stamp and stamp[:-1] for stamp in stamps]
+    sizes = [stamp and stamp[:-1] for stamp in manifest.stamps()]
     return hashlib.sha256(f"{manifest.fingerprint} {sizes}".encode()).hexdigest()
 
 

@@ -54,7 +54,7 @@ class EvaluateConfig:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     backend: Literal["auto", "dali", "torch"] = "auto"
-    """What decodes the images; auto takes DALI where it is installed. Borders and hf data sets need PIL."""
+    """What decodes the images; auto takes DALI where it is installed."""
     threads: int = 2
     """Decoding threads, or worker processes, per process."""
     on_bad_image: Literal["error", "skip"] = "error"

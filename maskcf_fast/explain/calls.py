@@ -45,4 +45,5 @@ class Calls:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.maps: list[torch.Size] = []  # shapes of attention maps written out by an explicit softmax
-        self.need_weights = False  # a multi-head attention was asked for its map
+        self.weights: list[Node] = []  # where maps that a multi-head attention was asked for lie in the graph
+        self.one_pass = False  # all calls are of one forward pass, so none may be missing

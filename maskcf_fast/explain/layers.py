@@ -12,7 +12,7 @@ from .calls import Call, Calls
 
 FUSED = (
     "timm: timm.layers.set_fused_attn(True) before the model is built, and TIMM_FUSED_ATTN unset; Hugging Face: "
-    'attn_implementation="sdpa" and no output_attentions=True; torch.nn.MultiheadAttention: need_weights=False'
+    'attn_implementation="sdpa" and no output_attentions=True'
 )
 ONE_BRANCH = "only a chain of layers, each attending to what the one before made, can be explained"
 
@@ -42,6 +42,11 @@ def select_layers(record: Calls, logits: Tensor) -> list[Call]:
         raise UserError("the logits do not depend on any recorded attention call: were they computed in the context?")
     layers = _one_stream(calls, len(logits))
     _refuse_incomplete(record, layers)
+    if any(node in reached for node in record.weights):
+        raise UserError(
+            "the score depends on attention weights themselves, which torch.nn.MultiheadAttention was asked for "
+            f"(need_weights=True): {ONE_BRANCH}"
+        )
 
     # A call's level counts the calls below it on the longest path, so a chain has the levels 1, 2, …; calls side
     # by side share one.
@@ -115,6 +120,13 @@ def _refuse_incomplete(record: Calls, layers: Sequence[Call]) -> None:
             f"{len(written)} attention maps over the same {t} tokens were computed by an explicit softmax, so layers "
             f"are missing from the record. Switch fused attention on. {FUSED}"
         )
+    until = record.calls.index(layers[-1])
+    lost = [c for c in record.calls[:until] if c.q.shape == layers[0].q.shape and not c.masked and c not in layers]
+    if record.one_pass and lost:
+        raise UserError(
+            f"{len(lost)} of {len(lost) + len(layers)} layers are cut off from the score, by torch.no_grad() or "
+            "detach() within the model: only with record_attention() the layers above can be explained alone"
+        )
     rates = {call.dropout for call in layers if call.dropout > 0}
     if rates:
         raise UserError(
@@ -124,11 +136,6 @@ def _refuse_incomplete(record: Calls, layers: Sequence[Call]) -> None:
 
 
 def _nothing_recorded(record: Calls) -> str:
-    if record.need_weights:
-        return (
-            "no attention call was recorded: torch.nn.MultiheadAttention was called with need_weights=True, which "
-            "switches its fused attention off. Pass need_weights=False"
-        )
     if record.maps:
         return (
             f"no attention call was recorded: the model computes attention by an explicit softmax ({len(record.maps)} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -31,24 +32,27 @@ def check_labels(logits: Tensor, labels: Tensor) -> None:
 def count_prefix(first: Call, prefix_tokens: int | None) -> tuple[int, tuple[int, int] | None]:
     """Tokens before the patches, and rows and columns of the patches (None if unknown)."""
     n, t = first.q.shape[0], first.k.shape[2]
-    grid = None
+    if prefix_tokens is not None and not 0 <= prefix_tokens < t:
+        raise UserError(f"prefix_tokens must lie in [0, {t - 1}], got {prefix_tokens}")
     if first.grid is not None and first.grid[0] == n:
-        grid = (first.grid[1], first.grid[2])
-    if prefix_tokens is not None:
-        if not 0 <= prefix_tokens < t:
-            raise UserError(f"prefix_tokens must lie in [0, {t - 1}], got {prefix_tokens}")
-        side = round((t - prefix_tokens) ** 0.5)
-        if grid is None or grid[0] * grid[1] != t - prefix_tokens:
-            grid = (side, side) if side**2 == t - prefix_tokens else None
-        return prefix_tokens, grid
-    if grid is not None and 0 <= t - grid[0] * grid[1] < min(t, 64):
-        return t - grid[0] * grid[1], grid
-    side = round((t - 1) ** 0.5)
-    if grid is None and side and side**2 == t - 1:  # no convolution: a class token and a square of patches
-        return 1, (side, side)
-    raise UserError(
-        f"which of the {t} tokens are patches is not known: pass prefix_tokens, the number of tokens before them"
-    )
+        _, rows, columns = first.grid
+        prefix = t - rows * columns if prefix_tokens is None else prefix_tokens
+        if t - prefix != rows * columns or not 0 <= prefix < 64:
+            raise UserError(
+                f"the last convolution made {rows}×{columns} patches, but the first layer sees {t} tokens, of which "
+                f"{prefix_tokens if prefix_tokens is not None else 'an unknown number'} come before the patches: where "
+                "a patch lies in the image is not known. Patch dropout is off after model.eval(); models that merge "
+                "patches cannot be explained"
+            )
+        return prefix, (rows, columns)
+    prefix = 1 if prefix_tokens is None else prefix_tokens  # no convolution: a square of patches
+    side = math.isqrt(t - prefix)
+    grid = (side, side) if side and side**2 == t - prefix else None
+    if grid is None and prefix_tokens is None:
+        raise UserError(
+            f"which of the {t} tokens are patches is not known: pass prefix_tokens, the number of tokens before them"
+        )
+    return prefix, grid
 
 
 def chain_relevance(
@@ -64,10 +68,7 @@ def chain_relevance(
         raise UserError(f"readout must be one of {', '.join(get_args(ReadOut))}, or weights, got {readout!r}")
     pooled = readout == "attention"
     if pooled and layers[-1].q.shape[2] == layers[-1].k.shape[2]:
-        raise UserError(
-            'readout="attention" needs a last fused attention call with one query, and none was recorded. '
-            "torch.nn.MultiheadAttention makes one with need_weights=False only"
-        )
+        raise UserError('readout="attention" needs a last fused attention call with one query, and none was recorded')
     depth = len(layers) - pooled
     if not -depth <= start_layer < depth:
         raise UserError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")

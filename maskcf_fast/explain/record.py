@@ -79,7 +79,8 @@ class AttentionRecord(Calls):
         check_labels(logits, labels)
         self._paused = True  # the formulas below and recomputed activations are no calls of the model
         try:
-            with torch.autocast(logits.device.type, enabled=False), torch.enable_grad():
+            device = logits.device.type
+            with torch.inference_mode(False), torch.autocast(device, enabled=False), torch.enable_grad():
                 layers = select_layers(self, logits)
                 prefix, self.grid = count_prefix(layers[0], prefix_tokens)
                 return chain_relevance(layers, logits, labels, start_layer, prefix, readout)
@@ -96,7 +97,8 @@ def record_attention() -> Iterator[AttentionRecord]:
         cam = record.relevance(logits, labels)
 
     Works in train and eval mode, and where no parameter requires gradients (the recorded outputs then start the
-    graph). The model's results do not change. What ``torch.compile`` made runs uncompiled meanwhile.
+    graph). The model's results do not change, but for the rounding of a ``torch.nn.MultiheadAttention`` that is asked
+    for its weights, which runs fused here. What ``torch.compile`` made runs uncompiled meanwhile.
 
     Yields:
         The record; its `relevance` may be called inside or after the context.
@@ -123,9 +125,13 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return _record_call(record, func(*args, **kwargs), *args, **kwargs)
         if func is F.multi_head_attention_forward:
-            record.need_weights |= kwargs.get("need_weights", True)
+            asked = kwargs.get("need_weights", True)
             with self:  # on again, for the calls inside
-                return _OPEN_MULTI_HEAD(*args, **kwargs)
+                out, _ = _OPEN_MULTI_HEAD(*args, **{**kwargs, "need_weights": False})
+            weights = func(*args, **kwargs)[1] if asked else None  # by a softmax of its own, for whoever reads it
+            if weights is not None and weights.grad_fn is not None:
+                record.weights.append(weights.grad_fn)
+            return out, weights
         result = func(*args, **kwargs)
         if func is F.conv2d and result.ndim == 4:
             record._last_convolution = (result.shape[0], result.shape[2], result.shape[3])

@@ -14,13 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.checks import check_tensor
+from ..core.checks import check_tensor, value_checks
 from ..core.precision import compute_dtype
 from ..ops.drop import Packing
 from ..ops.patchify import patchify
 from .blocks import POINTWISE, Block, Tap, class_tokens
 from .config import VisionTransformerConfig, preset
 from .pool import AttentionPool, without_probe
+
+OVERSHOOT = 0.2  # beyond [0, 1], as bicubic resizing of floats leaves it; normalised images lie further out
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raise where float images are not in [0, 1], where their values may be read."""
+    if not (value_checks(images) and images.numel()):
+        return
+    low, high = (float(x) for x in images.detach().aminmax())
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
+        raise ValueError(
+            f"float images must lie in [0, 1], got {low:.3g} to {high:.3g}: the model normalises them itself, so pass "
+            "them before normalisation, and those in 0 to 255 as uint8 [N, S, S, 3] or divided by 255"
+        )
+
 
 # A block draws no random numbers: there is no state of a generator to keep, which a CUDA graph could not.
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -79,7 +94,8 @@ class VisionTransformer(nn.Module):
             Tokens ``[N, 1 + L, width]``, class token first, or in its place the attention pool's probe.
 
         Raises:
-            ValueError: ``S`` is not the model's ``image_size``.
+            ValueError: ``S`` is not the model's ``image_size``, or values far outside [0, 1] (read on the CPU only, or
+                with ``MASKCF_DEBUG=1``).
         """
         return self.embed_rows(self.rows(images))
 
@@ -91,6 +107,8 @@ class VisionTransformer(nn.Module):
             check_tensor("images", images, ["N", side, side, 3])
         else:
             check_tensor("images", images, ["N", 3, side, side])
+            if (*config.mean, *config.std) != (0, 0, 0, 1, 1, 1):  # else normalised images are what it takes
+                check_pixels(images)
         dtype = compute_dtype(self.patch_weight)
         return patchify(images, config.patch_size, mean=config.mean, std=config.std, dtype=dtype)
 
@@ -118,6 +136,8 @@ class VisionTransformer(nn.Module):
             The feature ``[N, D]``, and each layer's `Tap` (references to what attention computed anyway), the
             attention pool's `PoolTap` last, or none.
         """
+        if record and torch.is_grad_enabled() and not tokens.requires_grad:
+            tokens = tokens.detach().requires_grad_()  # frozen below: every layer's tap still has a gradient
         taps: list[Tap] = []
         last = len(self.blocks) - 1
         if self.pool is not None:  # the pool reads all patches

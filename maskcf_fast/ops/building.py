@@ -8,6 +8,7 @@ this same file where it can, so it imports nothing but the standard library, and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -36,11 +37,16 @@ X86_FLAGS = {
     "_avx2": ["-mavx2", "-mfma"],
     "_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
 }
+STRIP = ["-Wl,-s"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
 class BuildError(Exception):
     """A part cannot be built; the text says why, in words for the user."""
+
+
+class Absent(BuildError):
+    """What a part needs is not here, or the part is not wanted: it is left out, and nothing failed."""
 
 
 def output_folders() -> list[Path]:
@@ -65,7 +71,7 @@ def source_folder() -> Path:
     installed = PACKAGE / "_csrc"
     folder = installed if installed.is_dir() else PACKAGE.parent / "csrc"
     if not (folder / "schema.cpp").is_file():
-        raise BuildError(f"the C++ sources are not at {folder}")
+        raise Absent(f"the C++ sources are not at {folder}")
     return folder
 
 
@@ -77,7 +83,7 @@ def torch_folder() -> Path:
     for place in places:
         if (place / "include/torch/csrc/stable/library.h").is_file():
             return place
-    raise BuildError("no PyTorch with headers is installed here yet; run `python -m maskcf_fast.build` once one is")
+    raise Absent("no PyTorch with headers is installed here yet; run `python -m maskcf_fast.build` once one is")
 
 
 def find_compiler(variable: str, *names: str) -> list[str]:
@@ -87,7 +93,7 @@ def find_compiler(variable: str, *names: str) -> list[str]:
     for name in names:
         if path := shutil.which(name):
             return [path]
-    raise BuildError(f"no {names[0]} was found on the PATH (set {variable} to name one)")
+    raise Absent(f"no {names[0]} was found on the PATH (set {variable} to name one)")
 
 
 def find_nvcc() -> list[str]:
@@ -99,7 +105,10 @@ def find_nvcc() -> list[str]:
 
 def run(command: list[str]) -> str:
     """Run a compiler; its own words are the error."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
     if done.returncode:
         words = (done.stderr or done.stdout).strip()
         raise BuildError(f"{Path(command[0]).name} failed on {Path(command[-3]).name}:\n{words[:3000]}")
@@ -173,7 +182,7 @@ def cuda_jobs(source: Path, torch: Path, into: Path) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def link(objects: list[Path], torch: Path, target: Path, cuda: bool, sanitize: bool) -> None:
+def link(objects: list[Path], torch: Path, target: Path, cuda: bool, flags: list[str]) -> None:
     """Link against PyTorch by name only: it is in the process already when the library is loaded."""
     # libtorch.so stands for whichever of the CPU and CUDA libraries a PyTorch has.
     torch_libs = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
@@ -183,10 +192,9 @@ def link(objects: list[Path], torch: Path, target: Path, cuda: bool, sanitize: b
         folder = next((root / sub for sub in ("lib64", "lib", "targets/x86_64-linux/lib")
                        if (root / sub / "libcudart_static.a").is_file()), root)  # fmt: skip
         torch_libs += [f"-L{folder}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-    extra = SANITIZE if sanitize else ["-Wl,-s"]
     # Written beside the target and moved: a process that has the old library mapped keeps it.
     temporary = target.with_suffix(f".{os.getpid()}")
-    run([*command, "-shared", *extra, *map(str, objects), *torch_libs, "-o", str(temporary)])
+    run([*command, "-shared", *flags, *map(str, objects), *torch_libs, "-o", str(temporary)])
     os.replace(temporary, target)
 
 
@@ -210,6 +218,47 @@ def obstacle() -> str | None:
     return None
 
 
+def digest(sanitize: bool = False) -> str:
+    """Stands for all that decides what the library holds: the sources, the flags (this file), the architectures.
+
+    Not for the compilers or PyTorch's headers: a library that was built elsewhere and brought along is as good.
+    """
+    source = source_folder()
+    files = [Path(__file__), *sorted(file for file in source.rglob("*") if file.is_file())]
+    parts = [repr((file.name, file.read_bytes())) for file in files]
+    return hashlib.sha256("\n".join([*parts, *cuda_archs(), str(sanitize)]).encode()).hexdigest()
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a build recorded beside the library; empty if nothing was ever built there."""
+    try:
+        return json.loads((folder / FACTS).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def is_current(folder: Path, want: str) -> bool:
+    """Whether a build would make the library that lies there, with the parts that are wanted and can be had here."""
+    facts = facts_of(folder)
+    try:
+        if not (folder / LIBRARY).is_file() or facts.get("digest") != digest() or facts.get("failed"):
+            return False
+        if facts.get("cuda") or want != "auto":
+            return want == ("auto" if facts.get("cuda") else "cpu")
+        find_nvcc()
+    except BuildError:
+        return True  # without a CUDA part, as it would be again; or nothing can be built, and this is what there is
+    return False
+
+
+def wanted(want: str | None = None) -> str:
+    """``want``, or what ``MASKCF_BUILD`` says: ``"auto"``, ``"cpu"`` or ``"none"``."""
+    want = want or os.environ.get("MASKCF_BUILD") or "auto"
+    if want not in ("auto", "cpu", "none"):
+        raise ValueError(f"MASKCF_BUILD must be 'auto', 'cpu' or 'none', got {want!r}")
+    return want
+
+
 def build(
     folder: Path | None = None, *, want: str | None = None, sanitize: bool = False, say: Any = print
 ) -> dict[str, Any]:
@@ -222,40 +271,43 @@ def build(
         say: Takes lines for the user.
 
     Returns:
-        The facts, as written to the folder.
+        The facts, as written to the folder. ``"failed"`` names the part, ``"cpu"`` or ``"cuda"``, that has its compiler
+        here and yet could not be built; None where all that can be had is there.
 
     Raises:
         ValueError: ``want`` is none of those.
     """
-    want = want or os.environ.get("MASKCF_BUILD") or "auto"
-    if want not in ("auto", "cpu", "none"):
-        raise ValueError(f"MASKCF_BUILD must be 'auto', 'cpu' or 'none', got {want!r}")
+    want = wanted(want)
     folder = folder or output_folder()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("*\n")
-    facts: dict[str, Any] = {"torch_target": TORCH_TARGET, "cpu": None, "cuda": None}
+    facts: dict[str, Any] = {"torch_target": TORCH_TARGET, "cpu": None, "cuda": None, "failed": None}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         try:
             if want == "none":
-                raise BuildError("the build was switched off (MASKCF_BUILD=none)")
+                raise Absent("the build was switched off (MASKCF_BUILD=none)")
             source, torch, into = source_folder(), torch_folder(), Path(scratch)
+            facts["digest"] = digest(sanitize)
             facts["torch_headers"] = torch_version(torch)
             jobs = cpu_jobs(source, torch, into, sanitize)
             facts["compiler"] = version_of([jobs[0][0]])
             say(f"compiling {len(jobs)} C++ files against PyTorch {facts['torch_headers']}")
             compile_all(jobs)
             objects = sorted(into.glob("*.o"))
-            link(objects, torch, folder / LIBRARY, cuda=False, sanitize=sanitize)
+            link(objects, torch, folder / LIBRARY, cuda=False, flags=SANITIZE if sanitize else STRIP)
             facts["cpu"] = True
             if want == "cpu" or sanitize:
-                raise BuildError("only the CPU part was asked for")
+                raise Absent("only the CPU part was asked for")
             facts |= build_cuda(source, torch, into, say)
-            link(sorted(into.glob("*.o")), torch, folder / LIBRARY, cuda=True, sanitize=False)
+            link(sorted(into.glob("*.o")), torch, folder / LIBRARY, cuda=True, flags=STRIP)
             facts["cuda"] = True
         except BuildError as error:
-            facts["why_no_" + ("cuda" if facts["cpu"] else "cpu")] = str(error)
-            say(f"{'no CUDA part' if facts['cpu'] else 'no extension'}: {error}")
+            part = "cuda" if facts["cpu"] else "cpu"
+            facts[f"why_no_{part}"] = str(error)
+            facts["failed"] = None if isinstance(error, Absent) else part
+            name = "the CUDA part" if facts["cpu"] else "the CPU part, and with it the extension,"
+            say(f"{name} {'failed' if facts['failed'] else 'is left out'}: {error}")
             if not facts["cpu"]:
                 facts["why_no_cuda"] = "the extension was not built"
                 (folder / LIBRARY).unlink(missing_ok=True)
@@ -268,7 +320,7 @@ def build_cuda(source: Path, torch: Path, into: Path, say: Any) -> dict[str, Any
     """Compile the CUDA files; the facts about them."""
     jobs = cuda_jobs(source, torch, into)
     if not jobs:
-        raise BuildError("this version has no CUDA files")
+        raise Absent("this version has no CUDA files")
     facts = {"cuda_compiler": version_of([jobs[0][0]]), "cuda_archs": cuda_archs()}
     say(f"compiling {len(jobs)} CUDA files for sm_{', sm_'.join(facts['cuda_archs'])}")
     compile_all(jobs)

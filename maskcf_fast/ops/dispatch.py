@@ -30,7 +30,7 @@ def implementation(
         op: Package of the op, such as ``"maskcf_fast.ops.select"``.
         impl: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
         device: Where the op's tensors live.
-        sizes: What else an implementation may be limited in, as its function ``lacks(*sizes)`` takes it.
+        sizes: What else an implementation may be limited in, as its function ``lacks(impl, device, *sizes)`` takes it.
         dtype: Of the tensors, where the order of preference depends on it.
 
     Raises:
@@ -74,11 +74,12 @@ def why_not(op: str, impl: str, device: torch.device, sizes: tuple[Any, ...] = (
     # Under Triton's interpreter its kernels run on the CPU, for tests.
     interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     wanted = "cpu" if impl == "cpu" else "cuda"
-    if device.type != wanted and not interpreted:
+    emulated = impl == "cuda" and extension.emulated()  # so do the extension's, in another test
+    if device.type != wanted and not (interpreted or emulated):
         return f"it is for tensors on {wanted}"
     if impl == "triton" and util.find_spec("triton") is None:
         return "triton is not installed"
     if impl != "triton" and (reason := extension.why_not(impl)):
         return reason
     lacks = getattr(import_module(f"{op}.{MODULES[impl]}"), "lacks", None) if sizes else None
-    return lacks(*sizes) if lacks else None
+    return lacks(impl, device, *sizes) if lacks else None

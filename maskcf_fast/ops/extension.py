@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,7 @@ def library_path() -> Path:
 
 def facts() -> dict[str, Any]:
     """What the build recorded beside the library; empty if nothing was ever built."""
-    try:
-        return json.loads((library_path().parent / building.FACTS).read_text())
-    except (OSError, ValueError):
-        return {}
+    return building.facts_of(library_path().parent)
 
 
 @functools.cache
@@ -41,6 +37,11 @@ def loading_error() -> str | None:
     if not path.is_file():
         reason = facts().get("why_no_cpu")
         return f"the extension is not built ({reason or REMEDY}; a running process must be started again)"
+    return load(path)
+
+
+def load(path: Path) -> str | None:
+    """Load a library; why it could not be, or None."""
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
@@ -48,11 +49,19 @@ def loading_error() -> str | None:
     return None
 
 
+@functools.cache
+def emulated() -> bool:
+    """Whether the library is tests/native/emulated.py's: the CUDA kernels, for tensors on the CPU."""
+    return bool(facts().get("emulated"))
+
+
 def why_not(part: str) -> str | None:
     """Why the extension's ``"cpu"`` or ``"cuda"`` kernels cannot be used; None if they can."""
     if error := loading_error():
         return error
-    key = "CUDA" if part == "cuda" else "CPU"
+    if part == "cpu" and emulated():
+        return "the extension holds the CUDA kernels on a CPU, for tests"
+    key = "CUDA" if part == "cuda" and not emulated() else "CPU"
     if torch._C._dispatch_has_kernel_for_dispatch_key("maskcf::select_top_k", key):
         return None
     reason = facts().get(f"why_no_{part}")

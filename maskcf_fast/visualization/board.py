@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import Manifest
-from ..data.images import read_image
 from ..data.transforms import resize_and_crop
-from ..data.verify import image_file
 from ..methods import CounterfactualDistiller, Method
 from ..methods.label_map import LabelMap
 from ..models import ImageClassifier
@@ -32,10 +30,8 @@ def board_images(manifest: Manifest, image_size: int, count: int = ROWS) -> tupl
     """
     count = min(count, len(manifest))
     few = manifest.subset([(2 * i + 1) * len(manifest) // (2 * count) for i in range(count)])
-    pictures = []
-    for path, span in zip(few.paths, few.spans or [None] * count, strict=True):
-        image = read_image(image_file(few.root, path, span), span)
-        pictures.append(torch.from_numpy(resize_and_crop(image, image_size)))
+    reader = few.reader()
+    pictures = [torch.from_numpy(resize_and_crop(reader.image(i), image_size)) for i in range(count)]
     return torch.stack(pictures), torch.tensor(few.labels)
 
 

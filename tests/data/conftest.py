@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pictures import picture
 
-from maskcf_fast.data import Manifest, scan_image_folder
+from maskcf_fast.data import Manifest, scan_images
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def numbered(make_folder):
 
     def make(n: int) -> Manifest:
         root = make_folder({"all": n})
-        manifest = scan_image_folder(root)
+        manifest = scan_images(root)
         return Manifest(manifest.root, tuple(map(str, range(n))), manifest.paths, tuple(range(n)))
 
     return make

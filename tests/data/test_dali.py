@@ -8,7 +8,7 @@ import pytest
 from pictures import picture
 from PIL import Image
 
-from maskcf_fast.data import LoaderConfig, build_loader, scan_image_folder
+from maskcf_fast.data import LoaderConfig, build_loader, scan_images
 from maskcf_fast.data.images import read_image
 from maskcf_fast.data.transforms import resize_and_crop
 
@@ -57,7 +57,7 @@ def test_pixels_are_those_of_pil(tmp_path, backend, size):
     (tmp_path / "images" / "a").mkdir(parents=True)
     for name, (image, options) in FILES.items():
         image.save(tmp_path / "images" / "a" / name, **options)
-    manifest = scan_image_folder(tmp_path / "images")
+    manifest = scan_images(tmp_path / "images")
     assert len(manifest) == len(FILES)
     [batch] = build_loader(manifest, LoaderConfig(len(FILES), size, train=False, threads=1), backend)
     border = np.ones((size, size, 3), dtype=bool)
@@ -76,7 +76,7 @@ def test_hard_edges_differ_only_where_pil_clips_twice(tmp_path):
     noise = np.random.default_rng(0).integers(0, 2, (60, 80, 3), dtype=np.uint8) * 255
     (tmp_path / "images" / "a").mkdir(parents=True)
     Image.fromarray(noise).resize((320, 240), Image.Resampling.BICUBIC).save(tmp_path / "images" / "a" / "x.png")
-    manifest = scan_image_folder(tmp_path / "images")
+    manifest = scan_images(tmp_path / "images")
     [batch] = build_loader(manifest, LoaderConfig(1, 224, train=False, threads=1), "dali")
     image = read_image(manifest.root / manifest.paths[0])
     difference = np.abs(resize_and_crop(image, 224).astype(int) - batch.images[0].numpy())

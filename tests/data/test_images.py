@@ -11,7 +11,7 @@ from pictures import picture
 from PIL import Image
 
 from maskcf_fast.data import images
-from maskcf_fast.data.images import ImageError, read_image
+from maskcf_fast.data.images import ImageError, read_file, read_image
 
 RGB = picture(40, 60)
 TURNED = RGB.transpose(Image.Transpose.ROTATE_90)  # to be seen upright, it must be turned back
@@ -138,13 +138,13 @@ def test_what_is_no_usable_picture_is_refused_with_the_reason(kind):
 def test_files_that_are_no_files_are_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "good").write_bytes(b"junk" + JPEG + b"junk")
-    assert read_image(tmp_path / "good", (4, len(JPEG))).size == RGB.size
+    assert read_image(read_file(tmp_path / "good", (4, len(JPEG)))).size == RGB.size
     (tmp_path / "dangling").symlink_to("nowhere")
     for name, reason in {"pipe": "not a regular", ".": "Is a directory", "dangling": "No such file"}.items():
         with pytest.raises(ImageError, match=reason):
             read_image(tmp_path / name)
     with pytest.raises(ImageError, match="ends 95 bytes too early"):
-        read_image(tmp_path / "good", (len(JPEG), 103))
+        read_file(tmp_path / "good", (len(JPEG), 103))
     monkeypatch.setattr(images, "MOST_BYTES", 100)
     with pytest.raises(ImageError, match="too large for a picture"):
         read_image(tmp_path / "good")

@@ -60,7 +60,7 @@ def test_bad_shards(folder):
     with pytest.raises(FileNotFoundError, match=r"2 of 2 tar shard\(s\) are missing, first .*08\.tar"):
         scan_images(folder / "{08..09}.tar")
     (folder / "0.tar").write_bytes(b"junk" * 500)
-    with pytest.raises(ValueError, match=r"0\.tar is no complete, uncompressed tar file .*: get it again, or"):
+    with pytest.raises(ValueError, match=r"0\.tar is no tar file that can be read .*: get it again"):
         scan_images(folder)
     write_tar(folder / "0.tar", {"a.cls": b"0", "a.jpg": jpeg()})
     whole = (folder / "0.tar").read_bytes()
@@ -93,10 +93,10 @@ def test_a_damaged_shard_is_not_a_shorter_one(folder, damage):
         scan_images(folder)
 
 
-@pytest.mark.parametrize("label", [b"-1", b"30000000"])
+@pytest.mark.parametrize("label", [b"-1", b"9999999"])
 def test_labels_that_are_no_classes(folder, label):
     write_tar(folder / "0.tar", {"a.cls": label, "a.jpg": jpeg()})
-    with pytest.raises(ValueError, match=rf"a\.jpg has a class outside 0 to 10000000 \({label.decode()}\)"):
+    with pytest.raises(ValueError, match=rf"a\.jpg has a class outside 0 to 100000 \({label.decode()}\)"):
         scan_images(folder)
 
 

@@ -12,7 +12,7 @@ import torch
 from pictures import picture
 from PIL import Image
 
-from maskcf_fast.data import LoaderConfig, build_loader, loader, scan_image_folder
+from maskcf_fast.data import LoaderConfig, LoadingError, build, build_loader, scan_images
 from maskcf_fast.data.torch_loader import start_workers
 from maskcf_fast.data.transforms import random_resized_crop, resize_and_crop
 
@@ -194,7 +194,7 @@ def test_augmentation_crops_and_mirrors(tmp_path, backend):
     (tmp_path / "images" / "a").mkdir(parents=True)
     for i in range(32):
         Image.fromarray(ramp).save(tmp_path / "images" / "a" / f"{i}.png")
-    rank = build_loader(scan_image_folder(tmp_path / "images"), replace(TRAIN, batch_size=32), backend)
+    rank = build_loader(scan_images(tmp_path / "images"), replace(TRAIN, batch_size=32), backend)
     images = torch.cat([next(iter(rank)).images for _ in range(8)]).double()  # [256, 16, 16, 3]
     assert (images[:, 0, :, 1] < images[:, -1, :, 1]).all(), "upside down"
     width = (images[:, 8, -1, 0] - images[:, 8, 0, 0]) * 16 / 15
@@ -214,10 +214,10 @@ def test_too_few_training_images(numbered, backend):
         build_loader(numbered(7), replace(TRAIN, world_size=2), backend)
 
 
-def test_damaged_image_is_reported_with_the_folder(numbered, backend):
+def test_a_damaged_image_is_named(numbered, backend):
     manifest = numbered(4)
     (manifest.root / manifest.paths[2]).write_bytes(b"junk")
-    with pytest.raises(ValueError, match=f"loading a batch from {manifest.root} failed.*scan it again"):
+    with pytest.raises(LoadingError, match=f"^{manifest.root}/all/002.jpg: not an image.*scan them again"):
         list(build_loader(manifest, EVAL, backend))
 
 
@@ -230,9 +230,10 @@ def test_gpu_without_a_gpu(numbered, backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"image_size": 0}, "image_size must be at least 1"),
-        ({"threads": -1}, "threads must be at least 0"),
+        ({"batch_size": 0}, "batch_size must be from 1 to 1,000,000, got 0"),
+        ({"image_size": 0}, "image_size must be from 1 to 10,000, got 0"),
+        ({"threads": -1}, "threads must be from 0 to 512, got -1"),
+        ({"threads": 100_000}, "threads must be from 0 to 512"),
         ({"rank": 2, "world_size": 2}, "rank must be from 0 to world_size - 1 = 1, got 2"),
         ({"seed": 2**31}, "seed must be from 0"),
         ({"augment": "mixup"}, "augment must be .* got 'mixup'"),
@@ -250,7 +251,7 @@ def test_backend_without_dali(numbered, monkeypatch, capsys):
     manifest = numbered(4)
     with pytest.raises(ValueError, match="backend must be"):
         build_loader(manifest, EVAL, "ffcv")
-    monkeypatch.setattr(loader, "_has_dali", lambda: False)
+    monkeypatch.setattr(build, "_has_dali", lambda: False)
     assert build_loader(manifest, EVAL).backend == "torch"
     build_loader(manifest, replace(EVAL, rank=1, world_size=2))
     assert capsys.readouterr().err.count("DALI is not installed") == 1

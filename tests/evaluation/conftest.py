@@ -8,7 +8,6 @@ from maskcf_fast.core.processes import Processes
 from maskcf_fast.data import LoaderConfig, build_loader
 from maskcf_fast.evaluation import Reader, Spec, measure, read_benchmark
 from maskcf_fast.evaluation.classes import imagenet_classes
-from maskcf_fast.evaluation.disk import DiskImages, DiskLoader
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +22,8 @@ def score(wnids):
 
     def scored(text, *, classes=wnids, seconds=(), **options):
         benchmark = read_benchmark(Spec.parse(text), Reader(classes, **options))
-        config = LoaderConfig(batch_size=4, image_size=SIZE, train=False, threads=0)
-        if isinstance(benchmark.source, DiskImages) or benchmark.border:
-            batches = DiskLoader(benchmark.source, config, benchmark.border)
-        else:
-            batches = build_loader(benchmark.source, config, "torch")
+        config = LoaderConfig(batch_size=4, image_size=SIZE, train=False, threads=0, border=benchmark.border)
+        batches = build_loader(benchmark.source, config, "torch")
         processes = Processes(0, 1, torch.device("cpu"))
         return benchmark, measure(ByColour(len(classes), seconds), benchmark, batches, processes)
 

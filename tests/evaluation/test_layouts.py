@@ -7,10 +7,9 @@ import sys
 import pytest
 from coloured import NUMBERS, SIZE, write, write_framed, write_objectnet, write_tree
 
-from maskcf_fast.data import LoaderConfig, LoadingError
+from maskcf_fast.data import LoaderConfig, LoadingError, build_loader
 from maskcf_fast.evaluation import Reader, Spec, read_benchmark
 from maskcf_fast.evaluation.classes import numbered_classes
-from maskcf_fast.evaluation.disk import DiskLoader
 from maskcf_fast.evaluation.layouts import LAYOUTS, detect
 
 
@@ -257,9 +256,9 @@ def test_broken_image_of_objectnet_is_named(tmp_path, wnids, threads):
     root = write_objectnet(tmp_path / "objectnet")
     (root / "images" / "drill" / "0.png").write_bytes(b"no image")
     benchmark = read_benchmark(Spec.parse(f"objectnet:{root}"), Reader(wnids, verify=False))
-    config = LoaderConfig(batch_size=4, image_size=SIZE, train=False, threads=threads)
+    config = LoaderConfig(batch_size=4, image_size=SIZE, train=False, threads=threads, border=benchmark.border)
     with pytest.raises(LoadingError, match=r"^/.*drill/0\.png: not an image"):
-        list(DiskLoader(benchmark.source, config, benchmark.border))
+        list(build_loader(benchmark.source, config, "torch"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import maskcf_fast as mf
 from maskcf_fast.core.tensors import save_tensors
-from maskcf_fast.data import scan_image_folder
+from maskcf_fast.data import scan_images
 from maskcf_fast.data.transforms import resize_and_crop
 from maskcf_fast.experiments.visualize import ALL
 from maskcf_fast.methods import PAPER_CUTS, CounterfactualDistiller, MaskStrategy
@@ -423,7 +423,7 @@ def test_count_is_spread_over_the_classes(run, image_folders, tmp_path):
 def test_board_takes_the_map_that_the_method_takes(image_folders):
     torch.manual_seed(0)
     student, teacher = (ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3)) for _ in range(2))
-    images, labels = board_images(scan_image_folder(image_folders["id"]), 32)
+    images, labels = board_images(scan_images(image_folders["id"]), 32)
     shown = []
     for source in ("student", "teacher"):
         method = CounterfactualDistiller(student, teacher, "object-single", cam_source=source)
@@ -440,7 +440,7 @@ def test_rows_for_board(image_folders, name, columns):
     torch.manual_seed(0)
     student = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3))
     method = build_method(MethodConfig(name, strategy="object-multi"), student).train()
-    manifest = scan_image_folder(image_folders["id"])
+    manifest = scan_images(image_folders["id"])
     images, labels = board_images(manifest, 32)
     assert labels.tolist() == [0, 1, 1, 2]
     first = resize_and_crop(Image.open(manifest.root / manifest.paths[1]), 32)

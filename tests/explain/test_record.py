@@ -112,6 +112,32 @@ def test_a_function_imported_earlier_is_seen_and_nothing_is_patched():
     assert_close(record.relevance(logits, LABELS), oracle(Toy(by_name()), IMAGES, LABELS))
 
 
+class Multihead(nn.Module):
+    """One layer by torch's module, which is asked for its weights unless told otherwise."""
+
+    def __init__(self, asked):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.options = {} if asked else {"need_weights": False}
+
+    def forward(self, x):
+        out, self.weights = self.attention(x, x, x, **self.options)
+        return out[:, 0]
+
+
+def test_multihead_attention_that_is_asked_for_its_weights():
+    x = torch.randn(3, 17, 32)
+    asked, fused = Multihead(True), Multihead(False)
+    with record_attention() as record:
+        logits, wanted = asked(x), fused(x)
+    assert_close(record.relevance(logits, LABELS), record.relevance(wanted, LABELS))
+    recorded = asked.weights
+    torch.testing.assert_close(asked(x), logits)
+    assert torch.equal(asked.weights, recorded)
+    assert fused.weights is None
+
+
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("train", [True, False])
 def test_transformer_encoder_with_its_fast_path(train, requires_grad):
@@ -213,10 +239,32 @@ def test_own_model(pool):
     assert_close(explain(model, images, labels), own(model.head(feature), labels, taps))
 
 
-def test_explain_works_under_no_grad():
-    with torch.no_grad():
-        cam = explain(Toy(), IMAGES, LABELS)
-    assert torch.equal(cam, explain(Toy(), IMAGES, LABELS))
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("labels", [True, False])
+def test_explain_works_inside_evaluation_code(guard, labels):
+    model = Toy()
+    with guard():
+        cam = explain(model, IMAGES.clone(), LABELS.clone() if labels else None)  # made inside
+        assert torch.equal(cam, explain(model, IMAGES, LABELS if labels else None))
+    assert torch.equal(cam, explain(model, IMAGES, LABELS if labels else None))
+    assert not cam.is_inference()
+
+
+def test_several_inputs_by_name():
+    model = Toy()
+    named = {"pixel_values": IMAGES, "gain": torch.ones(())}
+    cam = explain(lambda pixel_values, gain: model(pixel_values * gain), named, LABELS)
+    assert torch.equal(cam, explain(model, IMAGES, LABELS))
+
+
+@pytest.mark.parametrize("frozen", [1, 2, 3])
+def test_frozen_lower_layers_count(frozen):
+    model = Toy(by_name())
+    for part in (model.embed, *model.qkv[:frozen], *model.out[:frozen]):
+        part.requires_grad_(False)
+    model.token.requires_grad_(False)
+    cam = explain(model, IMAGES, LABELS)
+    assert_close(cam, oracle(model.requires_grad_(True), IMAGES, LABELS))
 
 
 def test_importing_loads_no_other_library():

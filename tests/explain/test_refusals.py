@@ -8,6 +8,7 @@ from test_record import IMAGES, LABELS, Toy, by_name, sdpa
 from torch import nn
 
 from maskcf_fast.explain import explain, record_attention
+from maskcf_fast.models import VisionTransformer
 
 
 def windowed(q, k, v):
@@ -22,15 +23,6 @@ def eager(q, k, v):
 def sometimes_eager(q, k, v, calls=[]):  # noqa: B006
     calls.append(0)
     return eager(q, k, v) if len(calls) == 2 else sdpa(q, k, v)
-
-
-class NeedsWeights(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.attention(x, x, x)[0][:, 0]
 
 
 def sometimes_masked(q, k, v, calls=[]):  # noqa: B006
@@ -93,11 +85,50 @@ def test_refused_models(name):
         explain(model, IMAGES, LABELS)
 
 
-def test_need_weights():
+def test_a_score_from_attention_weights_themselves():
     with record_attention() as record:
-        logits = NeedsWeights()(torch.randn(3, 17, 32))
-    with pytest.raises(ValueError, match="need_weights=False"):
-        record.relevance(logits, LABELS)
+        tokens, weights = nn.MultiheadAttention(32, 2, batch_first=True)(*[torch.randn(3, 17, 32)] * 3)
+    assert record.relevance(tokens[:, 0], LABELS).shape == (3, 16)
+    with pytest.raises(ValueError, match="depends on attention weights themselves"):
+        record.relevance(tokens[:, 0] + weights.mean((1, 2))[:, None], LABELS)
+
+
+@pytest.mark.parametrize("cut", ["no_grad", "detach"])
+def test_layers_that_the_model_cuts_off(cut):
+    model = zoo.make("torchvision-vit")
+    layers = model.encoder.layers
+    lower = layers[0].forward
+    layers[0].forward = (lambda x: lower(x).detach()) if cut == "detach" else torch.no_grad()(lower)
+    with pytest.raises(ValueError, match=r"1 of 3 layers are cut off from the score.*record_attention\(\) the layers"):
+        explain(model, IMAGES, LABELS)
+    with record_attention() as record:
+        logits = model(IMAGES)
+    above = zoo.expected("torchvision-vit", zoo.make("torchvision-vit"), IMAGES, LABELS, 1)
+    torch.testing.assert_close(record.relevance(logits, LABELS), above, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", ["timm", "own", "open_clip"])
+def test_a_model_without_a_classifier_has_no_predicted_class(build):
+    model = {
+        "timm": lambda: zoo.timm_model("vit_tiny_patch16_224", num_classes=0),
+        "own": lambda: VisionTransformer("tiny"),
+        "open_clip": lambda: zoo.open_clip_model().visual,
+    }[build]()
+    images = torch.rand(3, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"has no classifier.*pass labels"):
+        explain(model, images)
+    assert explain(model, images, LABELS).shape == (3, 16)
+
+
+@pytest.mark.parametrize("name", ["timm", "open_clip", "given"])
+def test_patches_that_were_dropped_have_no_place(name):
+    if name == "open_clip":
+        model = zoo.open_clip_model(patch_dropout=0.5).visual
+    else:
+        model = zoo.timm_model("vit_tiny_patch16_224", patch_drop_rate=0.5)
+    with pytest.raises(ValueError, match=r"made 4×4 patches, but the first layer sees 9 tokens.*model.eval\(\)"):
+        explain(model.train(), IMAGES, LABELS, prefix_tokens=1 if name == "given" else None)
+    assert explain(model.eval(), IMAGES, LABELS).shape == (3, 16)
 
 
 def test_two_forward_passes_averaged():
@@ -158,7 +189,7 @@ def test_labels(labels, error, message):
         ({"readout": "attention"}, "a last fused attention call with one query"),
         ({"readout": "cls"}, "readout must be one of class, mean"),
         ({"readout": torch.ones(16)}, r"readout must have shape \[17\]"),
-        ({"readout": "class+mean", "prefix_tokens": 0}, "needs a class token"),
+        ({"prefix_tokens": 0}, r"made 4×4 patches, but the first layer sees 17 tokens, of which 0 come before"),
     ],
 )
 def test_options(options, message):
@@ -180,6 +211,8 @@ def test_unknown_prefix():
         record.relevance(logits, LABELS)
     assert record.relevance(logits, LABELS, prefix_tokens=4).shape == (3, 36)
     assert record.grid == (6, 6)
+    with pytest.raises(ValueError, match='readout="class\\+mean" needs a class token'):
+        record.relevance(logits, LABELS, prefix_tokens=0, readout="class+mean")
 
 
 def test_readout_weights():

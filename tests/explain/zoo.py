@@ -74,10 +74,10 @@ class HuggingFaceScores(TextScores):
         return self.model(input_ids=self.ids, pixel_values=images).logits_per_image
 
 
-def open_clip_model() -> nn.Module:
+def open_clip_model(**changes: Any) -> nn.Module:
     import open_clip
 
-    vision = dict(image_size=SIDE, layers=3, width=64, head_width=32, patch_size=8)
+    vision = dict(image_size=SIDE, layers=3, width=64, head_width=32, patch_size=8, **changes)
     text = dict(context_length=7, vocab_size=100, width=32, heads=2, layers=2)
     return open_clip.CLIP(embed_dim=CLASSES, vision_cfg=vision, text_cfg=text)
 

@@ -85,6 +85,34 @@ def test_uint8_and_float_pixels_agree():
 
 
 @pytest.mark.parametrize(
+    ("change", "span"),
+    [(lambda x: (x - 0.45) / 0.27, "-1.6"), (lambda x: 255 * x, "0"), (lambda x: x * torch.nan, "nan")],
+    ids=["normalised already", "0 to 255", "NaN"],
+)
+def test_float_images_outside_their_range(change, span):
+    pixels = torch.rand(2, 3, 32, 32)
+    with pytest.raises(ValueError, match=rf"float images must lie in \[0, 1\], got {span}.*before normalisation"):
+        VisionTransformer("tiny")(change(pixels))
+    VisionTransformer("tiny")(pixels * 1.3 - 0.15)  # what bicubic resizing leaves
+    VisionTransformer(preset("tiny", mean=(0.0,) * 3, std=(1.0,) * 3))(change(pixels).nan_to_num())
+
+
+@pytest.mark.parametrize("frozen", ["embedding", "everything"])
+def test_every_tap_of_a_frozen_model_has_a_gradient(frozen):
+    model, images = VisionTransformer("tiny"), torch.rand(2, 3, 32, 32)
+
+    def gradients():
+        feature, taps = model.encode(model.embed(images), record=True)
+        return torch.autograd.grad(feature.sum(), [tap.o for tap in taps])
+
+    expected = gradients()
+    for name, p in model.named_parameters():
+        p.requires_grad_(frozen == "embedding" and name.startswith(("blocks.3", "ln_post")))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
+    assert not model(images).requires_grad or frozen == "embedding"
+
+
+@pytest.mark.parametrize(
     ("name", "parameters"),
     [
         ("ViT-B/32", 87_849_216),

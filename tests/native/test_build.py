@@ -6,41 +6,27 @@ named by ``MASKCF_TEST_OTHER_PYTHON``, an interpreter that has one and pytest.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import ops_tests
 import pytest
 import torch
 
 from maskcf_fast.ops import building
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not os.environ.get("MASKCF_TEST_BUILD"), reason="MASKCF_TEST_BUILD is not set")
 # One case of everything that walks memory: odd sizes, both layouts, every access width, all instruction sets' tails.
 SANITIZED = (
     "test_masks_are_identical or test_refill_is_exact or test_patchify_is_exact or test_gather_is_exact or "
     "test_select_and_refill or (test_relevance_errs and not L14 and not t4097) or test_a_nan or test_a_donor"
 )
-
-
-def pytest_with(python: str, library: Path, select: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run the ops' tests in a process of their own, with a library of our choice."""
-    return subprocess.run(
-        [python, "-m", "pytest", "-q", "-x", "-s", "--noconftest", "-p", "no:cacheprovider",
-         "tests/ops/test_implementations.py", "-k", select],
-        cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "MASKCF_LIBRARY": str(library), "PYTHONPATH": str(ROOT), **environment},
-    )  # fmt: skip
-
-
-def assert_passed(done: subprocess.CompletedProcess, at_least: int) -> None:
-    text = done.stdout + done.stderr
-    assert done.returncode == 0, text[-4000:]
-    assert int(re.search(r"(\d+) passed", text).group(1)) >= at_least, text[-1000:]
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +53,78 @@ def test_a_compilers_error_is_told_and_recorded(tmp_path, monkeypatch):
     said: list[str] = []
     facts = building.build(tmp_path / "out", want="cpu", say=said.append)
     assert facts["cpu"] is None
+    assert facts["failed"] == "cpu"
     assert "no such header" in facts["why_no_cpu"]
     assert "no such header" in "\n".join(said)
     assert not (tmp_path / "out" / building.LIBRARY).exists()
 
 
+def build_command(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "maskcf_fast.build", "--out", out]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+@pytest.fixture
+def fake_compilers(tmp_path, monkeypatch):
+    """A C++ compiler that takes no time, and an nvcc that fails."""
+    for name, script in {
+        "c++": 'while [ "$1" != -o ] && [ $# -gt 0 ]; do shift; done; [ $# -eq 0 ] || echo compiled > "$2"',
+        "nvcc": "echo 'nvcc fatal: no such GPU' >&2; exit 1",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    return {"CXX": str(tmp_path / "c++"), "MASKCF_NVCC": str(tmp_path / "nvcc")}
+
+
+def test_a_part_that_fails_is_a_failure_of_the_command(tmp_path, fake_compilers):
+    done = build_command(tmp_path / "out", **fake_compilers)
+    assert done.returncode == 1
+    assert "the CUDA part failed: nvcc failed on" in done.stdout
+    assert "no such GPU" in done.stdout
+    facts = building.facts_of(tmp_path / "out")
+    assert facts["cpu"]
+    assert facts["failed"] == "cuda"
+    assert not building.is_current(tmp_path / "out", "auto")
+
+
+def test_an_nvcc_that_is_absent_is_no_failure(tmp_path, fake_compilers):
+    done = build_command(
+        tmp_path / "out", CXX=fake_compilers["CXX"], PATH="/usr/bin:/bin", CUDA_HOME=str(tmp_path), MASKCF_NVCC=""
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the CUDA part is left out: no nvcc was found" in done.stdout
+
+
+def test_a_current_library_is_not_built_again(plain, tmp_path, monkeypatch):
+    """Current: of these sources, flags and architectures, with the parts that can be had; and it loads."""
+    library = tmp_path / "out" / building.LIBRARY
+    shutil.copytree(plain.parent, library.parent)
+    before = library.stat().st_mtime_ns
+    cpu = {"MASKCF_BUILD": "cpu", "CXX": "/bin/false"}  # whoever compiles fails
+    done = build_command(library.parent, **cpu)
+    assert done.returncode == 0, done.stdout
+    assert "is current" in done.stdout
+    assert library.stat().st_mtime_ns == before
+    assert build_command(library.parent, **cpu, MASKCF_CUDA_ARCHS="86").returncode == 1  # others' architectures
+    library.write_bytes(b"no library")
+    assert build_command(library.parent, **cpu).returncode == 1
+
+    facts = building.facts_of(plain.parent)
+    assert building.is_current(plain.parent, "cpu")
+    monkeypatch.setenv("MASKCF_NVCC", "/somewhere/nvcc")
+    assert not building.is_current(plain.parent, "auto")  # a CUDA part can be had
+    (plain.parent / building.FACTS).write_text(json.dumps(facts | {"cuda": True}))
+    assert building.is_current(plain.parent, "auto")
+    assert not building.is_current(plain.parent, "cpu")
+    monkeypatch.setattr(building, "source_folder", lambda: tmp_path)
+    assert not building.is_current(plain.parent, "auto")  # other sources
+    (plain.parent / building.FACTS).write_text(json.dumps(facts))
+
+
 def test_nothing_is_built_when_switched_off(tmp_path):
-    assert "MASKCF_BUILD=none" in building.build(tmp_path, want="none")["why_no_cpu"]
+    facts = building.build(tmp_path, want="none")
+    assert "MASKCF_BUILD=none" in facts["why_no_cpu"]
+    assert not facts["failed"]
 
 
 def test_under_sanitizers(tmp_path):
@@ -83,12 +134,12 @@ def test_under_sanitizers(tmp_path):
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")  # the last: else exceptions are not intercepted
     ]
-    done = pytest_with(
+    done = ops_tests.run(
         sys.executable, tmp_path / building.LIBRARY, f"cpu and eager and ({SANITIZED}) or (test_masks and cpu)",
         LD_PRELOAD=":".join(runtime), ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0",
         UBSAN_OPTIONS="print_stacktrace=1",
     )  # fmt: skip
-    assert_passed(done, 200)
+    ops_tests.assert_passed(done, 200)
 
 
 @pytest.mark.skipif(not os.environ.get("MASKCF_TEST_OTHER_PYTHON"), reason="MASKCF_TEST_OTHER_PYTHON is not set")
@@ -101,7 +152,7 @@ def test_loads_under_another_pytorch():
         [other, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
     ).stdout.strip()
     assert version != torch.__version__
-    assert_passed(pytest_with(other, extension.library_path(), "cpu and eager"), 300)
+    ops_tests.assert_passed(ops_tests.run(other, extension.library_path(), "cpu and eager"), 300)
 
 
 @pytest.fixture(scope="module")

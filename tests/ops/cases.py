@@ -210,6 +210,10 @@ REFILL_CASES: dict[str, Case] = {
     "one_channel_nhwc": refill_case(c=1, channels_last=True),
     "five_channels_nhwc": refill_case(c=5, channels_last=True, dtype=torch.uint8),
     "one_image": refill_case(n=1),
+    # The stride of a dimension of one says nothing, and may be anything.
+    "one_column_nhwc": refill_case(
+        grid=(2, 1), patch=(3, 1), channels_last=True, change=lambda x: x.as_strided(x.shape, (18, 1, 3, 7))
+    ),
     "mask_none": refill_case(rate=0.0),
     "mask_all": refill_case(rate=1.0),
     "mask_all_multi": refill_case(rate=1.0, fill="multi"),

@@ -177,4 +177,7 @@ def test_relevance(impl, data):
     arguments |= {name: laid_out(draw, arguments[name]) for name in ("q", "k", "v", "grad_out")}
     out = run(mf.attention_relevance, impl, "eager", arguments)
     torchs = relevance_error(mf.attention_relevance(**arguments, impl="reference"), arguments)
-    assert relevance_error(out, arguments) <= max(2 * torchs, 4 * torch.finfo(torch.float32).eps)
+    # Of a few numbers, torch may happen to have rounded all the right way: a logit that is rounded once, to float32,
+    # moves its exponential by as much as this.
+    logit = (arguments["q"].double() @ arguments["k"].double().mT).abs().max() * abs(arguments["scale"] or d**-0.5)
+    assert relevance_error(out, arguments) <= max(2 * torchs, torch.finfo(torch.float32).eps * max(4, float(logit)))

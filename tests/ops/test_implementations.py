@@ -20,11 +20,12 @@ from maskcf_fast.ops import extension
 from maskcf_fast.ops.dispatch import implementation
 
 GPU = torch.cuda.is_available()
+EMULATED = extension.emulated()  # the CUDA kernels run on the CPU: tests/native
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLS = [
     "reference",
     pytest.param("cpu", marks=pytest.mark.skipif(extension.why_not("cpu") is not None, reason="extension not built")),
-    pytest.param("cuda", marks=pytest.mark.skipif(not GPU, reason="no GPU")),
+    pytest.param("cuda", marks=pytest.mark.skipif(not (GPU or EMULATED), reason="no GPU, and not emulated")),
     pytest.param("triton", marks=pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU, and not interpreted")),
 ]
 MODES = ["eager", "compiled"]
@@ -48,7 +49,8 @@ def poisoned():
 
 
 def device_of(impl: str) -> str:
-    return "cuda" if impl == "cuda" or (impl == "triton" and not INTERPRETED) else "cpu"
+    on_cpu = {"cuda": EMULATED, "triton": INTERPRETED}
+    return "cpu" if on_cpu.get(impl, True) else "cuda"
 
 
 def run(op, impl: str, mode: str, arguments: dict):
@@ -188,7 +190,7 @@ def relevance_error(out: Tensor, arguments: dict) -> float:
 )
 def test_relevance_errs_at_most_twice_as_much_as_torch(name, mode, impl):
     arguments = {**cases.RELEVANCE_CASES, **cases.LARGE_RELEVANCE_CASES}[name]()
-    if impl == "triton" and arguments["q"].dtype == torch.float64:
+    if impl != "cpu" and arguments["q"].dtype == torch.float64:
         with pytest.raises(RuntimeError, match="no kernel for float64"):
             run(mf.attention_relevance, impl, mode, arguments)
         return
@@ -200,6 +202,22 @@ def test_relevance_errs_at_most_twice_as_much_as_torch(name, mode, impl):
     # The floor is a rounding of the result: where torch happens to err by less, nothing is wrong.
     assert relevance_error(out, arguments) <= max(2 * torchs, 2 * torch.finfo(out.dtype).eps)
     assert same_bits(out, run(mf.attention_relevance, impl, mode, arguments)), "not deterministic"
+
+
+@pytest.mark.skipif(not EMULATED, reason="a GPU has the shared memory that it has")
+@pytest.mark.parametrize("limit", [64 << 10, 99 << 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_relevance_knows_what_shared_memory_cuda_takes(limit, dtype, monkeypatch):
+    from maskcf_fast.ops.relevance.native import lacks_shared
+
+    monkeypatch.setenv("MASKCF_EMULATOR_SHARED", str(limit))
+    for d in range(1, 129, 7):
+        arguments = cases.relevance_case(1, 1, 3, d, dtype=dtype)()
+        if lacks_shared(limit, dtype, d):
+            with pytest.raises(RuntimeError, match=f"a block may have {limit} bytes"):
+                run(mf.attention_relevance, "cuda", "eager", arguments)
+        else:
+            run(mf.attention_relevance, "cuda", "eager", arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -270,8 +288,8 @@ def opcheck_arguments(device: str) -> dict[str, tuple]:
 @pytest.mark.parametrize("op", opcheck_arguments("cpu"))
 def test_opcheck(op, impl):
     for package in ("select", "refill", "patchify", "gather", "relevance"):
-        implementation(f"maskcf_fast.ops.{package}", impl, torch.device(impl))
-    torch.library.opcheck(getattr(torch.ops.maskcf, op), opcheck_arguments(impl)[op])
+        implementation(f"maskcf_fast.ops.{package}", impl, torch.device(device_of(impl)))
+    torch.library.opcheck(getattr(torch.ops.maskcf, op), opcheck_arguments(device_of(impl))[op])
 
 
 @pytest.mark.skipif(extension.why_not("cpu") is not None, reason="extension not built")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from maskcf_fast.core.processes import Processes
-from maskcf_fast.data import LoaderConfig, build_loader, scan_image_folder
+from maskcf_fast.data import LoaderConfig, build_loader, scan_images
 from maskcf_fast.training import Trainer
 from maskcf_fast.training.evaluate import evaluate
 
@@ -112,7 +112,7 @@ def test_evaluation_counts_every_image_once_and_resume_is_exact(change, port, tm
     config = replace(change(optim={"epochs": 2}), checkpoint_every=2)
     mp.spawn(whole_run, (port, replace(config, out=tmp_path / "whole"), None), nprocs=2)
     state = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
-    manifest = scan_image_folder(config.data.id)
+    manifest = scan_images(config.data.id)
     model = Trainer(replace(config, out=tmp_path / "alone"), quiet=True).method.student
     model.load_state_dict(state["student"])
     correct = sum(
@@ -143,7 +143,7 @@ def test_masks_are_shared(change, port, tmp_path):
 
     alone = Trainer(replace(config, out=tmp_path / "alone"), quiet=True)
     settings = LoaderConfig(20, 32, train=False)
-    batches = list(build_loader(scan_image_folder(config.data.train), settings, "torch"))
+    batches = list(build_loader(scan_images(config.data.train), settings, "torch"))
     masks = torch.cat([alone.method.select(batch.images, batch.labels) for batch in batches])
     assert masks.any(1).all()
     masks[~ranks[0]["known"]] = False

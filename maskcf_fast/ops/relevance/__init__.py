@@ -69,7 +69,7 @@ def attention_relevance(
     scale = d**-0.5 if scale is None else float(scale)
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale must be finite, got {scale}")
-    run = implementation(__name__, impl, q.device, (q.device.type, q.dtype, d), dtype=q.dtype)
+    run = implementation(__name__, impl, q.device, (q.dtype, d), dtype=q.dtype)
     q, k, v, grad_out, relevance = (x.detach() for x in (q, k, v, grad_out, relevance.to(wide)))
     if run is reference:  # the kernels widen what they read, tile by tile
         q, k, v, grad_out = (x.to(wide) for x in (q, k, v, grad_out))

@@ -279,7 +279,8 @@ def reachable(
 
 
 def lacks(
-    device: str,
+    impl: str,
+    device: torch.device,
     dtype: torch.dtype,
     width: int,  # d
 ) -> str | None:
@@ -362,6 +363,6 @@ def attention_relevance(
     scale: float,
 ) -> Tensor:  # [N, T]
     """``r + r A`` with ``A = mean over heads of max(0, P * dP)``, ``P = softmax(q kT)``, ``dP = dO vT``."""
-    if reason := lacks(q.device.type, q.dtype, q.shape[3]):
+    if reason := lacks("triton", q.device, q.dtype, q.shape[3]):
         raise RuntimeError(f"attention_relevance cannot run with impl='triton': {reason}")
     return relevance_op(q, k, v, grad_out, relevance.float(), scale)

@@ -1,22 +1,18 @@
-"""The benchmark of the ops, at a tiny size: its figures are counted here another way."""
+"""The benchmark of the ops, at a tiny size."""
 
 import dataclasses
-import importlib
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks
-ops, cases, measure, report, baselines = (
-    importlib.import_module(f"benchmarks.{name}") for name in ("ops", "cases", "measure", "ops_report", "baselines")
-)
+from benchmarks import baselines, cases, measure, ops, tables, tune
+from maskcf_fast.ops import tuning
+
 CPU = torch.device("cpu")
 # Images of 32×32 pixels, 16 patches, 17 tokens of 4 heads, 96 wide.
-TINY = {"device": "cpu", "sizes": ("tiny",), "batches": (4,), "compiled": False}
+TINY = {"device": "cpu", "sizes": ("tiny",), "batches": (4,), "compiled": False, "minutes": 1}
 BYTES = {
     ("counterfactual_refill", "threshold, float32"): 4 * (2 * 3 * 32 * 32 * 4 + 16 * 4 + 8 + 16),
     ("counterfactual_refill", "threshold, uint8"): 4 * (2 * 3 * 32 * 32 + 16 * 4 + 8 + 16),
@@ -28,21 +24,16 @@ BYTES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "ROUNDS", (3, 4))
-        patch.setitem(measure.SAMPLE_SECONDS, "cpu", 1e-4)
-        patch.setattr(measure, "copy_bandwidth", partial(measure.copy_bandwidth, total=1 << 20, seconds=0.01))
-        yield
-
-
 @pytest.fixture(scope="module")
-def results(_quick):
-    return ops.measure(ops.Config(**TINY, minutes=1))
+def results():
+    return ops.measure(ops.Config(**TINY))
 
 
-def test_every_case_has_a_row_whose_results_are_right(results):
+def measured(**settings):
+    return ops.measure(ops.Config(**TINY | {"ops": ("select_patches",)} | settings))
+
+
+def test_every_case_has_a_row_whose_results_and_figures_are_right(results):
     rows = results["rows"]
     assert [(row["op"], row["case"]) for row in rows] == list(cases.CASES)
     for row in rows:
@@ -50,38 +41,23 @@ def test_every_case_has_a_row_whose_results_are_right(results):
         assert variants[row["auto"]]["check"] == variants["reference"]["check"] == variants["eager"]["check"] == "ok"
         assert ("paper" in variants) == ("refill" in row["op"])
         assert "tensors on cuda" in variants["cuda"]["unavailable"]
-
-
-def test_figures_agree_with_each_other(results):
-    for row in results["rows"]:
         assert 3 <= row["rounds"] <= 4
-        for found in row["variants"].values():
+        assert row["moved_bytes"] == BYTES.get((row["op"], row["case"]), row["moved_bytes"])
+        for found in variants.values():
             if "ms" in found:
                 assert found["gb_s"] * found["ms"] * 1e6 == pytest.approx(row["moved_bytes"])
                 assert found["peak_bytes"] is None or 0 <= found["peak_bytes"] < 20e6
 
 
-@pytest.mark.parametrize("key", BYTES)
-def test_bytes_that_must_move(results, key):
-    (row,) = (row for row in results["rows"] if (row["op"], row["case"]) == key)
-    assert row["moved_bytes"] == BYTES[key]
-
-
 def test_json_and_markdown(results):
     loaded = json.loads(json.dumps(results))
-    assert loaded.keys() == {"environment", "settings", "copy_gb_s", "rows", "targets", "seconds"}
-    assert {"device", "threads", "versions", "command"} <= loaded["environment"].keys()
-    text = report.to_markdown(loaded)
-    assert text == report.to_markdown(results)
+    text = ops.to_markdown(loaded)
+    assert text == ops.to_markdown(results)
     for op, case in cases.CASES:
         section = text.split(f"## `{op}`: {case}\n")[1].split("##")[0]
         assert len([line for line in section.splitlines() if line.startswith("| tiny")]) >= 3
     assert f"torch {torch.__version__}" in text
     assert "- triton of select_patches, refill_patches, counterfactual_refill, patchify" in text
-
-
-def measured(**settings):
-    return ops.measure(ops.Config(**TINY | {"ops": ("select_patches",), "minutes": 1} | settings))
 
 
 def test_a_wrong_variant_is_failed_and_has_no_figures(monkeypatch):
@@ -92,12 +68,11 @@ def test_a_wrong_variant_is_failed_and_has_no_figures(monkeypatch):
     assert wrong["variants"]["eager"]["check"].startswith("FAILED: result 0 differs in ")
     assert "eager" not in wrong["variants"]["reference"]["times_as_fast"]
     assert "eager" in right["variants"]["reference"]["times_as_fast"]
-    (line,) = (line for line in report.to_markdown(results).splitlines() if "FAILED" in line)
+    (line,) = (line for line in ops.to_markdown(results).splitlines() if "FAILED" in line)
     assert [cell.strip() for cell in line.split("|")[1:4]] == ["tiny", "4", "eager"]
-    assert not any(cell.strip() for cell in line.split("|")[5:])
 
 
-def test_a_wrong_implementation_reaches_no_target(monkeypatch):
+def test_a_broken_implementation_reaches_no_target(monkeypatch):
     made = cases.make_case("counterfactual_refill", "threshold, float32", "tiny", 4, CPU)
 
     def broken(images, cam, donors, *, threshold, impl):
@@ -108,15 +83,10 @@ def test_a_wrong_implementation_reaches_no_target(monkeypatch):
     broken.__module__ = made.package
     monkeypatch.setattr(ops, "resolve", lambda *_: "cpu")
     monkeypatch.setattr(ops, "why_not", lambda op, impl, *_: None if impl in ("cpu", "reference") else "not here")
-    case = dataclasses.replace(made, op=partial(broken, **made.op.keywords))
-    row = ops.measure_case(case, CPU, 1.0, compiled=False)
+    row = ops.measure_case(dataclasses.replace(made, op=partial(broken, **made.op.keywords)), CPU, 1.0, compiled=False)
     assert row["variants"]["cpu"] == {"check": "FAILED: RuntimeError: no such kernel"}
-    (target,) = (
-        t
-        for t in report.targets([{"op": "counterfactual_refill", "size": "tiny", "batch": 4} | row], "cpu")
-        if "5 ×" in t["target"]
-    )
-    assert (target["state"], target["measured"]) == ("missed", "FAILED at tiny, N=4")
+    found = ops.targets([{"op": "counterfactual_refill", "size": "tiny", "batch": 4} | row], "cpu")[1]
+    assert (found["state"], found["measured"]) == ("missed", "FAILED at tiny, N=4")
 
 
 def test_compare():
@@ -126,7 +96,7 @@ def test_compare():
         assert ops.compare((one, wrong), (one, one), (0.0, tolerance)).startswith("FAILED: result 1 ")
 
 
-def test_a_compiler_that_fails_is_told(monkeypatch):
+def test_what_cannot_be_had_is_told(monkeypatch):
     def compiler(function, dynamic):
         def call(*_):
             raise RuntimeError("no C++ compiler")
@@ -136,16 +106,10 @@ def test_a_compiler_that_fails_is_told(monkeypatch):
     monkeypatch.setattr(torch, "compile", compiler)
     results = measured(compiled=True)
     assert results["rows"][0]["variants"]["compiled"] == {"unavailable": "RuntimeError: no C++ compiler"}
-    assert "- torch.compile of select_patches (threshold, tiny, N=4)" in report.to_markdown(results)
-
-
-def test_what_does_not_fit_the_time_is_named():
+    assert "- torch.compile of select_patches (threshold, tiny, N=4)" in ops.to_markdown(results)
     results = measured(minutes=1e-9)
     assert all("minutes were over" in row["not_measured"] for row in results["rows"])
-    assert "- select_patches (threshold, tiny, N=4), select_patches (top-k" in report.to_markdown(results)
-
-
-def test_no_memory_for_the_maps(monkeypatch):
+    assert "- select_patches (threshold, tiny, N=4), select_patches (top-k" in ops.to_markdown(results)
     monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
     (row,) = measured(ops=("attention_relevance",))["rows"]
     assert row["variants"]["eager"] == row["variants"]["reference"]
@@ -159,10 +123,6 @@ def test_maps_too_large_for_a_cpu_take_fewer_images(monkeypatch):
     assert row["moved_bytes"] == BYTES["attention_relevance", "one layer"] // 2
 
 
-def figures(**changes):
-    return {"ms": 1.0, "copy_share": 0.95, "times_as_fast": {"paper": 6.0, "eager": 2.0}, "peak_bytes": 10} | changes
-
-
 @pytest.mark.parametrize(
     ("changes", "states"),
     [
@@ -172,17 +132,21 @@ def figures(**changes):
     ],
 )
 def test_targets(changes, states):
-    def row(op, size, n, best):
-        variants = {"cuda": best, "eager": {"peak_bytes": 100}}
+    good = {"ms": 1.0, "copy_share": 0.95, "times_as_fast": {"paper": 6.0, "eager": 2.0}, "peak_bytes": 10}
+
+    def row(op, size, n, changes):
+        variants = {"cuda": good | changes, "eager": {"peak_bytes": 100}}
         return {"op": op, "size": size, "batch": n, "dtype": "float32", "auto": "cuda", "variants": variants}
 
     two = ("counterfactual_refill", "attention_relevance")
-    rows = [row(op, "ViT-L/14", 1024, figures(**changes)) for op in two]
-    rows += [row(op, "ViT-L/14@336", 1024, figures()) for op in two]  # every size counts
-    rows.append(row(two[0], "ViT-L/14", 64, figures(copy_share=0.1)))  # smaller batches do not, for the refill
-    assert [t["state"] for t in report.targets(rows, "cuda")] == states.split()
-    assert report.targets(rows, "cpu")[0]["state"] == "not measured"
-    assert {t["state"] for t in report.targets([], "cuda")} == {"not measured"}
+    rows = [row(op, "ViT-L/14", 1024, changes) for op in two]
+    rows += [row(op, "ViT-L/14@336", 1024, {}) for op in two]  # every size counts
+    rows.append(row(two[0], "ViT-L/14", 64, {"copy_share": 0.1}))  # smaller batches do not, for the refill
+    assert [t["state"] for t in ops.targets(rows, "cuda")] == states.split()
+    assert ops.targets(rows, "cpu")[0]["state"] == "not measured"
+    assert {t["state"] for t in ops.targets([], "cuda")} == {"not measured"}
+    assert tables.target("", [("a", 1.3), ("b", 1.1)], 1.2)["state"] == "missed"
+    assert tables.target("", [("a", 0.2)], 0.33, most=True)["state"] == "met"
 
 
 @pytest.mark.skipif(measure.peak_memory(lambda: None, CPU) is None, reason="the system has no resettable mark")
@@ -196,15 +160,24 @@ def test_peak_memory_counts_what_was_freed_and_only_once():
     assert 63 << 20 < min(measure.peak_memory(call, CPU) for _ in range(4)) < 72 << 20
 
 
-def test_rounds_take_turns():
+def test_rounds_take_turns_and_what_fails_keeps_its_times():
     order = []
     calls = {name: partial(order.append, name) for name in "ab"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(measure.SAMPLE_SECONDS, "cpu", 0.0)
         samples = measure.interleaved(calls, CPU, seconds=0, rounds=(3, 9))
-    assert "".join(order) == "ab" + 3 * "aabb"  # each is timed after a call of its own
-    assert [len(times) for times in samples.values()] == [3, 3]
-    assert measure.ratio([2.0, 30.0, 6.0], [1.0, 3.0, 2.0]) == 3.0  # of the ratios, not of the times
+        assert "".join(order) == "ab" + 3 * "aabb"  # each is timed after a call of its own
+        assert [len(times) for times in samples.values()] == [3, 3]
+
+        def full():
+            if len(order) > 20:
+                raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+        failed = {}
+        samples = measure.interleaved(calls | {"c": full}, CPU, seconds=0, rounds=(3, 9), failed=failed)
+    assert failed == {"c": "CUDA out of memory"}
+    assert [len(times) for times in samples.values()] == [3, 3, 1]
+    assert measure.ratio([2.0, 30.0, 6.0], [1.0, 3.0, 2.0, 5.0]) == 3.0  # of the ratios, not of the times
     assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
 
 
@@ -223,14 +196,50 @@ def test_bad_settings(changes, message):
         measured(**changes)
 
 
-def test_command(monkeypatch, tmp_path, capsys):
-    arguments = f"ops --device cpu --sizes tiny --batch 4 --ops select_patches --no-compile --out {tmp_path / 'x'}"
-    monkeypatch.setattr(sys, "argv", arguments.split())
-    ops.main()
-    found = json.loads((tmp_path / "x" / "ops.json").read_text())
-    assert len(found["rows"]) == 2
+def test_command(tmp_path, capsys):
+    ops.main(f"--device cpu --sizes tiny --batch 4 --ops select_patches --no-compile --out {tmp_path / 'x'}".split())
+    assert len(json.loads((tmp_path / "x" / "ops.json").read_text())["rows"]) == 2
     assert capsys.readouterr().out == (tmp_path / "x" / "ops.md").read_text() + "\n"
-    monkeypatch.setattr(sys, "argv", ["ops", "--batch", "1"])
-    with pytest.raises(SystemExit):
-        ops.main()
-    assert "another image" in capsys.readouterr().err
+    for wrong, message in ((["--batch", "1"], "another image"), (["--device", "cpu", "--choose"], "for a GPU")):
+        with pytest.raises(SystemExit):
+            ops.main([*wrong, "--out", str(tmp_path)])
+        assert message in capsys.readouterr().err
+
+
+def test_the_fastest_that_is_right_is_chosen(monkeypatch, tmp_path, capsys):
+    """Orders and tiles by the clock, and none of what differs from the reference."""
+    seconds = iter([3.0, 1.0, 2.0, 5.0])
+
+    def interleaved(calls, *_, **__):
+        return {name: [next(seconds)] for name in calls}
+
+    monkeypatch.setattr(measure, "interleaved", interleaved)
+    monkeypatch.setattr(tune, "CALLS", {("select", ()): (cases.select_threshold,)})
+    tune.run(ops.Config("cpu", ("tiny",), (4,)), tmp_path / "a", False, True, lambda line: None, anywhere=True)
+    (row,) = (r for r in json.loads((tmp_path / "a").read_text())["orders"] if r["op"] == "select")
+    assert (row["order"], row["capability"]) == (["reference", "cpu"], [0, 0])
+    assert row["why"].startswith("reference 1000 ms, cpu 3000 ms: tiny, N=4, torch ")
+    assert row["why"] in capsys.readouterr().out
+
+    seen = []
+
+    def time(makers, impl, *_):
+        seen.append(tuning.tiles("gather", CPU))
+        if len(seen) == 2:
+            raise RuntimeError("tiny: FAILED: result 0 differs")
+        return next(seconds)
+
+    monkeypatch.setattr(tune, "_time", time)
+    monkeypatch.setattr(tune, "KERNELS", [kernel for kernel in tune.KERNELS if kernel[0] == "gather"])
+    tune.run(ops.Config("cpu", ("tiny",), (4,)), tmp_path / "b", True, False, lambda line: None, anywhere=True)
+    assert seen == tune.KERNELS[0][3][: len(seen)]
+    (row,) = (r for r in json.loads((tmp_path / "b").read_text())["tiles"] if r["kernel"] == "gather")
+    assert row["tiles"] == tune.KERNELS[0][3][0]
+
+
+def test_every_kernel_has_a_sweep_of_at_most_five_that_begins_with_its_present_tiles():
+    table = {(row["kernel"], json.dumps(row["for"])): row["tiles"] for row in tuning.table()["tiles"]}
+    assert {kernel for kernel, *_ in tune.KERNELS} == {kernel for kernel, _ in table}
+    for kernel, what, _, configurations in tune.KERNELS:
+        assert configurations[0] == table[kernel, json.dumps(what)]
+        assert 2 <= len(configurations) <= 5
