@@ -32,7 +32,7 @@ class Case:
     grad_out: Tensor | None = None  # of the result: the gradient of the first argument is computed as well
     by_image: bool = False  # images do not meet: the reference may take a few at a time
     written_out: int = 0  # bytes that plain PyTorch takes on the way
-    limits: tuple[Any, ...] = ()  # what an implementation may be limited in, as its ``lacks`` takes it
+    limits: tuple[Any, ...] = ()  # what an implementation may be limited in, as `why_not` takes it
 
     @property
     def package(self) -> str:
@@ -161,7 +161,7 @@ def relevance(
         (1e-5 if dtype == torch.float32 else 5e-2,),  # the maps are in that dtype
         by_image=True,
         written_out=5 * n * heads * t * t * 4,
-        limits=(device.type, dtype, d),
+        limits=(dtype, d),
     )
 
 

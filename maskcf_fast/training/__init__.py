@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from .settings import TrainConfig
     from .trainer import Trainer, TrainingDiverged
 
-need("PIL", "tqdm", "yaml")
-
 __all__ = ["TrainConfig", "Trainer", "TrainingDiverged"]
 
 
@@ -20,4 +18,5 @@ def __getattr__(name: str) -> Any:
     """Import at the first use: `speed` serves without the trainer, and so without what the trainer needs."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    need("PIL", "tqdm", "yaml")
     return getattr(import_module(".settings" if name == "TrainConfig" else ".trainer", __name__), name)

@@ -151,6 +151,16 @@ def test_a_wrong_step_is_failed_and_has_no_speed_up(measured, monkeypatch):
     assert "FAILED" in page.readme_section(failed)
 
 
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_every_method_is_the_papers_function_in_every_precision(device):
+    methods = (*workload.STRATEGIES, "FT", "FD")
+    variants = [workload.Variant(name, precision=precision) for name in methods for precision in ("fp32", "bf16")]
+    found = check.against_paper(preset("tiny"), torch.device(device), variants)
+    assert {str(variant): status for variant, status in found.items() if status != "ok"} == {}
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     """Graphs and a compiler, as a rehearsal has them."""

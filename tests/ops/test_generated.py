@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import cases
 import pytest
@@ -18,7 +19,7 @@ import maskcf_fast as mf
 generated = settings(
     derandomize=True,
     deadline=None,
-    max_examples=15 if INTERPRETED else 60,
+    max_examples=int(os.environ.get("MASKCF_TEST_EXAMPLES", 15 if INTERPRETED else 60)),
     suppress_health_check=[
         HealthCheck.too_slow,
         HealthCheck.data_too_large,

@@ -4,8 +4,20 @@ import importlib
 
 import pytest
 
+from maskcf_fast.ops import tuning
+
 pytest.importorskip("triton")
-compile_report = importlib.import_module("benchmarks.compile_report")
+compile_report, tune = (importlib.import_module(f"benchmarks.{name}") for name in ("compile_report", "tune"))
+# A call for each kernel that `benchmarks.ops --sweep` times, and the kernel that the tiles are for.
+SWEPT = {
+    "select": "select threshold p16@224",
+    "refill": "refill fused threshold p14@224 float32 nchw",
+    "patchify": "patchify p16@224 bfloat16",
+    "gather": "gather single 768 bfloat16",
+    "gather backward": "gather backward single 768 bfloat16",
+    "relevance of one query": "relevance d64 bfloat16 one query",
+    "relevance": "relevance d64 {}",
+}
 
 
 @pytest.mark.parametrize("target", list(compile_report.TARGETS))
@@ -28,3 +40,22 @@ def test_no_spills_and_wide_accesses(op, target):
             assert found.load == found.store == 16, (name, found)
         if kernel == "maskcf_relevance" and target != "gfx942":
             assert found.load == 16, (name, found)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "what", "tiles"),
+    [(kernel, what, tiles) for kernel, what, _, tried in tune.KERNELS for tiles in tried[1:]],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
+def test_what_a_sweep_tries_reaches_the_kernel_and_compiles_without_spills(kernel, what, tiles, monkeypatch):
+    monkeypatch.setattr(tuning, "tiles", tune._instead_of(kernel, tiles))
+    call = compile_report.calls()[SWEPT[kernel].format("bfloat16" if what.get("half") else "float32")]
+    with compile_report.recorded() as launches:
+        call()
+    bounds = {"select": {}, "gather backward": {"BLOCK": min(tiles.get("BLOCK", 0), 1024)}}  # of a token, of a row
+    if kernel == "refill":  # of 14 pixels: units straddle two patches
+        bounds["refill"] = tiles | {"UNITS": tiles["UNITS"] // 2}
+    assert all(launch.options.items() >= bounds.get(kernel, tiles).items() for launch in launches)
+    for launch in launches:
+        found = compile_report.facts(launch.compile(target := compile_report.TARGETS["sm_90"]), target)
+        assert found.spills == 0, found

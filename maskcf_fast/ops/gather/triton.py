@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from .._triton import NAMESPACE, VECTOR_BYTES, alignment, as_words, on_device_of, power_of_two_in
-from ..tuning import tiles as tiles_of
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -103,7 +103,7 @@ def gather(
     row = d * tokens.element_size()
     unit = power_of_two_in(row, alignment(tokens), alignment(out), limit=VECTOR_BYTES)
     word = min(unit, 8)
-    options: dict[str, Any] = tiles_of("gather", tokens.device)
+    options: dict[str, Any] = tuning.tiles("gather", tokens.device)
     tiles = triton.cdiv(t * row // unit, options["UNITS"])
     if t * row // word >= 2**31:
         raise RuntimeError(f"impl='triton' takes images of less than 2**31 words of tokens, got {t * row // word}")
@@ -133,7 +133,7 @@ def gather_backward(
     grad_out = grad_out.contiguous()
     grad = torch.empty_like(grad_out)
     receivers, starts = receivers_of(donors)
-    most = tiles_of("gather backward", grad.device)
+    most = tuning.tiles("gather backward", grad.device)
     block = min(triton.next_power_of_2(d), most["BLOCK"])
     with on_device_of(grad_out):
         maskcf_gather_backward[(n * t, triton.cdiv(d, block))](

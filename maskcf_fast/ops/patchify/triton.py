@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from .._triton import NAMESPACE, on_device_of
-from ..tuning import tiles as tiles_of
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -88,7 +88,7 @@ def patchify_op(
     cols = w // patch_size
     num_patches = h // patch_size * cols
     rows = torch.empty(n, num_patches, c * patch_size**2, dtype=dtype, device=images.device)
-    options: dict[str, Any] = tiles_of("patchify", images.device)
+    options: dict[str, Any] = tuning.tiles("patchify", images.device)
     if rows[0].numel() >= 2**31 - options["BLOCK"]:
         raise RuntimeError(f"impl='triton' takes images of less than 2**31 values, got {rows[0].numel()}")
     tiles = triton.cdiv(rows[0].numel(), options["BLOCK"])

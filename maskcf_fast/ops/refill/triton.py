@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from .._triton import NAMESPACE, VECTOR_BYTES, alignment, as_words, bits_of, on_device_of, power_of_two_in
 from ..select.triton import is_selected, row_rule
-from ..tuning import tiles as tiles_of
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def launch(
     out = torch.empty_like(images)
     word, constants = geometry(images, out, grid)
     rows = (0, 2, 3, 1) if last else (0, 1, 2, 3)  # dimensions in the order of memory
-    options: dict[str, Any] = tiles_of("refill", images.device)
+    options: dict[str, Any] = tuning.tiles("refill", images.device)
     if cam is None:
         options["STEPS"] = 1  # there is no selection to find
     if constants["SEGMENT"] % constants["VEC"] != 0:

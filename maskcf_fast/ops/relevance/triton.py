@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from .._triton import NAMESPACE, VECTOR_BYTES, on_device_of, power_of_two_in
-from ..tuning import tiles as tiles_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 128  # of a head
@@ -312,9 +312,9 @@ def relevance_op(
     unit = power_of_two_in(*(s for row in strides for s in row), limit=VECTOR_BYTES // q.element_size())
     shape = {"D": d, "BLOCK_D": max(16, triton.next_power_of_2(d)), "UNIT": unit}
     if tq == 1:
-        tiles = tiles_of("relevance of one query", q.device)
+        tiles = tuning.tiles("relevance of one query", q.device)
     else:
-        tiles = tiles_of("relevance", q.device, half=q.dtype != torch.float32, width=shape["BLOCK_D"])
+        tiles = tuning.tiles("relevance", q.device, half=q.dtype != torch.float32, width=shape["BLOCK_D"])
     key_blocks = triton.cdiv(t, tiles["BLOCK_K"])
     splits = splits or head_splits(n * key_blocks, h, q.device)
     maximum, weight = torch.empty(2, n, h, tq, dtype=torch.float32, device=q.device)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from .._triton import NAMESPACE, bits_of, on_device_of
-from ..tuning import tiles as tiles_of
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def select(
     n, num_patches = cam.shape
     mask = torch.empty(n, num_patches, dtype=torch.bool, device=cam.device)
     block = triton.next_power_of_2(num_patches)
-    most = tiles_of("select", cam.device)
+    most = tuning.tiles("select", cam.device)
     with on_device_of(cam):
         maskcf_select[(n,)](
             cam.contiguous(),
