@@ -38,11 +38,9 @@ def train(config: TrainConfig) -> int:
     if config.data.train is None:
         raise UserError("--data.train DIR is missing (with no arguments at all, the embedded demo runs)")
     processes = Processes.start(config.device)
-    try:
+    with processes.reporting():
         trainer = Trainer(config, processes)
         accuracy = trainer.run()
-    finally:
-        processes.stop()
     if processes.main:
         for name, value in accuracy.items():
             print(f"{name}: {value:.2f} %")

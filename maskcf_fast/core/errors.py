@@ -19,6 +19,22 @@ class MissingLibraryError(ModuleNotFoundError, UserError):
     """A library that only a part of the package needs is not installed; the text has the command that installs it."""
 
 
+class ReportedError(UserError):
+    """An error that another process of the run has told the user of already."""
+
+
+class Stopped(Exception):
+    """A run ended where a signal asked it to, and can be continued.
+
+    Attributes:
+        code: What the process exits with: 75 (EX_TEMPFAIL: run the same again) or, after Ctrl-C, 130.
+    """
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 def report_errors(command: Callable[[], int], interrupted: str = "interrupted") -> int:
     """Run a command; an error that a user can mend becomes one message and exit code 1.
 
@@ -35,8 +51,13 @@ def report_errors(command: Callable[[], int], interrupted: str = "interrupted") 
     except (UserError, OSError, ImportError) as error:
         if os.environ.get("MASKCF_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, ReportedError):
+            print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        if text := str(stopped):
+            print(text, file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

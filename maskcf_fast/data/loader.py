@@ -131,6 +131,9 @@ class Loader(Protocol):
             ValueError: The state was taken under other settings, from other images or by another backend.
         """
 
+    def close(self) -> None:
+        """End what reads ahead: worker processes and batches. Iterating again goes on from the position."""
+
 
 # (epoch, indices of images): what a loader is to yield next.
 Indices = tuple[int, list[int]]
@@ -200,6 +203,9 @@ class EpochLoader(ABC):
             raise UserError(f"this loader cannot continue from the saved state, because of another {detail}")
         self._epoch, self._batch = state["epoch"], state["batch"]
         self._batches = None
+
+    def close(self) -> None:
+        self._batches = None  # nobody else has it: it is closed
 
     def decoded(self, batches: Iterable[Indices]) -> Iterator[Decoded]:
         """`decode`, whose errors become a `LoadingError` that names the images."""

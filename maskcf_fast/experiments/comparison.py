@@ -16,6 +16,7 @@ from ..core.files import atomic_write
 from ..core.processes import Processes
 from ..data import Manifest
 from ..evaluation import Reader, Results, Spec, Suite
+from ..training.folder import AUTO
 from ..training.settings import ModelConfig, TrainConfig, changed_settings
 from ..training.trainer import Trainer
 
@@ -30,10 +31,7 @@ class Result(NamedTuple):
 
 def train(config: TrainConfig, processes: Processes, title: str) -> tuple[dict[str, float], float]:
     """Train, or continue what was interrupted: final accuracy by test set, and images per second."""
-    assert config.out is not None
-    if (config.out / "last.pt").exists():
-        config = dataclasses.replace(config, resume=config.out)
-    trainer = Trainer(config, processes, quiet=True, title=title)
+    trainer = Trainer(dataclasses.replace(config, resume=AUTO), processes, quiet=True, title=title)
     return trainer.run(), trainer.images_per_second
 
 

@@ -13,7 +13,9 @@ import torch
 
 from ..core.errors import UserError
 from ..core.processes import Processes
+from ..core.tensors import fingerprint
 from ..data import Loader, LoaderConfig, Manifest, build_loader, scan_images
+from ..evaluation.benchmark import Benchmark
 from ..methods import METHODS, Method, registry
 from ..models import (
     HEADS,
@@ -84,6 +86,38 @@ def _architecture(config: ModelConfig) -> tuple[VisionTransformerConfig, State |
             f"{config.weights} is of another architecture than --model.arch {config.arch}: {', '.join(differing)}"
         )
     return wanted, None
+
+
+def initial_model(
+    config: TrainConfig, classes: Sequence[str], processes: Processes, divided: bool
+) -> tuple[ImageClassifier, State | None, str]:
+    """The classifier that a run starts from, its weights where they are apart from it, and their fingerprint.
+
+    If it is to be divided among the processes, it lies on the meta device, and the main process has its weights, on the
+    CPU.
+
+    Raises:
+        As `build_model`.
+    """
+
+    def build() -> ImageClassifier:
+        return build_model(config.model, len(classes), config.seed, classes)
+
+    if not divided:
+        model = build()
+        return model, None, fingerprint(model)
+    weights: State | None = None
+
+    def look() -> tuple[VisionTransformerConfig, str]:
+        nonlocal weights
+        model = build()
+        weights = model.state_dict()
+        return model.backbone.config, fingerprint(model)
+
+    architecture, started = processes.on_main(look)
+    with torch.device("meta"):
+        head = HEADS[config.model.head_kind](architecture.feature_dim, len(classes))
+        return ImageClassifier(VisionTransformer(architecture), head), weights, started
 
 
 def _load_head(config: ModelConfig, head: CosineClassifier | LinearClassifier, classes: Sequence[str] | None) -> None:
@@ -159,6 +193,9 @@ def build_optimizer(
             what the schedule writes.
     """
     trained = [p for p in method.parameters() if p.requires_grad]
+    warmup = config.warmup
+    if warmup * total_steps == 1:  # a rise of one step: torch divides by its length less one
+        warmup -= 1e-9
     optimizer = torch.optim.AdamW(
         trained,
         lr=config.lr if captured_on is None else torch.tensor(config.lr, device=captured_on),
@@ -171,7 +208,7 @@ def build_optimizer(
         optimizer,
         config.lr,
         total_steps=total_steps,
-        pct_start=config.warmup,
+        pct_start=warmup,
         cycle_momentum=config.cycle_beta1,
     )
     return optimizer, schedule
@@ -182,24 +219,32 @@ def scan(config: DataConfig, processes: Processes) -> tuple[Manifest, dict[str, 
 
     The main process looks first and remembers what it found; the others read that.
     """
+    options: dict[str, Any] = {"on_bad_image": config.on_bad_image, "verify": config.verify, "progress": processes.main}
+    found: dict[str, Manifest] = {}
+
+    def look() -> None:
+        assert config.train is not None
+        for name, folder in {"train": config.train, **named_test_sets(config)}.items():
+            found[name] = scan_images(folder, **options)
+            found["train"].require_same_classes(found[name])
+
+    processes.on_main(look)
     if not processes.main:
-        processes.barrier()
-    options: dict[str, Any] = {"on_bad_image": config.on_bad_image, "verify": config.verify}
-    assert config.train is not None
-    train = scan_images(config.train, progress=processes.main, **options)
-    tests = {}
-    for name, folder in named_test_sets(config).items():
-        tests[name] = scan_images(folder, progress=processes.main, **options)
-        train.require_same_classes(tests[name])
-    if processes.main:
-        processes.barrier()
+        look()
+    train = found.pop("train")
     if config.holdout:
         try:
             train, held_out = train.holdout(config.holdout, seed=0)
         except ValueError as error:
             raise UserError(f"{error}: lower --data.holdout (0 holds out none)") from error
-        tests = {"holdout": held_out, **tests}
-    return train, tests
+        found = {"holdout": held_out, **found}
+    return train, found
+
+
+def as_benchmark(name: str, images: Manifest) -> Benchmark:
+    """A test set of the training's own classes."""
+    n = len(images.classes)
+    return Benchmark(name, "folder", images, torch.eye(n, dtype=torch.bool), torch.ones(n, dtype=torch.bool))
 
 
 def named_test_sets(config: DataConfig) -> dict[str, Path]:

@@ -1,40 +1,259 @@
-"""Files that hold a run's state: written whole or not at all, and read without executing code."""
+"""Checkpoints: folders of a run's state, each complete or none, read without executing code.
+
+``checkpoints/step-N/state.json`` holds what is plain, and which file has which rows of each tensor; it is written last.
+A tensor that is divided among the processes is written by all of them, each its rows; every process then reads the rows
+that it needs, under whatever number of processes. All files carry a digest.
+"""
 
 from __future__ import annotations
 
-import io
-import pickle
+import base64
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.files import atomic_write, explained
+from ..core.processes import Processes
+from ..core.tensors import NAMES, DamagedFile, check_digest, load_json, save_json, save_tensors
+from .sharding import local_rows
+
+STATE = "state.json"
+VERSION = 1
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state``; on any failure the file that was there before stays.
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, the newest first."""
+    found = [path.parent for path in (run / "checkpoints").glob(f"step-*/{STATE}")]
+    return sorted((path for path in found if path.name[5:].isdecimal()), key=lambda path: -int(path.name[5:]))
+
+
+def save_checkpoint(
+    run: Path, step: int, values: dict[str, Any], tensors: Mapping[str, Tensor], processes: Processes, keep: int
+) -> None:
+    """Write a checkpoint and remove all but the newest ``keep``. All processes call this alike.
+
+    Args:
+        run: The run's folder, which all processes see.
+        step: What it is called by; one of the same step is replaced.
+        values: Plain values, and bytes.
+        tensors: By name, whole or divided.
+        processes: The processes of the run.
+        keep: How many to keep.
 
     Raises:
-        OSError: It could not be written (disk full, no permission), with the path and the remedy.
+        OSError: It could not be written (disk full, no permission); those before it stay.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with explained(path, buffer.tell()):
-        atomic_write(path, buffer.getvalue())
+    folder = run / "checkpoints" / f"step-{step}"
 
+    def begin() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        return secrets.token_hex(4)  # of the files' names: those of a checkpoint to be replaced stay until then
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+    token = processes.on_main(begin)
+    file = folder / f"{processes.rank:05d}-{token}.safetensors"
+    rows = {name: local_rows(tensor) for name, tensor in tensors.items()}
+    # What is whole in all processes, the main one writes.
+    mine = {name: local for name, (local, start) in rows.items() if (processes.main if start is None else len(local))}
 
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not a complete checkpoint.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: the run stopped before it wrote one; start it again")
+    def write() -> tuple[str, dict[str, tuple[int, int]]]:
+        save_tensors(file, mine)
+        return file.name, {name: (start := rows[name][1] or 0, start + _length(mine[name])) for name in mine}
+
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint ({error}): start the run again elsewhere") from error
+        parts = processes.together(write if mine else lambda: (file.name, {}))
+        processes.on_main(lambda: _commit(folder, values, tensors, parts))
+    except (UserError, OSError):
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        raise
+    if processes.main:
+        kept = {part for part, names in parts if names} | {STATE}
+        for path in folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+        remove_old(run, keep)
+
+
+def _commit(
+    folder: Path, values: dict[str, Any], tensors: Mapping[str, Tensor], parts: list[tuple[str, dict[str, Any]]]
+) -> None:
+    if lacking := [part for part, names in parts if names and not (folder / part).is_file()]:
+        raise UserError(f"{folder} is not the same folder for all machines, it lacks {lacking[0]}: use a shared --out")
+    index: dict[str, Any] = {
+        name: {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "rows": []}
+        for name, tensor in tensors.items()
+    }
+    for part, names in parts:
+        for name, (start, stop) in names.items():
+            index[name]["rows"].append([part, start, stop])
+    save_json(folder / STATE, {"version": VERSION, **_to_json(values), "tensors": index})
+
+
+def update_checkpoint(run: Path, step: int, values: dict[str, Any], processes: Processes) -> None:
+    """Replace the plain values of a checkpoint, whose tensors are still the run's."""
+    path = run / "checkpoints" / f"step-{step}" / STATE
+    processes.on_main(lambda: save_json(path, {**load_json(path), **_to_json(values)}))
+
+
+def remove_old(run: Path, keep: int) -> None:
+    """Remove what is older than the newest ``keep`` checkpoints, and what was never finished."""
+    kept = checkpoints(run)[:keep]
+    for folder in (run / "checkpoints").glob("*"):
+        if folder not in kept:
+            with suppress(FileNotFoundError):
+                (folder / STATE).unlink()  # first, so that no reader takes the rest for complete
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        folder: Where it lies.
+        values: The plain values.
+        index: Of each tensor, its dtype, its shape, and which file has which of its rows.
+    """
+
+    folder: Path
+    values: dict[str, Any]
+    index: dict[str, dict[str, Any]]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A tensor, or some of its rows, on the CPU.
+
+        Raises:
+            UserError: There is none of this name, or not all of it.
+        """
+        from safetensors import safe_open
+
+        if name not in self.index:
+            raise self.error(f"lacks {name}")
+        shape = self.index[name]["shape"]
+        stop = (shape[0] if shape else 1) if stop is None else stop
+        pieces = []
+        for part, first, last in sorted(self.index[name]["rows"], key=lambda row: row[1]):
+            low, high = max(start, first), min(stop, last)
+            if low < high or (start == stop == first == last):
+                with safe_open(self.folder / part, "pt") as file:
+                    pieces.append(file.get_slice(name)[low - first : high - first] if shape else file.get_tensor(name))
+        if sum(map(_length, pieces)) != stop - start:
+            raise self.error(f"does not hold all of {name}")
+        if not pieces:
+            return torch.empty([0, *shape[1:]])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Read a tensor into ``target``, which may be divided among the processes: then only the rows of this one.
+
+        Raises:
+            UserError: It is of another shape or dtype, or not finite.
+        """
+        said = self.index.get(name)
+        wanted = {"dtype": NAMES[target.dtype], "shape": list(target.shape)}
+        if said is None or any(said[key] != value for key, value in wanted.items()):
+            found = "nothing" if said is None else f"{said['dtype']} {said['shape']}"
+            raise self.error(f"is of another model: {name} is {found}, not {wanted['dtype']} {wanted['shape']}")
+        local, start = local_rows(target)
+        value = self.read(name, start or 0, (start or 0) + _length(local))
+        if value.is_floating_point() and not value.isfinite().all():
+            raise self.error(f"holds NaN or infinity in {name}")
+        with torch.no_grad():
+            local.copy_(value)
+
+    def value(self, name: str, check: Callable[[Any], bool], what: str) -> Any:
+        """A plain value, if it is what it should be."""
+        found = self.values.get(name)
+        if not check(found):
+            raise self.error(f"is damaged, {name} must be {what}, got {str(found)[:60]}")
+        return found
+
+    def error(self, what: str) -> UserError:
+        """An error that names the checkpoint, and what to do."""
+        return UserError(f"{self.folder} {what}: remove it to continue from the one before, or begin in another --out")
+
+
+def read_checkpoint(folder: Path, part: tuple[int, int] = (0, 1)) -> Checkpoint:
+    """Open a checkpoint.
+
+    Args:
+        folder: Where it lies.
+        part: ``(i, n)``: check the digest of every n-th file, from the i-th.
+
+    Raises:
+        UserError: It is damaged, or of another version.
+    """
+    try:
+        values: dict[str, Any] = load_json(folder / STATE)
+        if values.pop("version", None) != VERSION:
+            raise UserError(f"{folder} was written by another version of this package")
+        index = values.pop("tensors")
+        files = sorted({row[0] for tensor in index.values() for row in tensor["rows"]})
+        for name in files[part[0] :: part[1]]:
+            check_digest(folder / name)
+        return Checkpoint(folder, _from_json(values), index)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFile(str(error) if isinstance(error, UserError | OSError) else f"{folder}: {error!r}") from error
+
+
+def load_checkpoint(
+    run: Path, processes: Processes = ALONE, say: Callable[[str], None] = lambda text: None
+) -> Checkpoint:
+    """The newest checkpoint of a run that is whole.
+
+    Args:
+        run: The run's folder.
+        processes: Those of the run, which share the work of checking it.
+        say: Is told of those that are not.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: All are damaged.
+    """
+    found = processes.on_main(lambda: checkpoints(run))
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {run}: the run stopped before it wrote one; start it again")
+    problems: list[str] = []
+    for folder in found:
+        opened: Checkpoint | None = None
+        problem: str | None = None
+        try:
+            opened = read_checkpoint(folder, (processes.rank, processes.world_size))
+        except UserError as error:
+            problem = str(error)
+        worst = next((text for text in processes.gather(problem) if text is not None), None)
+        if worst is None:
+            assert opened is not None
+            if problems:
+                say(f"{problems[-1]}; continuing from the checkpoint before it, {folder}")
+            return opened
+        problems.append(worst)
+    raise UserError(f"no checkpoint in {run} is whole: {'; '.join(problems)}. Start the run again with another --out")
+
+
+def _length(tensor: Tensor) -> int:
+    return len(tensor) if tensor.ndim else 1
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    return {"base64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"base64"}:
+            return base64.b64decode(value["base64"])
+        return {key: _from_json(item) for key, item in value.items()}
+    return [_from_json(item) for item in value] if isinstance(value, list) else value

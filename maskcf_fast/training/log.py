@@ -23,24 +23,31 @@ class RunLog:
 
     Args:
         folder: The run's folder, made if missing.
-        step: Drop what was logged after this step, by default everything: a resumed run writes it again.
+        step: Drop what was logged after this step: a resumed run writes it again.
+        evaluated: Whether the accuracy after this step stays, too.
     """
 
-    def __init__(self, folder: Path, step: int = -1) -> None:
+    def __init__(self, folder: Path, step: int = 0, evaluated: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            atomic_write(path, "".join(line + "\n" for line in lines).encode())
+        kept = _lines_until(path, step, evaluated) if path.exists() else []
+        atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", buffering=1)
-        self._board = _board(folder / "tensorboard", purge_step=step + 1 if step >= 0 else None)
+        self._board = _board(folder / "tensorboard", purge_step=step + evaluated)
+        for line in kept:
+            if line["step"] == step and not evaluated:
+                self._add_scalars(line)
 
     def write(self, step: int, **values: Any) -> None:
         """One line, and a TensorBoard scalar for every number in it."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if self._board is not None and isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        line = {"step": step, **values}
+        self._file.write(json.dumps(line) + "\n")
+        self._add_scalars(line)
+
+    def _add_scalars(self, line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            if self._board is not None and name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, line["step"])
 
     def picture(self, step: int, name: str, pixels: Tensor) -> None:
         """A picture for TensorBoard, uint8 ``[H, W, 3]``."""
@@ -54,7 +61,7 @@ class RunLog:
             self._board.close()
 
 
-def _board(folder: Path, purge_step: int | None) -> Any:
+def _board(folder: Path, purge_step: int) -> Any:
     """TensorBoard's writer; None where it is not installed, which costs a run its pictures only."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -64,12 +71,24 @@ def _board(folder: Path, purge_step: int | None) -> Any:
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
-def _step_of(line: str) -> float:
-    """The step of a logged line; a line cut off by a crash counts as one to drop."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _lines_until(path: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` up to a step; one that cannot be read is dropped, and named unless it is the last.
+
+    A crash may cut the last one off. What is odd before it, the disk has done, and it is no reason not to go on.
+    """
+    raw = path.read_bytes().splitlines()
+    kept = []
+    for number, text in enumerate(raw, start=1):
+        try:
+            line = json.loads(text)
+            at = line["step"]
+            accuracy = any(name.startswith("accuracy/") for name in line)
+            if type(at) is int and (at < step or (at == step and (evaluated or not accuracy))):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if number < len(raw):
+                print(f"{path}: line {number} cannot be read and is dropped")
+    return kept
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

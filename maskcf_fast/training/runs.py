@@ -15,7 +15,7 @@ from ..evaluation.classes import classes_of_run
 from ..methods import interpolate
 from ..models import ImageClassifier
 from .build import build_model
-from .checkpoint import load_checkpoint
+from .checkpoint import checkpoints, load_checkpoint
 from .settings import TrainConfig, parse
 
 MOST_ALPHAS = 1000  # more are taken for a slip
@@ -56,13 +56,12 @@ class Run:
             raise FileNotFoundError(
                 f"{error}: put back the weights that {self.folder} started from, as its config.yaml says, or {WITHOUT}"
             ) from error
-        if (checkpoint := self.folder / "last.pt").is_file():
-            started = load_checkpoint(checkpoint).get("initial")
-            if started != fingerprint(model):
-                source = self.config.model.weights or self.config.model.name
-                raise UserError(
-                    f"{source} no longer holds the weights that {self.folder} started from: restore them, or {WITHOUT}"
-                )
+        started = checkpoints(self.folder) and load_checkpoint(self.folder).values.get("initial")
+        if started and started != fingerprint(model):
+            source = self.config.model.weights or self.config.model.name
+            raise UserError(
+                f"{source} no longer holds the weights that {self.folder} started from: restore them, or {WITHOUT}"
+            )
         return model
 
     def _build(self, config: TrainConfig) -> ImageClassifier:

@@ -7,7 +7,7 @@ both are checked by one parser and later arguments win.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -151,7 +151,8 @@ class TrainConfig:
     out: Path | None = None
     """Folder of the run; runs/<method> by default. It must not hold another run."""
     resume: Path | None = None
-    """Folder of an interrupted run to continue exactly, with its own settings."""
+    """Folder of an interrupted run to continue exactly, with its own settings. "auto": the run in --out is continued if
+    it has a checkpoint, else begun, so that one command serves for both."""
     seed: int = 0
     """Of the order of the images, the donors and random masks, and random weights."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -170,7 +171,14 @@ class TrainConfig:
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; each epoch also ends with one. 0: at the ends of epochs only."""
+    """Steps between checkpoints; each epoch also ends with one. 0: none are counted."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which the next step makes a checkpoint. 0: never."""
+    keep: int = 2
+    """Checkpoints to keep: if the newest is found damaged, the run continues from the one before."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """Where loss or gradient is not finite: stop, or leave the step out (20 at most). Either way the batch's images are
+    written down."""
     eval_every: int = 1
     """Epochs between evaluations; the start and the end are always evaluated. 0: these only."""
 
@@ -188,6 +196,7 @@ class TrainConfig:
             "optim.clip": self.optim.clip,
             "method.cam_every": self.method.cam_every,
             "log_every": self.log_every,
+            "keep": self.keep,
         }
         for name, value in positive.items():
             if not 0 < value < float("inf"):
@@ -198,6 +207,7 @@ class TrainConfig:
             "method.weight": self.method.weight or 0,
             "optim.weight_decay": self.optim.weight_decay or 0,
             "checkpoint_every": self.checkpoint_every,
+            "checkpoint_minutes": self.checkpoint_minutes,
             "eval_every": self.eval_every,
             "seed": self.seed,
         }
@@ -264,8 +274,15 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def changed_settings(config: TrainConfig, path: Path) -> list[str]:
-    """What differs from the settings in a run's ``config.yaml``, of all that decides the result.
+# The images are told by their fingerprint, not by where they lie. The rest changes no weight.
+FREE = {
+    "out", "resume", "data.train", "data.id", "data.ood", "data.threads", "data.cache", "log_every", "checkpoint_every",
+    "checkpoint_minutes", "keep", "on_nan", "compile", "cuda_graph", "parallel", "recompute"
+}  # fmt: skip
+
+
+def changed_settings(config: TrainConfig, path: Path, free: Collection[str] = ()) -> list[str]:
+    """What differs from the settings in a run's ``config.yaml``, of all that decides the result, less ``free``.
 
     Raises:
         OSError, ValueError: The file cannot be read, or holds no settings.
@@ -281,11 +298,10 @@ def changed_settings(config: TrainConfig, path: Path) -> list[str]:
     # A run of an earlier version lacks the settings that came later: it ran with their defaults.
     default = flat(yaml.safe_load(to_yaml(TrainConfig())))
     new, old = flat(yaml.safe_load(to_yaml(config))), default | flat(_read_settings(path))
-    free = ("out", "resume", "data.threads", "data.cache", "log_every", "compile", "cuda_graph", "recompute")
     return [
         f"--{name.replace('_', '-')} (was {old.get(name)}, is {new.get(name)})"
         for name in {**new, **old}
-        if name not in free and old.get(name) != new.get(name)
+        if name not in FREE.union(free) and old.get(name) != new.get(name)
     ]
 
 
@@ -360,7 +376,7 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str = "python -m mask
             raise UserError("--config needs the name of a preset or a YAML file")
         source = find_yaml(own[at + 1])
         del own[at : at + 2]
-    if "--resume" in own and own.index("--resume") + 1 < len(own):
+    if "--resume" in own and own[own.index("--resume") + 1 :][:1] not in ([], ["auto"]):
         if source is not None or "--out" in own:
             raise UserError(
                 "--resume DIR continues a run with its own settings in its own folder: no --config, no --out"

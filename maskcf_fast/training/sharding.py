@@ -1,26 +1,28 @@
 """Parameters divided among the processes (PyTorch's FSDP2), for models that do not fit on one device.
 
 A block's parameters are put together when it runs, and its gradients are averaged and divided again behind it.
-Every process must therefore run a model equally often.
+Every process must therefore run a model equally often. No device ever holds a whole model: the method is built on the
+meta device, divided there, and filled tensor by tensor.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
 from ..core.processes import Processes
+from ..core.tensors import save_tensors
 from ..methods import Method
 from ..models import ImageClassifier, VisionTransformer
 
 
 def shard(method: Method, processes: Processes) -> None:
-    """Divide the parameters of all of the method's models, in place."""
+    """Divide the parameters of all of the method's models, in place; they may lie on the meta device."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -39,39 +41,56 @@ def shard(method: Method, processes: Processes) -> None:
             fully_shard(module.head, mesh=mesh)
 
 
-def whole(state: Any) -> Any:
-    """A state with every divided tensor put together; all processes call this alike. Others stay as they are."""
-    return tree_map(lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x, state)
+@torch.no_grad()
+def fill(method: Method, weights: Mapping[str, Tensor] | None, processes: Processes) -> None:
+    """Give a divided method that lies on the meta device its memory, and its models the initial weights.
 
-
-def divided(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, divided as ``like`` is."""
-    if not hasattr(like, "full_tensor"):
-        return tensor
+    Args:
+        method: Its teacher, if any, is a classifier or a backbone.
+        weights: Those of the classifier, on the CPU of the main process; None in the others.
+        processes: Those that share the parameters.
+    """
     from torch.distributed.tensor import distribute_tensor
 
-    spec = cast(Any, like)
-    return distribute_tensor(tensor.to(like.device), spec.device_mesh, spec.placements)
+    method.to_empty(device=processes.device)
+    models: list[Mapping[str, Tensor]] = [method.student.state_dict()]
+    if method.teacher is not None:
+        prefix = "" if isinstance(method.teacher, ImageClassifier) else "backbone."
+        models.append({prefix + name: tensor for name, tensor in method.teacher.state_dict().items()})
+    for name in models[0]:
+        own: Any = models[0][name]
+        whole = torch.empty(own.shape, dtype=own.dtype, device=processes.device)
+        if weights is not None:
+            whole.copy_(weights[name])
+        part = distribute_tensor(whole, own.device_mesh, own.placements).to_local()
+        for model in models:
+            if name in model:
+                local_rows(model[name])[0].copy_(part)
 
 
-def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """``model.load_state_dict`` of whole tensors."""
-    model.load_state_dict({name: divided(state[name], own) for name, own in model.state_dict().items()})
+def full(tensor: Any) -> Tensor:
+    """A divided tensor put together, which all processes call alike; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict`` of whole tensors; whether a graph captures it stays as it is."""
-    own = [{name: group[name] for name in ("lr", "capturable")} for group in optimizer.param_groups]
-    parameters: Iterable[Tensor] = (p for group in optimizer.param_groups for p in group["params"])
-    moments = {
-        index: {
-            name: divided(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
-            for name, value in state["state"].get(index, {}).items()
-        }
-        for index, p in enumerate(parameters)
-    }
-    optimizer.load_state_dict({**state, "state": {index: values for index, values in moments.items() if values}})
-    for group, kept in zip(optimizer.param_groups, own, strict=True):
-        rate = float(group["lr"])
-        group |= kept
-        group["lr"] = kept["lr"].fill_(rate) if isinstance(kept["lr"], Tensor) else rate
+def local_rows(tensor: Any) -> tuple[Tensor, int | None]:
+    """This process's rows of a divided tensor, and the number of the first; of a whole one all of them, and None."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, None
+    chunk = -(-tensor.shape[0] // tensor.device_mesh.size())  # as torch.chunk divides
+    return tensor.to_local(), min(tensor.device_mesh.get_local_rank() * chunk, tensor.shape[0])
+
+
+def save_full(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str], processes: Processes) -> None:
+    """Write a model, put together tensor by tensor; all processes call this alike. Errors as `save_tensors`."""
+    left = list(state.values())
+
+    def write() -> None:
+        try:
+            if processes.main:
+                save_tensors(path, state, metadata, read=lambda _: full(left.pop(0)))
+        finally:
+            for tensor in left:  # every process takes part in every exchange, also where writing has failed
+                full(tensor)
+
+    processes.together(write)

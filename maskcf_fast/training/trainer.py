@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..core.errors import UserError
+from ..core.errors import Stopped, UserError
 from ..core.processes import Processes
-from ..core.tensors import fingerprint, save_tensors
+from ..core.signals import StopRequest
 from ..data import Batch
+from ..evaluation.measure import measure
 from ..methods import CounterfactualDistiller
 from ..visualization.board import board_images, rows_for_board
-from .build import build_loaders, build_method, build_model, build_optimizer, describe, scan
-from .checkpoint import load_checkpoint, save_checkpoint
+from .build import as_benchmark, build_loaders, build_method, build_optimizer, describe, initial_model, scan
+from .checkpoint import Checkpoint, checkpoints, load_checkpoint, save_checkpoint, update_checkpoint
 from .distributed import average_gradients, broadcast_state
-from .evaluate import evaluate
+from .finite import NOT_FINITE, FiniteWatch
+from .folder import AUTO, Lock, clean, prepare
 from .log import RunLog, write_run_files
 from .mask_memory import NO_GRAPH, MaskMemory
 from .settings import TrainConfig, changed_settings
-from .sharding import load_model_state, load_optimizer_state, shard, whole
+from .sharding import fill, full, save_full, shard
 from .speed import BETA1_MOVES, Backward, Graphed, GraphedBackward, compile_pointwise, why_no_graph
 
 
@@ -33,28 +37,21 @@ class TrainingDiverged(UserError):
     """The loss or its gradient is no longer finite."""
 
 
-STATE = {
-    "step", "best", "accuracy", "initial", "student", "optimizer", "schedule", "sums", "loaders", "generators"
-}  # fmt: skip
-STARTED = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard"}  # before the first checkpoint
-
-
-def refuse_occupied(folder: Path) -> None:
-    """Raise unless a run may be written to ``folder``: new, empty, or left by a run that never came to a checkpoint."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file: choose another --out")
-    if (folder / "last.pt").exists():
-        raise UserError(f"{folder} already holds a run: --resume {folder}, or choose another --out")
-    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - STARTED)):
-        raise UserError(f"--out {folder} holds other files ({', '.join(others[:3])}): choose an empty or new folder")
+CHECKPOINT, STOP = 1, 2  # what a process may ask for after a step: to save, or (with a signal's number added) to end
+MOST_SKIPPED = 20  # steps of a run that --on-nan skip leaves out; more is no accident
+AFTER_DIVERGENCE = ("optim.lr", "optim.clip", "method.weight")  # what a run that diverged may be continued with
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Trainer:
     """One run: fine-tunes, evaluates, logs, and writes checkpoints that it can continue from exactly.
 
     The folder of the run holds ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``tensorboard/``,
-    ``last.pt`` (to resume from), ``best.safetensors`` (the epoch that was best on the held-out images, else on
-    the in-distribution test set) and, at the end, ``model.safetensors``.
+    ``checkpoints/`` (the newest to resume from), ``best.safetensors`` (the epoch that was best on the held-out images,
+    else on the in-distribution test set) and, at the end, ``model.safetensors``.
+
+    Under another number of processes, a run continues with the same images in the same order, in batches of the same
+    size; what is drawn for each image (donors, random masks, DALI's augmentation) differs.
 
     Args:
         config: The settings; ``data.train`` and ``model.weights`` are given.
@@ -64,7 +61,7 @@ class Trainer:
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: Settings, data or weights that do not fit together,
-            a folder that already holds a run, or a checkpoint that is not of this run.
+            a folder that already holds a run or is in use, or a checkpoint that is not of this run.
     """
 
     def __init__(
@@ -72,27 +69,37 @@ class Trainer:
     ) -> None:
         config.validate()
         self.processes = processes or Processes.start(config.device)
-        self.folder = config.resume or config.out or Path("runs") / config.method.name
-        self.config = dataclasses.replace(config, out=self.folder, resume=None)
+        own = config.resume if config.resume != AUTO else None
+        self.folder = folder = own or config.out or Path("runs") / config.method.name
+        self.config = dataclasses.replace(config, out=folder, resume=None)
         self.quiet = quiet or not self.processes.main
         self.title = title
-        if config.resume is None:
-            refuse_occupied(self.folder)
-        if config.resume is not None and (changed := changed_settings(self.config, self.folder / "config.yaml")):
-            raise UserError(f"{self.folder} continues with its own settings only; changed: {', '.join(changed)}")
+        resumed = self.processes.on_main(lambda: prepare(folder, config.resume))
+        if resumed:
+            free = AFTER_DIVERGENCE if (folder / NOT_FINITE).exists() else ()
+            if changed := changed_settings(self.config, folder / "config.yaml", free):
+                raise UserError(f"{folder} continues with its own settings only; changed: {', '.join(changed)}")
 
-        train, tests = scan(config.data, self.processes)
+        try:
+            train, tests = scan(config.data, self.processes)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            moved = f"; if the images have moved: --resume {folder} --data.train NEW (--data.id, --data.ood)"
+            raise type(error)(f"{error}{moved if resumed else ''}") from error
         self._report_data(train, tests)
-        model = build_model(config.model, len(train.classes), config.seed, train.classes)
+        self.sharded = self.processes.world_size > 1 and config.parallel == "fsdp"
+        model, weights, self.initial = initial_model(config, train.classes, self.processes, self.sharded)
         config.check_fits(model.backbone.config, config.model.name or config.model.arch)
         self.metadata = describe(model, train.classes)
-        self.initial = fingerprint(model)
         image_size = model.backbone.config.image_size
         self.loader, self.tests = build_loaders(self.config, train, tests, image_size, self.processes)
+        self.benchmarks = {name: as_benchmark(name, manifest) for name, manifest in tests.items()}
+        self.images = {name: manifest.fingerprint for name, manifest in {"train": train, **tests}.items()}
         self.shown = board_images(next(iter(tests.values()), train), image_size)
 
         device = self.processes.device
-        self.method = build_method(config.method, model).to(device).train()
+        self.method = build_method(config.method, model).train()
+        if not self.sharded:
+            self.method.to(device)
         self.method.precision = config.precision
         model.backbone.recompute = config.recompute
         self.generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + self.processes.rank)
@@ -104,7 +111,6 @@ class Trainer:
         self.backward: Backward = self.method.backward
         if self.graphed:
             self.backward = GraphedBackward(self.method, self.generator)
-        self.sharded = self.processes.world_size > 1 and config.parallel == "fsdp"
         if self.sharded:
             for name, manifest in tests.items():
                 if len(manifest) < self.processes.world_size:
@@ -113,6 +119,8 @@ class Trainer:
                         f"test set {name} has {len(manifest)}"
                     )
             shard(self.method, self.processes)
+            fill(self.method, weights, self.processes)
+            del weights
         else:
             broadcast_state(self.method, self.processes)
         self.steps_per_epoch = -(-len(self.loader) // config.optim.accumulate)
@@ -124,40 +132,70 @@ class Trainer:
         self.update: Callable[[], Tensor] = Graphed(self._update, self.generator) if captured else self._update
 
         self.step = 0
-        self.best = float("-inf")
+        self.evaluated = -1  # the step after which the accuracy was measured last
+        self.skipped = 0
+        self.best: float | None = None
         self.accuracy: dict[str, float] = {}
         self.images_per_second = 0.0
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._sums = torch.zeros(3, device=device)  # loss, task, distill since the last line of the log
-        if config.resume is not None:
-            self._load(load_checkpoint(self.folder / "last.pt"))
+        self._finite = FiniteWatch(folder, train.paths, self.processes)
+        # Since the last line of the log: loss, task, distill, and of how many steps.
+        self._sums = torch.zeros(4, device=device)
+        self._last_images: list[Tensor] = []
+        self._signals = StopRequest()
+        self._signal = 0
+        self._ask = self.processes.vote()
+        self._saved = -1
+        self._last_save = time.monotonic()
+        self.processes.on_main(lambda: self._own(config.resume, resumed))
+        if resumed:
+            self._load(load_checkpoint(folder, self.processes, self._say))
         if self.processes.main:
-            write_run_files(self.folder, self.config, device)
-        self.log = RunLog(self.folder, self.step or -1) if self.processes.main else None
+            write_run_files(folder, self.config, device)
+        self.log = RunLog(folder, self.step, self.evaluated == self.step) if self.processes.main else None
+
+    def _own(self, resume: Path | None, resumed: bool) -> None:
+        """Take the folder for this process, and tidy it up."""
+        self._lock = Lock(self.folder)
+        if prepare(self.folder, resume) != resumed:
+            raise UserError(f"another process has just trained in {self.folder}: run the same command again")
+        clean(self.folder, self.config.keep if resumed else 0)
 
     def run(self) -> dict[str, float]:
-        """Train to the end; return the final accuracy in percent by test set."""
+        """Train to the end; return the final accuracy in percent by test set.
+
+        Raises:
+            Stopped: A signal asked for it; the last step is saved.
+            TrainingDiverged: Naming the step, and how to continue.
+            OSError, UserError: Something that a user can mend.
+        """
         try:
-            if self.step == 0:
-                self._save()
-                self._evaluate()
-            while self.step < self.total_steps:
-                self._train_epoch()
-                epoch = self.step // self.steps_per_epoch
-                every = self.config.eval_every
-                if self.step == self.total_steps or (every and epoch % every == 0):
-                    self._evaluate()
-                self._save()
-            student = whole(self.method.student.state_dict())
-            if self.processes.main:
-                save_tensors(self.folder / "model.safetensors", student, self.metadata)
-            return self.accuracy
+            with self._signals:
+                if self._saved < 0:
+                    self._save()
+                while True:
+                    if self._evaluation_is_due():
+                        self._evaluate()
+                        self._save()
+                    if self.step == self.total_steps:
+                        break
+                    if self._wishes() >= STOP:
+                        raise self._stopped()
+                    self._train_epoch()
+                    self._save()
+                save_full(
+                    self.folder / "model.safetensors", self.method.student.state_dict(), self.metadata, self.processes
+                )
+                return self.accuracy
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory() from error
         finally:
+            self.loader.close()
             if self.log is not None:
                 self.log.close()
+                self._lock.release()
 
     def _train_epoch(self) -> None:
-        """What is left of the current epoch. Reads accumulate, log_every and checkpoint_every."""
+        """What is left of the current epoch. Reads accumulate, log_every and when checkpoints are due."""
         config = self.config
         epoch, done = divmod(self.step, self.steps_per_epoch)
         if self.memory is not None and not done:
@@ -187,29 +225,64 @@ class Trainer:
                 micro = []
                 if self.step % config.log_every == 0 or not left:
                     self._write_log(images / (time.perf_counter() - started))
-                if left and config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                    self._save()
+                if left:  # the end of an epoch is saved in any case
+                    wishes = self._wishes()
+                    if wishes >= STOP:
+                        self.loader.close()  # its workers shall not outlive a grace period
+                        self._save()
+                        raise self._stopped()
+                    if wishes == CHECKPOINT:
+                        self._save()
         self.images_per_second = images / (time.perf_counter() - started)
+
+    def _wishes(self) -> int:
+        """What is to be done after this step, of which all processes get the same answer."""
+        wish, every, minutes = 0, self.config.checkpoint_every, self.config.checkpoint_minutes
+        if minutes and time.monotonic() - self._last_save > 60 * minutes:
+            wish = CHECKPOINT
+        if self._signals.received is not None:
+            wish = STOP + self._signals.received
+        answer = self._ask(wish)
+        self._signal = answer - STOP
+        return max(answer, CHECKPOINT if every and self.step % every == 0 else 0)
+
+    def _stopped(self) -> Stopped:
+        """The run ends here because of a signal, and is saved."""
+        name = signal.Signals(self._signal).name
+        text = (
+            f"stopped by {name} after step {self.step} of {self.total_steps}, which is saved: --resume {self.folder} "
+            "(or the same command with --resume auto) continues"
+        )
+        return Stopped(text if self.processes.main else "", 130 if self._signal == signal.SIGINT else 75)
 
     def _optimizer_step(self, micro: list[Batch]) -> None:
         """Gradients of the micro-batches, averaged; clip; update."""
         options: dict[str, Any] = {"scale": 1 / len(micro), "generator": self.generator}
+        values = torch.zeros(3, device=self.processes.device)
         for batch in micro:
             if self.memory is None:
                 out = self.backward(batch.images, batch.labels, **options)
             else:
                 out = self.memory.backward(batch, **options)
-            self._sums += torch.stack([out.loss, out.task, out.distill]) / len(micro)
+            values += torch.stack([out.loss, out.task, out.distill]) / len(micro)
         if not self.sharded:  # there, each backward pass has averaged its own
             average_gradients(self.method.parameters(), self.processes)
-        self._watch(out.loss + whole(self.update()))
+        checked = values[0] + full(self.update())
+        good = checked.isfinite()
+        self._sums += torch.where(good, torch.cat([values, torch.ones_like(values[:1])]), 0.0)
         self.step += 1
+        self._last_images = [batch.indices for batch in micro]
+        self._finite.add(self.step, self._last_images, checked)
         if self.step < self.total_steps:
             self.schedule.step()
 
     def _update(self) -> Tensor:
-        """Move weights and teacher, clear the gradients, and return what their norm was before it was clipped."""
+        """Move weights and teacher, clear the gradients, and return what their norm was before it was clipped.
+
+        Where that is not finite, AdamW leaves the weights and its moments as they are, without asking the host.
+        """
         norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip, foreach=True)
+        self.optimizer.found_inf = (~full(norm).isfinite()).to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.method.update_teacher()
         self.optimizer.zero_grad(set_to_none=not self.graphed)
@@ -233,35 +306,55 @@ class Trainer:
                 print(message)
         return graphed
 
-    def _watch(self, value: Tensor) -> None:
-        """Remember the first step that was not finite, without waiting for the device."""
-        bad = ~value.isfinite() & (self._bad_step < 0)
-        self._bad_step = torch.where(bad, self.step + 1, self._bad_step)
-
     def _check(self) -> None:
-        """Stop if any step since the start was not finite.
+        """Look at the steps since the last call: whether they were finite.
 
         Raises:
-            TrainingDiverged: Naming the step, and the checkpoint that is still good.
+            TrainingDiverged: One was not, or with ``on_nan`` "skip" too many were not.
         """
-        step = int(self._bad_step)
-        if step >= 0:
-            raise self._diverged(f"loss or gradient is NaN or infinite at step {step}")
+        bad = self._finite.check()
+        if not bad:
+            return
+        what = f"loss or gradient is NaN or infinite at step {bad[0]}"
+        if self.config.on_nan == "stop":
+            raise self._diverged(what)
+        self.skipped += len(bad)
+        self._say(f"{what}: it is left out; its images are in {self.folder / NOT_FINITE}")
+        if self.skipped > MOST_SKIPPED:
+            raise self._diverged(f"{what}, and at {self.skipped - 1} others")
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        good = self.folder / "last.pt"
-        kept = f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet"
+        config, saved = self.config, checkpoints(self.folder)
+        kept = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+        skip = ", or leave single bad batches out, --on-nan skip" if config.on_nan == "stop" else ""
         return TrainingDiverged(
-            f"{what} of {self.total_steps}; {kept}. Lower --optim.lr ({self.config.optim.lr:g}) or "
-            f"--method.weight ({self.method.weight:g})"
+            f"{what} of {self.total_steps}; {kept}; the batch's images are in {self.folder / NOT_FINITE}. Continue "
+            f"with a lower rate or weight, such as --resume {self.folder} --optim.lr {config.optim.lr / 3:.2g} (was "
+            f"{config.optim.lr:g}) or --method.weight {self.method.weight / 3:.2g}{skip}"
+        )
+
+    def _out_of_memory(self) -> UserError:
+        """What needs less memory, of what is not in use yet: the two options that help most."""
+        config = self.config
+        images = config.optim.batch_size // (self.processes.world_size * config.optim.accumulate)
+        side = self.method.student.backbone.config.image_size
+        options = [
+            (not config.recompute, "--recompute True (keeps each block's input only)"),
+            (images > 2, f"--optim.accumulate {2 * config.optim.accumulate} (half as many images at once)"),
+            (config.precision == "fp32", "--precision bf16"),
+            (config.data.cache == "device", "--data.cache disk"),
+            (self.processes.world_size > 1 and not self.sharded, "--parallel fsdp"),
+        ]
+        best = " and ".join([text for possible, text in options if possible][:2])
+        return UserError(
+            f"{self.processes.device} is out of memory with batches of {images} images of {side}×{side} pixels: try "
+            f"{best or 'a smaller model'}"
         )
 
     def _write_log(self, images_per_second: float) -> None:
         self._check()
-        every = self.config.log_every
-        steps = self.step % every or every
-        steps = min(steps, (self.step - 1) % self.steps_per_epoch + 1)
-        loss, task, distill = (self._sums / steps).tolist()
+        *sums, steps = self.processes.sum(self._sums.clone()).tolist()
+        loss, task, distill = (value / max(1, steps) for value in sums)
         self._sums.zero_()
         if self.log is not None:
             self.log.write(
@@ -274,11 +367,19 @@ class Trainer:
                 images_per_second=round(images_per_second, 1),
             )
 
+    def _evaluation_is_due(self) -> bool:
+        epoch, within = divmod(self.step, self.steps_per_epoch)
+        every = self.config.eval_every
+        scheduled = self.step in (0, self.total_steps) or (every > 0 and epoch % every == 0)
+        return not within and scheduled and self.evaluated != self.step
+
     def _evaluate(self) -> None:
         """Accuracy on every test set; keeps the best epoch's weights."""
         student = self.method.student
         self.accuracy = {
-            name: evaluate(student, loader, self.processes, self.config.precision)
+            name: measure(
+                student, self.benchmarks[name], self._until_stopped(loader), self.processes, self.config.precision
+            ).top1
             for name, loader in self.tests.items()
         }
         epoch = self.step // self.steps_per_epoch
@@ -288,89 +389,167 @@ class Trainer:
         if self.log is not None:
             self.log.write(self.step, **{f"accuracy/{name}": value for name, value in self.accuracy.items()})
         chosen = next((name for name in ("holdout", "id") if name in self.accuracy), None)
-        if chosen is not None and self.accuracy[chosen] > self.best:
+        if chosen is not None and (self.best is None or self.accuracy[chosen] > self.best):
             self.best = self.accuracy[chosen]
-            weights = whole(student.state_dict())
-            if self.processes.main:
-                save_tensors(self.folder / "best.safetensors", weights, self.metadata)
+            save_full(self.folder / "best.safetensors", student.state_dict(), self.metadata, self.processes)
         generator = torch.Generator().manual_seed(self.config.seed)
         images, labels = (x.to(self.processes.device) for x in self.shown)
         rows = rows_for_board(self.method, images, labels, generator)
         if self.log is not None:
             self.log.picture(self.step, "counterfactuals", rows)
+        self.evaluated = self.step
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; a process of its own need not go on with them when a signal comes, as all is saved."""
+        for batch in batches:
+            if self.processes.world_size == 1 and self._signals.received is not None:
+                self._signal = self._signals.received
+                raise self._stopped()
+            yield batch
 
     def _save(self) -> None:
-        """Write ``last.pt``, unless the run has diverged."""
+        """Write a checkpoint, unless the run has diverged."""
         self._check()
+        self._last_save = time.monotonic()
+        values = self._values()
+        if self._saved == self.step:  # the weights are there already
+            update_checkpoint(self.folder, self.step, values, self.processes)
+            return
         # An update may have ruined the weights although the loss before it was finite.
         size = torch.stack(torch._foreach_norm(list(self.method.student.parameters()))).sum()
-        if not whole(size).isfinite():
+        if not full(size).isfinite():
+            self._finite.record(self.step, self._last_images)
             raise self._diverged(f"the weights are NaN or infinite after step {self.step}")
-        states = self.processes.gather((self.loader.state_dict(), self.generator.get_state()))
-        student, optimizer = whole((self.method.student.state_dict(), self.optimizer.state_dict()))
         if self.memory is not None:
             self.memory.merge()  # each epoch ends with a checkpoint, and so with what all of them know
-        if self.processes.main:
-            state = {
-                "step": self.step,
-                "best": self.best,
-                "accuracy": self.accuracy,
-                "initial": self.initial,
-                "student": student,
-                "optimizer": optimizer,
-                "schedule": self.schedule.state_dict(),
-                "sums": self._sums,
-                "loaders": [loader for loader, _ in states],
-                "generators": [generator for _, generator in states],
-            }
-            if self.method.ema_decay and self.method.teacher is not None:
-                state["teacher"] = self.method.teacher.state_dict()
-            if self.memory is not None:
-                state["masks"] = self.memory.state_dict()
-            save_checkpoint(self.folder / "last.pt", state)
-        self.processes.barrier()
+        save_checkpoint(self.folder, self.step, values, self._tensors(), self.processes, self.config.keep)
+        self._saved = self.step
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _values(self) -> dict[str, Any]:
+        """What is plain of the run's state; gathered from all processes."""
+        mine = {
+            "loader": self.loader.state_dict(),
+            "generator": self.generator.get_state().numpy().tobytes(),
+            "sums": self._sums.tolist(),
+        }
+        return {
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "skipped": self.skipped,
+            "best": self.best,
+            "accuracy": self.accuracy,
+            "initial": self.initial,
+            "images": self.images,
+            "processes": self.processes.gather(mine),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the run's state, by name."""
+        tensors = {f"student.{name}": tensor for name, tensor in self.method.student.state_dict().items()}
+        if self.method.ema_decay and self.method.teacher is not None:
+            tensors |= {f"teacher.{name}": tensor for name, tensor in self.method.teacher.state_dict().items()}
+        if self.memory is not None:
+            tensors |= {f"masks.{name}": tensor for name, tensor in self.memory.state_dict().items()}
+        for name, parameter in self._trained():
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{moment}"] = value
+        return tensors
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.method.named_parameters() if p.requires_grad)
+
+    def _load(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of this run.
 
         Raises:
-            ValueError: It is of another model, other initial weights, other data or another number of processes.
+            ValueError: It is of another model, other initial weights or other images, or holds what no run does.
         """
-        where = self.folder / "last.pt"
-        if missing := STATE - (state.keys() if isinstance(state, dict) else set()):
-            raise UserError(f"{where} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
-        own = self.method.student.state_dict()
-        saved = {name: tensor.shape for name, tensor in state["student"].items()}
-        if differing := [n for n in {**own, **saved} if n not in own or n not in saved or own[n].shape != saved[n]]:
-            raise UserError(
-                f"{where} is of another architecture than {self.config.model.name or self.config.model.arch}: it "
-                f"differs in {', '.join(differing[:3])}{'…' if len(differing) > 3 else ''}"
-            )
-        if state["initial"] != self.initial:
-            raise UserError(
-                f"{where} started from other weights than {self.config.model.weights or self.config.model.name} now "
-                "holds: restore those"
-            )
-        if len(state["loaders"]) != self.processes.world_size:
-            raise UserError(
-                f"{where} was written by {len(state['loaders'])} process(es), now there are {self.processes.world_size}"
-            )
+        step = saved.value("step", lambda x: _is_count(x, self.total_steps), f"a step from 0 to {self.total_steps}")
+        self.evaluated = saved.value("evaluated", lambda x: x == -1 or _is_count(x, step), f"a step up to {step}")
+        self.skipped = saved.value("skipped", lambda x: _is_count(x, step), f"a number of steps up to {step}")
+        self.best = saved.value("best", lambda x: x is None or _is_share(x), "a percentage")
+        self.accuracy = saved.value(
+            "accuracy", lambda x: isinstance(x, dict) and all(map(_is_share, x.values())), "percentages by test set"
+        )
+        states = saved.value("processes", lambda x: isinstance(x, list) and len(x) > 0, "a list of states")
+        self._check_origin(saved)
+        tensors = self._tensors()  # before the first step there are no moments among them
+        for name, tensor in tensors.items():
+            if not name.startswith("masks."):
+                saved.fill(name, tensor)
+        if self.memory is not None:
+            try:
+                self.memory.load_state_dict({name: saved.read(f"masks.{name}") for name in self.memory.state_dict()})
+            except RuntimeError as error:
+                raise saved.error(f"is damaged ({error})") from error
+        self._load_moments(saved, step)
+        if step:
+            # One-cycle rates are a function of the step. At the last one, the schedule stays where it is.
+            self.schedule.last_epoch = min(step, self.total_steps - 1) - 1
+            self.schedule._step_count = step + 1
+            self.schedule.step()
+        rank, size = self.processes.rank, self.processes.world_size
         try:
-            load_model_state(self.method.student, state["student"])
-            if self.method.ema_decay and self.method.teacher is not None:
-                self.method.teacher.load_state_dict(state["teacher"])
-            if self.memory is not None:
-                self.memory.load_state_dict(state["masks"])
-            load_optimizer_state(self.optimizer, state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.generator.set_state(state["generators"][self.processes.rank])
-            self._sums.copy_(state["sums"])
-            loader = state["loaders"][self.processes.rank]
-            loader["settings"]
+            mine = states[rank if len(states) == size else 0]
+            loader = dict(mine["loader"])
+            sums = [state["sums"] for state in states]
+            if len(states) == size:
+                self.generator.set_state(torch.frombuffer(bytearray(mine["generator"]), dtype=torch.uint8))
+            else:
+                own = self.loader.state_dict()["settings"]
+                place = {name: own[name] for name in ("rank", "world_size", "batch_size")}
+                loader = {name: loader[name] for name in ("epoch", "batch")} | {
+                    "settings": {**loader["settings"], **place}
+                }
+                seed = np.random.SeedSequence([self.config.seed, rank, step]).generate_state(1, np.uint64)
+                self.generator.manual_seed(int(seed[0]) >> 1)
+                sums = [[sum(column) / size for column in zip(*sums, strict=True)]] * size
+            self._sums.copy_(torch.tensor(sums[rank]))
+            self.loader.load_state_dict(loader)
         except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{where} is damaged ({error!r}): start the run again elsewhere") from error
-        self.loader.load_state_dict(loader)
-        self.step, self.best, self.accuracy = state["step"], state["best"], state["accuracy"]
+            raise saved.error(f"is damaged, in its state of the processes ({error!r})") from error
+        self.step = self._saved = step
+
+    def _check_origin(self, saved: Checkpoint) -> None:
+        """Raise unless the run started from what is here now, and on the images that are here."""
+        config = self.config
+        initial = saved.value("initial", lambda x: isinstance(x, str), "a fingerprint")
+        own = {name: list(x.shape) for name, x in self._tensors().items() if name.startswith("student.")}
+        theirs = {name: x["shape"] for name, x in saved.index.items() if name.startswith("student.")}
+        if differing := [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]:
+            raise saved.error(
+                f"is of another architecture than {config.model.name or config.model.arch}: it differs in "
+                f"{', '.join(differing[:3])}{'…' if len(differing) > 3 else ''}"
+            )
+        if initial != self.initial:
+            source = config.model.weights or config.model.name
+            raise UserError(f"{saved.folder} started from other weights than {source} now holds: restore those")
+        images = saved.value("images", lambda x: isinstance(x, dict), "fingerprints of the images")
+        if others := [name for name in {**images, **self.images} if images.get(name) != self.images.get(name)]:
+            raise UserError(
+                f"{self.folder} was run on other images than those here now: {', '.join(others)}; put those back, or "
+                "start with another --out"
+            )
+
+    def _load_moments(self, saved: Checkpoint, step: int) -> None:
+        """AdamW's state: of all parameters, or of none where no step was taken."""
+        known = [name for name, _ in self._trained() if f"optimizer.{name}.step" in saved.index]
+        if step > self.skipped and not known:
+            raise saved.error("lacks the optimiser's state")
+        for name, parameter in self._trained():
+            if name not in known:
+                continue
+            state = {"step": torch.zeros((), device=self.processes.device)}
+            state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS[1:]}
+            for moment, value in state.items():
+                saved.fill(f"optimizer.{name}.{moment}", value)
+            if not 0 <= float(state["step"]) <= step:
+                raise saved.error(f"is damaged, {name} had {float(state['step'])} updates in {step} steps")
+            self.optimizer.state[parameter] = state
+
+    def _say(self, text: str) -> None:
+        if self.processes.main:
+            tqdm.write(text)
 
     def _report_data(self, train: Any, tests: dict[str, Any]) -> None:
         if self.quiet:
@@ -381,3 +560,11 @@ class Trainer:
                 print(f"  skipped {len(manifest.skipped)} bad file(s):")
                 for path, reason in manifest.skipped[:20]:
                     print(f"    {path}: {reason}")
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 100

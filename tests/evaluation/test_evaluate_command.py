@@ -78,7 +78,7 @@ def test_a_run_with_its_wise_ft_curve(runs, call, tmp_path):
     assert f"| ft | 0 | {logged(run, 0)['id']:.2f} | {logged(run, 0)['ood']:.2f} |" in table
     assert (tmp_path / "out" / "tradeoff.png").read_bytes()[:4] == b"\x89PNG"
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "last.pt", "best.safetensors",
+        "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "best.safetensors",
         "model.safetensors",
     }  # fmt: skip
 

@@ -56,7 +56,7 @@ def test_runs_are_reused_and_derived_rows_agree(line, tmp_path):
     assert main([*line, *chosen, "--seeds", "0"]) == 0
     out = tmp_path / "table"
     results = json.loads((out / "table.json").read_text())
-    started = load_checkpoint(out / "lp-ft-seed0" / "last.pt")["initial"]
+    started = load_checkpoint(out / "lp-ft-seed0").values["initial"]
     assert started == fingerprint(read_run(out / "lp-seed0").tuned()) != fingerprint(read_run(out / "ft-seed0").tuned())
     found = {row["method"]: row["accuracy"] for row in results["rows"]}
     assert found["wise-ft α 0"] == found["zero-shot"]

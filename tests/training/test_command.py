@@ -105,7 +105,7 @@ def test_a_run_from_the_command_line_and_its_resumption(config, capsys):
     assert str(config.out) in out
     names = {p.name for p in config.out.iterdir()}
     assert names == {
-        "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "last.pt", "best.safetensors",
+        "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "best.safetensors",
         "model.safetensors",
     }  # fmt: skip
     assert yaml.safe_load((config.out / "config.yaml").read_text())["method"]["weight"] == 1.0
@@ -117,7 +117,7 @@ def test_a_run_from_the_command_line_and_its_resumption(config, capsys):
 def test_divergence_is_reported(config, capsys):
     assert main(arguments(config, optim=replace(config.optim, lr=1e30))) == 1
     error = capsys.readouterr().err
-    assert re.search(r"NaN or infinite at step \d+ of 10; the last good checkpoint is .*last.pt", error)
+    assert re.search(r"NaN or infinite at step \d+ of 10; the last good checkpoint is .*step-0", error)
     assert "--optim.lr" in error
 
 

@@ -2,17 +2,20 @@ import errno
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved import rewrite, tensors, values
 
 from maskcf_fast.methods import PAPER_CUTS, MaskStrategy
 from maskcf_fast.training import Trainer, TrainingDiverged
-from maskcf_fast.training import checkpoint as checkpoint_module
 from maskcf_fast.training import trainer as trainer_module
 from maskcf_fast.training.build import build_method
+from maskcf_fast.training.checkpoint import ALONE, save_checkpoint
 from maskcf_fast.training.settings import MethodConfig
 
 METHODS = [{"name": n} for n in ("ft", "lp", "fd", "kd")] + [{"strategy": name} for name in PAPER_CUTS]
@@ -162,12 +165,11 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(change, monk
 
     monkeypatch.setattr(trainer, "_optimizer_step", poison)
     with pytest.raises(
-        TrainingDiverged, match=r"NaN or infinite at step 3 of 10; the last good checkpoint is .*last.pt"
+        TrainingDiverged, match=r"NaN or infinite at step 3 of 10; the last good checkpoint is .*step-2"
     ):
         trainer.run()
-    state = checkpoint_module.load_checkpoint(trainer.folder / "last.pt")
-    assert state["step"] == 2
-    assert all(t.isfinite().all() for t in state["student"].values())
+    assert values(trainer.folder)["step"] == 2
+    assert all(t.isfinite().all() for t in tensors(trainer.folder).values())
 
 
 def test_full_disk_keeps_the_old_checkpoint(change, monkeypatch):
@@ -180,10 +182,10 @@ def test_full_disk_keeps_the_old_checkpoint(change, monkeypatch):
         real(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"cannot write .*last.pt .*No space left on device; the one before is intact"):
+    with pytest.raises(OSError, match=r"cannot write .*step-4/.*safetensors .*No space left on device"):
         trainer.run()
-    assert checkpoint_module.load_checkpoint(trainer.folder / "last.pt")["step"] == 2
-    assert not [path for path in trainer.folder.iterdir() if path.name.startswith(".")], "a half-written file is left"
+    assert values(trainer.folder)["step"] == 2
+    assert not list(trainer.folder.rglob(".*")), "a half-written file is left"
 
 
 def test_refuses_what_is_not_this_run(change, weights, tmp_path):
@@ -193,27 +195,13 @@ def test_refuses_what_is_not_this_run(change, weights, tmp_path):
         Trainer(config, quiet=True)
 
     resume = replace(config, resume=config.out)
-    path = config.out / "last.pt"
-    good = path.read_bytes()
-    path.write_bytes(good[: len(good) // 2])
-    with pytest.raises(ValueError, match=r"last.pt is damaged or no checkpoint"):
-        Trainer(resume, quiet=True)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"last.pt is damaged or no checkpoint"):
-        Trainer(resume, quiet=True)
-    path.write_bytes(good)
-
-    state = checkpoint_module.load_checkpoint(path)
-    checkpoint_module.save_checkpoint(path, state | {"student": {"x": torch.zeros(1)}})
-    with pytest.raises(ValueError, match="another architecture than tiny"):
-        Trainer(resume, quiet=True)
-    checkpoint_module.save_checkpoint(path, state | {"initial": "0"})
+    started = values(config.out)["initial"]
+    rewrite(config.out, lambda v: v | {"initial": "0"})
     with pytest.raises(ValueError, match="started from other weights"):
         Trainer(resume, quiet=True)
-    checkpoint_module.save_checkpoint(path, state | {"loaders": state["loaders"] * 2})
-    with pytest.raises(ValueError, match=r"written by 2 process\(es\), now there are 1"):
+    rewrite(config.out, lambda v: v | {"initial": started, "images": v["images"] | {"id": "0"}})
+    with pytest.raises(ValueError, match=r"other images than those here now: id; put those back"):
         Trainer(resume, quiet=True)
-    path.write_bytes(good)
     with pytest.raises(ValueError, match="seed"):
         Trainer(replace(resume, seed=5), quiet=True)
 
@@ -223,7 +211,7 @@ def test_batch_of_one_cannot_be_refilled(change, fill):
     config = change(method={"strategy": f"object-{fill}"}, optim={"batch_size": 1})
     with pytest.raises(ValueError, match="needs a micro-batch of at least 2 images, got 1"):
         Trainer(config, quiet=True)
-    assert not (config.out / "last.pt").exists()
+    assert not config.out.exists()
 
 
 def test_ruined_weights_are_not_saved(change, monkeypatch):
@@ -232,7 +220,7 @@ def test_ruined_weights_are_not_saved(change, monkeypatch):
     trainer = Trainer(config, quiet=True)
     with pytest.raises(TrainingDiverged, match=r"weights are NaN or infinite after step 1 of 1; the last good"):
         trainer.run()
-    assert checkpoint_module.load_checkpoint(config.out / "last.pt")["step"] == 0
+    assert values(config.out)["step"] == 0
     assert not (config.out / "model.safetensors").exists()
 
 
@@ -250,7 +238,7 @@ def test_out_never_overwrites(change, weights, image_folders, tmp_path):
         Trainer(change(out=own / "model.safetensors"), quiet=True)
     config = change(optim={"epochs": 1})
     Trainer(config, quiet=True).run()
-    (config.out / "last.pt").unlink()
+    shutil.rmtree(config.out / "checkpoints")
     with pytest.raises(ValueError, match="holds other files"):
         Trainer(config, quiet=True)
 
@@ -281,40 +269,56 @@ def total_norm(trainer):
 
 def test_best_is_the_best_epoch_not_the_last(change, monkeypatch):
     accuracies = iter([10.0, 50.0, 50.0, 30.0])
-    monkeypatch.setattr(trainer_module, "evaluate", lambda *_: next(accuracies))
+    monkeypatch.setattr(trainer_module, "measure", lambda *_: SimpleNamespace(top1=next(accuracies)))
     config = change(optim={"epochs": 3})
     config = replace(config, data=replace(config.data, ood=()))
     trainer = Trainer(config, quiet=True)
     seen = {}
-    real = trainer_module.save_tensors
-
-    def spy(path, state, metadata=None):
-        seen.setdefault(path.name, []).append(trainer.step)
-        real(path, state)
-
-    monkeypatch.setattr(trainer_module, "save_tensors", spy)
+    monkeypatch.setattr(
+        trainer_module, "save_full", lambda path, *_: seen.setdefault(path.name, []).append(trainer.step)
+    )
     trainer.run()
     assert seen == {"best.safetensors": [0, 5], "model.safetensors": [15]}
-    assert checkpoint_module.load_checkpoint(config.out / "last.pt")["best"] == 50.0
+    assert values(config.out)["best"] == 50.0
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda s: {k: v for k, v in s.items() if k != "optimizer"},
-        lambda s: s | {"optimizer": {}},
-        lambda s: s | {"loaders": [{}]},
-        lambda s: s["sums"],
-    ],
-    ids=["no optimiser", "empty optimiser", "empty loader", "a tensor"],
-)
-def test_checkpoints_with_parts_missing(change, spoil):
+BAD_VALUES = {
+    "step": [10**9, -1, True, "5", None], "evaluated": [11, 0.5], "skipped": [-1, 99], "best": [101, "x"],
+    "accuracy": [None, {"id": -1}], "initial": [None], "images": [7], "processes": [None, [], [{}], [{"loader": {}}]],
+}  # fmt: skip
+BAD_TENSORS = {
+    "another architecture than tiny": lambda t: {"student.x": torch.zeros(1)},
+    "lacks the optimiser's state": lambda t: {k: v for k, v in t.items() if not k.startswith("optimizer.")},
+    "student.head.bias is I64": lambda t: t | {"student.head.bias": t["student.head.bias"].long()},
+    "holds NaN or infinity in student.head.bias": lambda t: (
+        t | {"student.head.bias": t["student.head.bias"] * math.nan}
+    ),
+    r"head.bias.exp_avg is F32 \[1\]": lambda t: t | {"optimizer.student.head.bias.exp_avg": torch.zeros(1)},
+    "head.bias had 1000000000": lambda t: t | {"optimizer.student.head.bias.step": torch.tensor(1e9)},
+    "head.bias.exp_avg is nothing": lambda t: {
+        k: v for k, v in t.items() if k != "optimizer.student.head.bias.exp_avg"
+    },
+}
+
+
+def test_checkpoints_that_hold_what_no_run_does(change):
+    """Their digests are right: somebody made them so."""
     config = change(optim={"epochs": 1})
     Trainer(config, quiet=True).run()
-    path = config.out / "last.pt"
-    checkpoint_module.save_checkpoint(path, spoil(checkpoint_module.load_checkpoint(path)))
-    with pytest.raises(ValueError, match=r"last.pt is (damaged|no checkpoint of a run)"):
-        Trainer(replace(config, resume=config.out), quiet=True)
+    resume = replace(config, resume=config.out)
+    good = values(config.out), tensors(config.out)
+    for name, bad in BAD_VALUES.items():
+        for value in bad:
+            rewrite(config.out, lambda v, name=name, value=value: v | {name: value})
+            folder = config.out / "checkpoints" / "step-5"
+            with pytest.raises(ValueError, match=rf"step-5 is damaged.*{name if value is not None else ''}"):
+                Trainer(resume, quiet=True)
+            shutil.rmtree(folder)
+            save_checkpoint(config.out, 5, *good, ALONE, 9)
+    for message, spoil in BAD_TENSORS.items():
+        save_checkpoint(config.out, 5, good[0], spoil(dict(good[1])), ALONE, 9)
+        with pytest.raises(ValueError, match=message):
+            Trainer(resume, quiet=True)
 
 
 def test_weights_and_heads_that_are_wrong(change, weights, tmp_path):
