@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.files import read_lines
+from ..core.files import composed, read_lines
 from ..data.scan import class_folders
 from ..models import CosineClassifier
 from ..models.sources import load_text_tower
-from .classes import imagenet_classes
+from .classes import WNID, imagenet_classes, some
 
 Templates = Sequence[str | Callable[[str], str]]
 
@@ -30,7 +31,8 @@ class ZeroShotConfig:
     """open_clip:MODEL/PRETRAINED, or hf:ID_OR_FOLDER of a CLIP or SigLIP, as for --model.name of training."""
     classes: str
     """"imagenet" (open_clip's names of its 1000 classes, in the order of the WordNet ids), the training folder, or a
-    file with one class folder per line, sorted as the folders are, and after a tab what to call it in prompts."""
+    file with one class folder per line, sorted as the folders are, and after a tab what to call it in prompts.
+    Folders that are WordNet ids are called by their names."""
     out: Path
     """File for the head, for --model.head of training."""
     templates: str = "openai"
@@ -72,17 +74,17 @@ def text_directions(
 
 
 def read_names(source: str) -> tuple[list[str], list[str]]:
-    """Class folders, and what the classes are called in prompts.
+    """Class folders, and what the classes are called in prompts; WordNet ids by their names in WordNet.
 
     Raises:
         FileNotFoundError: Neither a file, nor a folder, nor "imagenet".
         ImportError: ImageNet's lists come with open_clip and timm.
-        ValueError: No names, or a name twice.
+        ValueError: No names, a folder twice, two classes with the same prompts, or a WordNet id without a name.
     """
-    if source == "imagenet":
-        return list(imagenet_classes()), list(_open_clip().IMAGENET_CLASSNAMES)
     path = Path(source)
-    if path.is_dir():
+    if source == "imagenet":
+        lines = list(imagenet_classes())
+    elif path.is_dir():
         lines = list(class_folders(path))
     elif path.is_file():
         lines = read_lines(path)
@@ -94,7 +96,50 @@ def read_names(source: str) -> tuple[list[str], list[str]]:
     folders = [folder.strip() for folder, _, _ in pairs]
     if twice := sorted({folder for folder in folders if folders.count(folder) > 1}):
         raise UserError(f"--classes {source} names {twice[0]!r} more than once")
-    return folders, [text.strip() or folder.strip().replace("_", " ") for folder, _, text in pairs]
+    texts = [text.strip() for _, _, text in pairs]
+    unnamed = [folder for folder, text in zip(folders, texts, strict=True) if not text and WNID.fullmatch(folder)]
+    meant = wordnet_names(unnamed)
+    names = [
+        composed(text or meant.get(folder) or folder.replace("_", " "))
+        for folder, text in zip(folders, texts, strict=True)
+    ]
+    first: dict[str, str] = {}
+    for folder, name in zip(folders, names, strict=True):
+        other = first.setdefault(" ".join(name.casefold().split()), folder)  # text towers read no more of it
+        if other == folder:
+            continue
+        if other in meant and folder in meant:  # as published: ImageNet has two missiles and two sunglasses
+            print(f"note: {other} and {folder} are both called {name!r}: they have the same prompts", file=sys.stderr)
+            continue
+        raise UserError(
+            f"--classes {source}: {other!r} and {folder!r} have the same prompts, with {name!r}: give a file with one "
+            "class folder per line, and after a tab what to call it"
+        )
+    return folders, names
+
+
+def wordnet_names(ids: Sequence[str]) -> dict[str, str]:
+    """What WordNet ids stand for: ImageNet's 1000 classes as CLIP's authors call them, others as WordNet does.
+
+    Raises:
+        ImportError: Those lists come with open_clip and timm.
+        ValueError: An id that is in neither.
+    """
+    if not ids:
+        return {}
+    names = dict(zip(imagenet_classes(), _open_clip().IMAGENET_CLASSNAMES, strict=True))
+    if rest := [wnid for wnid in ids if wnid not in names]:
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo("imagenet-22k")
+        known = set(info.label_names())
+        if unknown_ids := [wnid for wnid in rest if wnid not in known]:
+            raise UserError(
+                f"what the WordNet ids {some(unknown_ids)} stand for is not known, and no prompt with an id means "
+                "anything: give --classes a file with one id per line, and after a tab what to call it in prompts"
+            )
+        names |= {wnid: info.label_name_to_description(wnid).partition(",")[0] for wnid in rest}
+    return {wnid: names[wnid] for wnid in ids}
 
 
 def read_templates(source: str) -> Templates:

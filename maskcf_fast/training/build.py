@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..core.errors import UserError
+from ..core.files import composed
 from ..core.processes import Processes
 from ..core.tensors import fingerprint
 from ..data import Loader, LoaderConfig, Manifest, build_loader, scan_images
@@ -156,7 +157,7 @@ def _check_metadata(path: Path, kind: str, classes: Sequence[str] | None) -> Non
     if (own := stored.get("head_kind", kind)) != kind:
         raise UserError(f"the head in {path} is a {own} one: pass --model.head-kind {own}, or another head")
     names = json.loads(stored["classes"]) if "classes" in stored else None
-    if names is None or classes is None or list(names) == list(classes):
+    if names is None or classes is None or [*map(composed, names)] == [*map(composed, classes)]:
         return
     at = next(i for i, (name, folder) in enumerate(zip_longest(names, classes)) if name != folder)
     name, folder = (items[at] if at < len(items) else None for items in (names, classes))

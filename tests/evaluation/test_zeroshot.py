@@ -129,13 +129,47 @@ def test_a_model_without_a_text_tower(tmp_path, capsys):
     assert "of the kind dinov2, which has no text tower" in capsys.readouterr().err
 
 
-def test_imagenet_in_the_order_of_its_folders():
+def test_imagenet_in_the_order_of_its_folders(capsys):
     pytest.importorskip("timm")
     folders, names = read_names("imagenet")
+    assert names == list(open_clip.IMAGENET_CLASSNAMES)
+    assert "n03773504 and n04008634 are both called 'missile'" in capsys.readouterr().err
     assert len(folders) == len(names) == 1000
     assert folders == sorted(folders)
     assert dict(zip(folders, names, strict=True))["n02099601"] == "Golden Retriever"
     assert (folders[0], names[0]) == ("n01440764", "tench")
+
+
+def test_wordnet_ids_are_called_by_their_names(tmp_path):
+    """In ImageNet's list, beyond it, and told otherwise."""
+    for name in ("n01440764", "n02084071", "zebra"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    assert read_names(str(tmp_path / "train"))[1] == ["tench", "dog", "zebra"]
+    (tmp_path / "ids.txt").write_text("n01440764\tbig fish\nn02102040\n")
+    assert read_names(str(tmp_path / "ids.txt"))[1] == ["big fish", "English Springer Spaniel"]
+    (tmp_path / "ids.txt").write_text("n01440764\nn99999999\n")
+    with pytest.raises(ValueError, match=r"what the WordNet ids 'n99999999' stand for is not known"):
+        read_names(str(tmp_path / "ids.txt"))
+
+
+@pytest.mark.parametrize(
+    "lines", ["great_tit\nzebra\ngreat tit", "a\tZebra\nb\tzebra", "caf\u00e9_1\ncafe\u0301  1"],
+)  # fmt: skip
+def test_two_classes_with_the_same_prompts(tmp_path, lines):
+    (tmp_path / "names.txt").write_text(lines, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"have the same prompts.*after a tab what to call it"):
+        read_names(str(tmp_path / "names.txt"))
+
+
+def test_a_head_knows_its_folders_in_either_form_of_unicode(folder, tmp_path):
+    (tmp_path / "train" / "cafe\u0301").mkdir(parents=True)  # as macOS writes it
+    (tmp_path / "train" / "zebra").mkdir()
+    head = tmp_path / "head.safetensors"
+    source = f"open_clip:local-dir:{folder}"
+    assert main(["--model", source, "--classes", str(tmp_path / "train"), "--templates", "simple", "--device", "cpu",
+                 "--out", str(head)]) == 0  # fmt: skip
+    assert json.loads(metadata(head)["prompts"]) == ["caf\u00e9", "zebra"]
+    build_model(ModelConfig(name=source, head=head), 2, seed=0, classes=["caf\u00e9", "zebra"])
 
 
 def test_a_head_of_other_classes_is_refused(folder, clip, tmp_path, image_folders, config):
