@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import wraps
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import report_errors
 from .optional import need
@@ -32,9 +34,60 @@ def command(interrupted: str = "interrupted") -> Callable[[Callable[[list[str]],
     return decorate
 
 
-def read_settings(kind: type[T], arguments: Sequence[str], name: str) -> T:
-    """The settings of the command ``name``, every field an option; exits with the usage on a bad one."""
+def read_settings(kind: type[T], arguments: Sequence[str], name: str, before: Sequence[str] = (), **options: Any) -> T:
+    """The settings of the command ``name``, every field an option; exits with the usage on a bad one.
+
+    An option of several values may come several times, and ``~`` is the home folder in every path.
+
+    Args:
+        kind: Dataclass of the settings.
+        arguments: The command line.
+        name: What the command is called.
+        before: Arguments of a file, which those of the command line take the place of.
+        **options: Of ``tyro.cli``.
+    """
     need("tyro")
     import tyro
 
-    return tyro.cli(kind, args=arguments, prog=f"maskcf {name}")
+    lists = list(_lists(kind))
+    return _at_home(tyro.cli(kind, args=[*before, *_joined(arguments, lists)], prog=f"maskcf {name}", **options))
+
+
+def _lists(kind: type, prefix: str = "--") -> Iterator[str]:
+    """The options of several values; tyro itself would take the last occurrence alone, without a word."""
+    for field, hint in get_type_hints(kind).items():  # one that may be appended to is Annotated, and not stripped here
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from _lists(hint, f"{prefix}{field.replace('_', '-')}.")
+        elif get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is not tuple:
+            yield f"{prefix}{field.replace('_', '-')}"
+
+
+def _joined(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """The arguments with all values of an option of several where it comes first."""
+    groups: list[list[str]] = [[]]
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option.replace("_", "-") in lists:
+            same = next((group for group in groups if group and group[0] == option.replace("_", "-")), None)
+            if same is None:
+                groups.append([option.replace("_", "-")])
+            else:
+                groups.remove(same)
+                groups.append(same)
+            groups[-1] += [value] if equals else []
+        elif argument.startswith("--"):
+            groups.append([argument])
+        else:
+            groups[-1].append(argument)
+    return [argument for group in groups for argument in group]
+
+
+def _at_home(value: Any) -> Any:
+    """Settings with ``~`` expanded in every path."""
+    if isinstance(value, Path):
+        return value.expanduser()
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _at_home(getattr(value, field.name)) for field in fields(value)})
+    return value

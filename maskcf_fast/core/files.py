@@ -42,8 +42,14 @@ def cache_dir(*parts: str) -> Path:
         base = Path(xdg) / "maskcf_fast"
     else:
         base = Path.home() / ".cache" / "maskcf_fast"
-    folder = base.joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = base.expanduser().joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot make the cache folder {folder} ({error.strerror}): set MASKCF_CACHE to one that can be written",
+        ) from error
     return folder
 
 
@@ -150,6 +156,21 @@ def parse_json(text: str | bytes, source: str | os.PathLike[str]) -> Any:
         return json.loads(text if isinstance(text, str) else decode_text(text, source))
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{os.fspath(source)} holds no JSON that can be read: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML or JSON file holds, every scalar as its text: YAML would make ``no`` false and ``001`` one.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is neither, or nested too deeply.
+    """
+    import yaml
+
+    try:
+        return yaml.load(decode_text(path.read_bytes(), path), yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is neither YAML nor JSON: {error}") from error
 
 
 def read_json(path: Path) -> Any:

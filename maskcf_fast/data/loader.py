@@ -17,8 +17,9 @@ from ..core.errors import UserError
 from .images import ImageError
 from .manifest import Manifest, ellipsis
 
+MOST_THREADS = 512
 BOUNDS = {  # of a loader's settings: more is taken for a slip
-    "batch_size": (1, 1_000_000), "image_size": (1, 10_000), "world_size": (1, 1_000_000), "threads": (0, 512),
+    "batch_size": (1, 1_000_000), "image_size": (1, 10_000), "world_size": (1, 1_000_000), "threads": (0, MOST_THREADS),
     "border": (0, 1_000),
 }  # fmt: skip
 

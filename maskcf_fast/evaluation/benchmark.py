@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.files import read_yaml
 from ..data import Manifest
 from ..data.manifest import some
 
@@ -155,17 +156,12 @@ def read_class_map(path: Path) -> dict[str, tuple[str, ...]]:
         FileNotFoundError: No such file.
         ValueError: It holds something else.
     """
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"no class map at {path}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is neither YAML nor JSON: {error}") from error
-    if not isinstance(content, dict) or not content:
+    content = read_yaml(path)
+    meanings = {name: value if isinstance(value, list) else [value] for name, value in content.items()} if (
+        isinstance(content, dict)
+    ) else {}  # fmt: skip
+    if not meanings or not all(isinstance(name, str) for names in meanings.values() for name in names):
         raise UserError(f"{path} must hold the model's class, or a list of them, for each class of the data set")
-    return {
-        str(name): tuple(map(str, value)) if isinstance(value, list) else (str(value),)
-        for name, value in content.items()
-    }
+    return {name: tuple(names) for name, names in meanings.items()}

@@ -73,7 +73,7 @@ class Spec:
             layout = name
         published = layout is not None and LAYOUTS[layout].complete is not None
         own = data_folder(Path(path)).resolve().name
-        return cls(name or (layout if published and layout else own), layout, Path(path))
+        return cls(name or (layout if published and layout else own), layout, Path(path).expanduser())
 
     def check_path(self) -> None:
         """Raise a FileNotFoundError or NotADirectoryError unless there is a folder, or shards to look for."""

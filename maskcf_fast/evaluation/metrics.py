@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.files import read_yaml
 
 BINS = 15  # of the calibration error
 
@@ -94,14 +94,9 @@ def read_baselines(path: Path) -> dict[str, Baseline]:
         FileNotFoundError: No such file.
         ValueError: It holds something else.
     """
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"no baseline at {path}")
-    try:
-        content: Any = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is neither YAML nor JSON: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} must hold a baseline for each shifted test set, by its name")
     baselines = {}

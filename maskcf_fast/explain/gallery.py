@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..data.images import ImageError, read_image
+from ..data.scan import find_pictures
 from ..models.libraries import Classifier
 from ..models.sources import load_classifier
 from .models import explained, known_readout
@@ -20,7 +21,6 @@ from .models import explained, known_readout
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SHEET = 60  # pictures on the contact sheet at most
 
 
@@ -69,11 +69,7 @@ def draw_gallery(config: GalleryConfig) -> list[Path]:
     """
     if config.batch_size < 1:
         raise UserError(f"batch-size must be at least 1, got {config.batch_size}")
-    out = config.out.resolve()  # may lie among the images, with pictures of an earlier run
-    files = (p for p in config.images.rglob("*") if p.suffix.lower() in SUFFIXES)
-    paths = sorted(p for p in files if out not in p.resolve().parents)
-    if not paths:
-        raise UserError(f"there are no images in {config.images}")
+    paths = find_pictures(config.images, without=config.out)
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     )

@@ -102,7 +102,7 @@ def read_run(
     path = folder / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run: it has no config.yaml")
-    config = parse(["--config", str(path)], prog="python -m maskcf_fast.evaluate")
+    config = parse(["--config", str(path)], name="evaluate")
     best = weights == "best" or (weights == "auto" and config.data.holdout > 0)
     file = folder / ("best.safetensors" if best else "model.safetensors")
     if not file.is_file():

@@ -7,6 +7,7 @@ both are checked by one parser and later arguments win.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -15,11 +16,18 @@ from typing import Any, Literal
 
 import yaml
 
+from ..core.command import read_settings
 from ..core.errors import UserError
+from ..core.files import read_yaml
 from ..core.names import unknown
+from ..core.optional import need
+from ..data.loader import MOST_THREADS
 from ..methods import METHODS, PAPER_CUTS, MaskStrategy
 from ..models import VisionTransformerConfig, preset
 from ..models.weights import read_architecture
+
+NONE = {"null": "None", "~": "None", "": "None"}  # what YAML's words are on the command line
+BOOL = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
 
 
 @dataclass(frozen=True)
@@ -201,6 +209,8 @@ class TrainConfig:
         for name, value in positive.items():
             if not 0 < value < float("inf"):
                 raise UserError(f"{name} must be positive and finite, got {value}")
+        if self.data.threads > MOST_THREADS:
+            raise UserError(f"data.threads must be at most {MOST_THREADS}, got {self.data.threads}")
         not_negative = {
             "data.holdout": self.data.holdout,
             "data.threads": self.data.threads,
@@ -296,13 +306,23 @@ def changed_settings(config: TrainConfig, path: Path, free: Collection[str] = ()
         return items
 
     # A run of an earlier version lacks the settings that came later: it ran with their defaults.
-    default = flat(yaml.safe_load(to_yaml(TrainConfig())))
-    new, old = flat(yaml.safe_load(to_yaml(config))), default | flat(_read_settings(path))
+    default, new = (flat(yaml.load(to_yaml(c), yaml.BaseLoader)) for c in (TrainConfig(), config))
+    old = default | flat(_read_settings(path))
     return [
-        f"--{name.replace('_', '-')} (was {old.get(name)}, is {new.get(name)})"
+        f"--{name.replace('_', '-')} (was {_number(old.get(name))}, is {_number(new.get(name))})"
         for name in {**new, **old}
-        if name not in FREE.union(free) and old.get(name) != new.get(name)
+        if name not in FREE.union(free) and _number(old.get(name)) != _number(new.get(name))
     ]
+
+
+def _number(text: Any) -> Any:
+    """A text's number, if it is one: 30 and 30.0 are the same setting."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except (TypeError, ValueError):
+            pass
+    return text
 
 
 def yaml_arguments(path: Path) -> list[str]:
@@ -315,10 +335,7 @@ def yaml_arguments(path: Path) -> list[str]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML file: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold settings by name, such as 'seed: 1'")
     return content
@@ -337,7 +354,11 @@ def _flatten(content: dict[str, Any], kind: type, path: Path, prefix: str) -> li
             arguments += _flatten(value, section, path, f"{prefix}{key}.")
         else:
             values = value if isinstance(value, list) else [value]
-            arguments += [f"--{prefix}{key}".replace("_", "-"), *map(str, values)]
+            texts = [text for text in values if isinstance(text, str)]
+            if len(texts) < len(values):
+                raise UserError(f"{path}: {prefix}{key} must be a value or a list of values, got {value!r}")
+            plain: dict[str, str] = {**NONE, **(BOOL if fields[key].type == "bool" else {})}
+            arguments += [f"--{prefix}{key}".replace("_", "-"), *(plain.get(text.lower(), text) for text in texts)]
     return arguments
 
 
@@ -347,8 +368,8 @@ def find_yaml(name: str) -> Path:
     Raises:
         ValueError: Neither (the nearest name is suggested).
     """
-    if Path(name).is_file():
-        return Path(name)
+    if (own := Path(name).expanduser()).is_file():
+        return own
     presets = {Path(str(p)).stem: Path(str(p)) for p in resources.files("maskcf_fast.configs").iterdir()}
     presets = {stem: path for stem, path in presets.items() if path.suffix == ".yaml"}
     if name in presets:
@@ -356,14 +377,13 @@ def find_yaml(name: str) -> Path:
     raise unknown("preset or file", name, sorted(presets))
 
 
-def parse(arguments: Sequence[str] | None = None, *, prog: str = "python -m maskcf_fast.train") -> TrainConfig:
+def parse(arguments: Sequence[str] | None = None, *, name: str = "train") -> TrainConfig:
     """The settings from a command line; exits with a message on a bad one.
 
     ``--config NAME_OR_FILE`` comes first and takes the settings of a preset or YAML file; ``--resume DIR``
     takes those of the run.
     """
-    import sys
-
+    need("tyro")
     import tyro
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -381,16 +401,17 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str = "python -m mask
             raise UserError(
                 "--resume DIR continues a run with its own settings in its own folder: no --config, no --out"
             )
-        folder = Path(own[own.index("--resume") + 1])
+        folder = Path(own[own.index("--resume") + 1]).expanduser()
         source = folder / "config.yaml"
         if not source.is_file():
             raise FileNotFoundError(f"{folder} is no run to resume: it has no config.yaml")
     read = _without_replaced_cuts(yaml_arguments(source), own) if source else []
     listed = "\n".join(f"  {name}: {entry.about}" for name, entry in METHODS.items())
-    return tyro.cli(
+    return read_settings(
         TrainConfig,
-        args=[*read, *own],
-        prog=prog,
+        own,
+        name,
+        read,
         config=(tyro.conf.FlagConversionOff,),
         description=f"{DESCRIPTION}\n\nMethods:\n{listed}\n\nStrategies: {', '.join(PAPER_CUTS)}",
     )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..data.images import ImageError, read_image
+from ..data.scan import find_pictures
 from ..data.transforms import resize_and_crop
-from ..explain.gallery import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,20 @@ def read_images(root: Path, classes: Sequence[str], image_size: int, count: int,
     """Read ``count`` images, spread evenly over the sorted files; what cannot be read is named and left out.
 
     Args:
-        root: Folder, of class folders or of images of any depth.
+        root: Folder, of class folders or of images of any depth; or one image.
         classes: Names of the model's classes.
         image_size: Side that the images are resized and cropped to.
         count: How many.
         without: Folder whose images are not meant: pictures of an earlier look may lie there.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: No such folder.
+        FileNotFoundError: No such folder.
         ValueError: No image in it, or none that can be read, or ``count`` is below 1.
     """
     if count < 1:
         raise UserError(f"--count must be at least 1, got {count}")
-    if not root.exists():
-        raise FileNotFoundError(f"there is no folder of images {root}: check --images")
-    if not root.is_dir():
-        raise NotADirectoryError(f"--images {root} is a file: pass the folder that it lies in")
-    files = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    paths = sorted(path for path in files if without.resolve() not in path.resolve().parents)
-    if not paths:
-        raise UserError(f"there are no images in {root} (files ending in {', '.join(sorted(SUFFIXES))})")
+    paths = find_pictures(root, without)
+    root = root if root.is_dir() else root.parent
     count = min(count, len(paths))
     names, pixels, labels = [], [], []
     for path in (paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)):

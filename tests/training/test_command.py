@@ -233,10 +233,10 @@ def test_unknown_setting_names_the_nearest(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"bad.yaml: unknown setting 'optim.lrr' .*did you mean 'optim.lr'\?"):
         yaml_arguments(path)
     path.write_text("optim: 3\n")
-    with pytest.raises(ValueError, match="optim must hold settings by name, got 3"):
+    with pytest.raises(ValueError, match="optim must hold settings by name, got '3'"):
         yaml_arguments(path)
     path.write_text("a: [1\n")
-    with pytest.raises(ValueError, match="is no YAML file"):
+    with pytest.raises(ValueError, match="is neither YAML nor JSON"):
         yaml_arguments(path)
     with pytest.raises(ValueError, match="unknown preset or file"):
         find_yaml("zzz")
