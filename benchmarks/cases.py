@@ -106,8 +106,8 @@ def counterfactual(config: VisionTransformerConfig, n: int, device: torch.device
         mf.sample_donors(n, device=device),
     )
     eager = {
-        "paper": partial(baselines.counterfactual_blend, threshold=THRESHOLD),
-        "eager": partial(baselines.counterfactual_where, threshold=THRESHOLD),
+        name: partial(baselines.counterfactual, threshold=THRESHOLD, refill=refill)
+        for name, refill in (("paper", baselines.refill_blend), ("eager", baselines.refill_where))
     }
     return Case(partial(mf.counterfactual_refill, threshold=THRESHOLD), args, eager, (EXACT, EXACT))
 

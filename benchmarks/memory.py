@@ -30,9 +30,7 @@ def measure(config: VisionTransformerConfig, batch: int, precision: str, device:
     for order in ORDERS:
         variant = Variant("object-single", order, precision=precision)
         backward = work.backward(variant)
-        work.step(backward)()
-        work.optimizer.zero_grad(set_to_none=False)
-        peaks = [m.peak_memory(work.step(backward, keep=True), work.device) for _ in range(REPEATS)]
+        peaks = [work.peak_memory(backward) for _ in range(REPEATS)]
         rows.append(variant._asdict() | {"peak_bytes": None if None in peaks else min(p for p in peaks if p)})
     return rows
 

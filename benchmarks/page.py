@@ -169,11 +169,6 @@ def _scaling(section: dict[str, Any]) -> list[str]:
         rows.append((series, "exponent", *(number(found["exponents"].get(key)) for key in keys)))
     header = ("series", "value", "ms", "ms, paper's order", "MB", "MB, paper's order")
     lines = [f"{where}, where not varied; tokens at half the depth.", "", *table(header, rows, left=2), ""]
-    ranks = section["ranks"]
-    if "not_measured" in ranks:
-        absent.append(f"- processes: not measured ({ranks['not_measured']})")
-    else:
-        lines += [f"Two processes reach {ranks['efficiency']:.0%} of twice one process's images per second.", ""]
     return lines + absent
 
 

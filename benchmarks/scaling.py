@@ -1,10 +1,8 @@
-"""How time and memory of a step grow with the batch, the tokens, the depth and the processes."""
+"""How time and memory of a step grow with the batch, the tokens and the depth."""
 
 from __future__ import annotations
 
 import math
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +11,7 @@ from typing import Any
 
 import torch
 
-from maskcf_fast.core.processes import Processes
 from maskcf_fast.models import VisionTransformerConfig, preset
-from maskcf_fast.training.distributed import average_gradients, broadcast_state
 
 from . import measure as m
 from .workload import Variant, Workload
@@ -73,10 +69,6 @@ def measure(
                 points.append({"x": x, "not_measured": m.first_line(error)})
             last = time.perf_counter() - start
         found[name] = {"points": points, "exponents": exponents(points)}
-    try:
-        found["ranks"] = _ranks(preset(arch), batch, precision, device, progress)
-    except Exception as error:  # of a process of its own
-        found["ranks"] = {"not_measured": str(error).strip().splitlines()[-1]}
     return found
 
 
@@ -100,63 +92,7 @@ def _point(config: VisionTransformerConfig, batch: int, precision: str, device: 
     calls = {}
     for name, order in (("step", "two passes"), ("paper", "paper")):
         backward = work.backward(Variant(METHOD, order, precision=precision))
+        found[f"{name}_bytes"] = work.peak_memory(backward)
         calls[name] = work.step(backward)
-        calls[name]()
-        work.optimizer.zero_grad(set_to_none=False)
-        found[f"{name}_bytes"] = m.peak_memory(work.step(backward, keep=True), device)
     samples = m.interleaved(calls, device, seconds=0, rounds=ROUNDS)
     return found | {f"{name}_ms": 1e3 * statistics.median(times) for name, times in samples.items()}
-
-
-def _ranks(
-    config: VisionTransformerConfig, batch: int, precision: str, device: torch.device, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Images per second of one and of two processes, each with a batch, and a GPU or a core, of its own."""
-    there = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
-    if there < 2:
-        return {"not_measured": "needs two GPUs or cores: two processes on one would share it"}
-    progress("scaling: 2 processes")
-    points = []
-    for ranks in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        queue = torch.multiprocessing.get_context("spawn").Queue()
-        arguments = (ranks, port, config, batch, precision, device.type, queue)
-        torch.multiprocessing.spawn(_rank, arguments, nprocs=ranks)
-        points.append({"x": ranks, "images_s": queue.get()})
-    return {"points": points, "efficiency": points[1]["images_s"] / 2 / points[0]["images_s"]}
-
-
-def _rank(
-    rank: int,
-    ranks: int,
-    port: int,
-    config: VisionTransformerConfig,
-    batch: int,
-    precision: str,
-    kind: str,
-    queue: Any,
-) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ["WORLD_SIZE"] = str(ranks)
-    torch.set_num_threads(1)
-    processes = Processes.start(kind)
-    device = processes.device
-    work = Workload(config, batch, device)
-    method = work.method(Variant(METHOD, precision=precision))
-    broadcast_state(method, processes)
-
-    def backward() -> Any:
-        out = method.backward(work.images, work.labels, generator=work.generator)
-        average_gradients(method.parameters(), processes)
-        return out
-
-    step = work.step(backward)
-    warm, timed = (3, 20) if kind == "cuda" else (1, 4)
-    for _ in range(warm):
-        step()
-    seconds = m.timed(step, device, repeats=timed)
-    if rank == 0:
-        queue.put(ranks * batch / seconds)
-    processes.stop()

@@ -137,10 +137,10 @@ def fit(group: Group, device: torch.device, seconds: float) -> tuple[Group, str 
     took: dict[str, float] = {}
     precision = "fp32" if any(variant.precision != "bf16" for variant in group.variants) else "bf16"
     for variant in dict.fromkeys(v._replace(run="eager", precision=precision) for v in group.variants[:TOGETHER]):
-        step = work.step(work.backward(variant), keep=True)
-        step()
+        backward = work.backward(variant)
+        peak = work.peak_memory(backward)
         start = time.perf_counter()
-        peak = m.peak_memory(step, device)
+        work.step(backward)()
         m.synchronize(device)
         took[variant.order] = (time.perf_counter() - start) / n
         need[variant.order] = (peak or 0) / n
@@ -222,17 +222,10 @@ def _prepared(
         flops = counter.get_total_flops()
     else:
         call()
-    work.optimizer.zero_grad(set_to_none=False)
-    m.synchronize(work.device)
-    start = time.perf_counter()
-    peak = None
-    if variant.run == "graphed":
-        call()
-    else:
-        peak = m.peak_memory(work.step(backward, keep=True), work.device)
-    m.synchronize(work.device)
+    peak = None if variant.run == "graphed" else work.peak_memory(backward)
+    took = m.timed(call, work.device)
     facts = {"flops": flops, "peak_bytes": peak, "state_bytes": work.state_bytes, "check": status}
-    return _named(group, variant) | facts, call, time.perf_counter() - start
+    return _named(group, variant) | facts, call, took
 
 
 def _figures(

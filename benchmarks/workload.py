@@ -25,6 +25,8 @@ from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransfor
 from maskcf_fast.models.blocks import POINTWISE
 from maskcf_fast.training import speed
 
+from . import measure as m
+
 STRATEGIES = tuple(PAPER_CUTS)
 CLASSES = 1000
 
@@ -210,6 +212,12 @@ class Workload:
             self.optimizer.step()
 
         return run
+
+    def peak_memory(self, backward: Callable[[], Any]) -> int | None:
+        """Bytes above weights, gradients and moments at the highest point of a step, after one that is not weighed."""
+        step = self.step(backward, keep=True)
+        step()
+        return m.peak_memory(step, self.device)
 
 
 @contextmanager

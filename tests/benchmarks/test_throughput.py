@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -86,14 +85,6 @@ def test_a_report_cut_short_keeps_what_it_has(monkeypatch, tmp_path):
     assert report.main([*command[:-1], "scaling"]) == 0
     assert "Not measured: no time either." in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "partial.json").exists()
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each process")
-def test_two_processes_are_measured(measured):
-    ranks = measured["scaling"]["ranks"]
-    one, two = (point["images_s"] for point in ranks["points"])
-    assert ranks["efficiency"] == pytest.approx(two / one / 2)
-    assert one > 0
 
 
 def test_figures_agree_with_each_other(measured):
