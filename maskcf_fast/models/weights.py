@@ -104,8 +104,9 @@ def read_state(path: Path) -> State:
 
 def _read_pickle(path: Path) -> State:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings that many trainers keep
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        # The settings that many trainers keep. And a file object, since a path is also judged by its suffix.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler that meets garbage raises whatever comes up
         called = re.search(r"GLOBAL ([\w.]+)", str(error))  # what stands for an object in the file
         reason = f"holds {called[1]}, and would execute code when loaded" if called else "is damaged"

@@ -80,7 +80,14 @@ def test_hugging_face_folder(tmp_path, kind, config, feature, mean):
 def test_hugging_face_whole_clip_in_shards_and_as_a_pickle(tmp_path):
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = transformers.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=48)
-    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    theirs = randomise(transformers.CLIPModel(config))
+    theirs.save_pretrained(tmp_path)
+
+    def features(x):
+        return theirs.visual_projection(theirs.vision_model(pixel_values=x).pooler_output)
+
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    assert_same_features(f"hf:{tmp_path}", features, mean, std)
     whole, state = load_source(f"hf:{tmp_path}")
     assert (whole.output_dim, whole.activation, whole.mlp_width) == (48, "quick_gelu", 3072)
     (tmp_path / "model.safetensors").unlink()
@@ -122,17 +129,64 @@ def test_hugging_face_whole_siglip(tmp_path, capsys, side):
         load_backbone(VisionTransformer(config), state)
 
 
-class Trap:
-    def __reduce__(self):
-        return (print, ("this must not run",))
+CODE = "raise SystemExit('this must not run')"
 
 
-def test_a_pickle_that_would_execute_code_is_refused(tmp_path, capsys):
-    transformers.CLIPVisionConfig(**SIZES).save_pretrained(tmp_path)
-    torch.save({"weight": torch.zeros(1), "trap": Trap()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds print, and would execute code"):
-        load_source(f"hf:{tmp_path}")
-    assert "must not run" not in capsys.readouterr().out
+@pytest.mark.parametrize("load", ["tower", "classifier", "text tower"])
+def test_a_folders_own_code_is_never_run_and_nobody_is_asked(tmp_path, monkeypatch, load):
+    from maskcf_fast.models.sources import load_classifier, load_text_tower
+
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    names = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoModelForImageClassification": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    (tmp_path / "code.py").write_text(CODE)
+    name = f"hf:{tmp_path}"
+    call = {
+        "tower": lambda: load_source(name),
+        "classifier": lambda: load_classifier(name, pretrained=True, prompts=(), device=torch.device("cpu")),
+        "text tower": lambda: load_text_tower(name, "cpu"),
+    }[load]
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        call()
+
+
+@pytest.mark.parametrize("asks", ["code", "kwargs"])
+def test_nor_that_of_a_tokenizer_of_open_clip(tmp_path, monkeypatch, asks):
+    from maskcf_fast.models.sources import load_text_tower
+
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    open_clip_folder(tmp_path)
+    file = tmp_path / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "mine"
+    if asks == "kwargs":
+        config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    file.write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.Mine", None]}}))
+    (tmp_path / "code.py").write_text(CODE)
+    with pytest.raises(ValueError, match="asks to run code" if asks == "kwargs" else "cannot be loaded"):
+        load_text_tower(f"open_clip:local-dir:{tmp_path}", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("library", "file", "settings"),
+    [
+        ("timm", "config.json", {"architecture": "vit_base_patch16_224", "model_args": {"depth": 10**9}}),
+        ("timm", "config.json", {"architecture": "vit_base_patch16_224", "model_args": {"embed_dim": 10**9}}),
+        ("open_clip", "open_clip_config.json", {"model_cfg": {"vision_cfg": {"layers": 10**9}}}),
+        ("open_clip", "open_clip_config.json", {"model_cfg": {"vision_cfg": {"width": 1e300}}}),
+        ("hf", "config.json", {"model_type": "vit", "num_hidden_layers": 10**9}),
+        ("hf", "config.json", {"model_type": "vit", "hidden_size": 10**9}),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_the_library_builds(tmp_path, library, file, settings):
+    (tmp_path / file).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"config.json says \w+=(1000000000|1e\+300), of at most"):
+        load_source(f"{library}:{'' if library == 'hf' else 'local-dir:'}{tmp_path}")
+    (tmp_path / file).write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"config.json holds no JSON that can be read"):
+        load_source(f"{library}:{'' if library == 'hf' else 'local-dir:'}{tmp_path}")
 
 
 def open_clip_folder(folder, quick=True, **vision):
@@ -152,8 +206,36 @@ def open_clip_folder(folder, quick=True, **vision):
     ids=["quick_gelu", "mlp_ratio", "no_ln_pre", "layer scale"],
 )
 def test_open_clip(tmp_path, quick, vision):
+    """The visual part alone, and the file of the whole model."""
     model = open_clip_folder(tmp_path, quick, **vision)
-    assert_same_features(f"open_clip:local-dir:{tmp_path}", model.visual, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+    source = f"open_clip:local-dir:{tmp_path}"
+    assert_same_features(source, model.visual, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+    visual = load_named(source)
+    whole = load_backbone(VisionTransformer(visual.config), tmp_path / "open_clip_model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(visual.parameters(), whole.parameters(), strict=True))
+
+
+def test_explain_and_zeroshot_take_the_activation_of_the_weights(tmp_path, monkeypatch):
+    """As `load_source` does: of weights whose tag says quick_gelu, in a model that says nothing."""
+    from maskcf_fast.models.sources import load_classifier, load_text_tower
+
+    torch.save(open_clip_folder(tmp_path).state_dict(), tmp_path / "w.pt")
+    cfg = json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
+    quick = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    del cfg["quick_gelu"]
+    tag = {"file": str(tmp_path / "w.pt"), "quick_gelu": True, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-Toy", cfg)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-Toy", {"openai": tag})
+    prompts, images = ["a cat", "a dog"], torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        text = quick.encode_text(open_clip.get_tokenizer("ViT-B-32")(prompts))
+        image = torch.nn.functional.normalize(quick.encode_image(images), dim=-1)
+        expected = quick.logit_scale.exp() * image @ torch.nn.functional.normalize(text, dim=-1).T
+        torch.testing.assert_close(load_text_tower("open_clip:ViT-Toy/openai", "cpu").encode(prompts), text)
+        loaded = load_classifier(
+            "open_clip:ViT-Toy/openai", pretrained=True, prompts=prompts, device=torch.device("cpu")
+        )
+        torch.testing.assert_close(loaded.logits(images), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture

@@ -1,15 +1,19 @@
-"""Weights of other libraries' models give those libraries' outputs."""
+"""Files of weights, whoever wrote them: names, what trainers put around them, damage and hostile content."""
 
+import argparse
+import dataclasses
+import io
+import json
 import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskcf_fast.models import VisionTransformer, VisionTransformerConfig, load_backbone, preset
+from maskcf_fast.core.errors import UserError
+from maskcf_fast.models import VisionTransformer, load_backbone, preset
 from maskcf_fast.models.naming import HF_CLIP, HF_DINOV2, HF_SIGLIP, HF_VIT, OPEN_CLIP, TIMM
-
-UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # the others expect normalised pixels
+from maskcf_fast.models.weights import read_architecture, read_state
 
 
 def randomise(model):
@@ -19,66 +23,6 @@ def randomise(model):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
     return model.eval()
-
-
-def assert_same_features(ours, theirs, images):
-    with torch.no_grad():
-        a, b = ours(images), theirs(images)
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
-
-
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("projection", [True, False])
-def test_hugging_face_clip(tmp_path, activation, projection):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=32,
-        patch_size=8, projection_dim=48, hidden_act=activation,
-    )  # fmt: skip
-    kind = transformers.CLIPVisionModelWithProjection if projection else transformers.CLIPVisionModel
-    theirs = randomise(kind(config))
-    theirs.save_pretrained(tmp_path)
-    ours = VisionTransformer(VisionTransformerConfig(32, 8, 64, 3, 4, 48 if projection else None, activation, **UNIT))
-    load_backbone(ours, tmp_path / "model.safetensors")
-    output = "image_embeds" if projection else "pooler_output"
-    assert_same_features(ours, lambda x: getattr(theirs(x), output), torch.randn(2, 3, 32, 32))
-
-
-def test_hugging_face_full_clip_with_text_tower(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPConfig(
-        text_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
-        vision_config={
-            "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "image_size": 32, "patch_size": 8,
-        },
-        projection_dim=48,
-    )  # fmt: skip
-    theirs = randomise(transformers.CLIPModel(config))
-    theirs.save_pretrained(tmp_path)
-    ours = load_backbone(
-        VisionTransformer(VisionTransformerConfig(32, 8, 64, 2, 4, 48, **UNIT)), tmp_path / "model.safetensors"
-    )
-
-    def features(x):
-        return theirs.visual_projection(theirs.vision_model(pixel_values=x).pooler_output)
-
-    assert_same_features(ours, features, torch.randn(2, 3, 32, 32))
-
-
-@pytest.mark.parametrize("whole", [True, False], ids=["whole model", "visual part"])
-@pytest.mark.parametrize("quick", [True, False])
-def test_open_clip(tmp_path, whole, quick):
-    open_clip = pytest.importorskip("open_clip")
-    vision = {"image_size": 32, "layers": 2, "width": 128, "head_width": 32, "patch_size": 8}
-    text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
-    theirs = randomise(open_clip.CLIP(48, vision, text, quick_gelu=quick))
-    state = (theirs if whole else theirs.visual).state_dict()
-    path = tmp_path / "model.safetensors"
-    save_file({k: v.contiguous() for k, v in state.items()}, path)
-    activation = "quick_gelu" if quick else "gelu"
-    ours = VisionTransformer(VisionTransformerConfig(32, 8, 128, 2, 4, 48, activation, **UNIT))
-    assert_same_features(load_backbone(ours, path), theirs.visual, torch.randn(2, 3, 32, 32))
 
 
 def test_own_weights_round_trip(tmp_path):
@@ -132,13 +76,140 @@ def test_names_and_shapes_there_and_back(layout, changes):
     assert all(torch.equal(ours[name], state[name]) for name in state)
 
 
-def test_a_training_checkpoint_of_open_clip(tmp_path):
-    """Pickled, with the prefix that several processes leave, beside numbers and the text tower."""
+@pytest.fixture(scope="module")
+def tower():
+    """A tiny model, and its tensors as an open_clip model's vision tower has them."""
     model = randomise(VisionTransformer("tiny"))
-    state = {f"module.visual.{name}": tensor for name, tensor in OPEN_CLIP.to_theirs(model.state_dict()).items()}
-    torch.save({"epoch": 3, "state_dict": {**state, "module.logit_scale": torch.zeros(())}}, tmp_path / "epoch_3.pt")
-    loaded = load_backbone(VisionTransformer("tiny"), tmp_path / "epoch_3.pt")
+    return model, {f"visual.{name}": t for name, t in OPEN_CLIP.to_theirs(model.state_dict()).items()}
+
+
+def prefixed(prefix, tower):
+    return {prefix + name: tensor for name, tensor in tower.items()}
+
+
+TRAINERS = {
+    "plain.pt": lambda tower: tower,
+    "module.pt": lambda tower: {"state_dict": prefixed("module.", tower), "optimizer": {"state": {}}, "epoch": 3},
+    "compiled.bin": lambda tower: prefixed("_orig_mod.", tower),
+    "compiled_within.pt": lambda tower: {k.replace(".conv1", "._orig_mod.conv1"): t for k, t in tower.items()},
+    "both.pt": lambda tower: {"model": prefixed("module._orig_mod.", tower)},
+    "model.pth": lambda tower: {"model": tower, "epoch": 3},
+    "model_state_dict": lambda tower: {"model_state_dict": tower, "epoch": 3},
+    "net.th": lambda tower: {"net": tower},
+    "model_best.pth.tar": lambda tower: {"state_dict": tower, "best_acc1": 0.5},
+    "lightning.ckpt": lambda tower: {"state_dict": prefixed("model.", tower), "hyper_parameters": {"lr": 1e-3}},
+    "any_name.pt": lambda tower: {"state_dict": prefixed("learner.my_encoder.", tower)},
+    "nested.pt": lambda tower: {"model": {"state_dict": tower}},
+    "arguments.pth": lambda tower: {"model": tower, "args": argparse.Namespace(lr=1e-3)},
+    "more.pt": lambda tower: {**prefixed("module.", tower), "module.logit_scale": torch.zeros(())},
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_checkpoints_as_trainers_write_them(tmp_path, tower, name, legacy):
+    """By content: neither the file's suffix nor what was put in front of the names matters."""
+    model, theirs = tower
+    torch.save(TRAINERS[name](theirs), tmp_path / name, _use_new_zipfile_serialization=not legacy)
+    loaded = load_backbone(VisionTransformer("tiny"), tmp_path / name)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-    torch.save([1, 2], tmp_path / "epoch_3.pt")
-    with pytest.raises(ValueError, match="holds no state dict"):
-        load_backbone(model, tmp_path / "epoch_3.pt")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
+def test_shards_named_by_an_index_and_half_precision(tmp_path, tower, kind):
+    model, theirs = tower
+    half = {name: tensor.bfloat16() for name, tensor in theirs.items()}
+    files = {f"model-{i}-of-2": dict(list(half.items())[i::2]) for i in range(2)}
+    for file, part in files.items():
+        (save_file if kind == "safetensors" else torch.save)(part, tmp_path / file)
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}}))
+    loaded = load_backbone(VisionTransformer("tiny"), index).state_dict()
+    assert all(torch.equal(loaded[name], tensor.bfloat16().float()) for name, tensor in model.state_dict().items())
+    (tmp_path / "model-1-of-2").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"lacks model-1-of-2, which index.json names"):
+        read_state(index)
+    for content, said in (('{"weight_map": {"x": "../secret"}}', "lacks ../secret"), ("[" * 10**5, "no JSON that")):
+        index.write_text("{" + content if content[0] == "[" else content)
+        with pytest.raises((UserError, FileNotFoundError), match=said):
+            read_state(index)
+
+
+def test_of_two_towers_and_two_states(tmp_path, tower, capsys):
+    _, theirs = tower
+    with pytest.raises(UserError, match=r"several vision towers, under 'a.visual.', 'b.visual.': keep the tensors of"):
+        load_backbone(VisionTransformer("tiny"), {**prefixed("a.", theirs), **prefixed("b.", theirs)})
+    torch.save({"state_dict": theirs, "state_dict_ema": prefixed("x", theirs)}, tmp_path / "x.pt")
+    load_backbone(VisionTransformer("tiny"), tmp_path / "x.pt")
+    assert "holds state_dict, state_dict_ema: state_dict is read" in capsys.readouterr().err
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "neither safetensors nor a pickled state dict, but something else"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS: fetch the file itself"),
+        (b"<!DOCTYPE html><html>", "a web page: download the file itself"),
+        (bytes(1000), "zeros: its download was not finished"),
+        (b"\x80\x04garbage", "is damaged"),
+        (b"PK\x03\x04garbage", "is damaged"),
+        (b"\x80\x04" + b"(" * 10**5 + b"N.", "is damaged"),
+        (saved({"weight": torch.zeros(1), "trap": Trap()}), "and would execute code when loaded"),
+        (saved({"model": VisionTransformer("tiny")}), "and would execute code when loaded"),
+        (b"{}", "no index of weights"),
+    ],
+    ids=["empty", "LFS", "web page", "zeros", "pickle", "zip", "deep", "trap", "whole model", "JSON"],
+)
+def test_files_that_are_no_weights(tmp_path, capsys, content, message):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_state(tmp_path / "x.safetensors")
+    assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([1, 2], "no state dict but a list"), ({"epoch": 3, "lr": 0.1}, "no state dict but epoch, lr: save model.state_")],
+)
+def test_pickles_without_a_state_dict(tmp_path, content, message):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=message):
+        read_state(tmp_path / "x.pt")
+
+
+def test_integer_weights_are_named(tower):
+    _, theirs = tower
+    with pytest.raises(UserError, match=r"patch_weight is torch.int8, it must be of a float dtype"):
+        load_backbone(
+            VisionTransformer("tiny"), {**theirs, "visual.conv1.weight": theirs["visual.conv1.weight"].char()}
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 10**9}, "width must be at most 65536, got 1000000000"),
+        ({"depth": 10**9}, "depth must be at most 1000, got 1000000000"),
+        ({"width": 2**16, "depth": 1000}, "describes a model of 51,539,620,134,912 parameters and holds at most"),
+        ({"width": "96"}, "width must be an int, got '96'"),
+        ({"colour": 3}, "unexpected keyword argument 'colour'"),
+        (None, "holds no JSON that can be read"),
+    ],
+)
+def test_a_header_that_asks_for_more_than_there_is(tmp_path, changes, message):
+    """Refused before anything of that size is built."""
+    asked = "[" * 10**5 if changes is None else json.dumps({**dataclasses.asdict(preset("tiny")), **changes})
+    save_file({"x": torch.zeros(8)}, tmp_path / "x.safetensors", {"architecture": asked})
+    with pytest.raises(UserError, match=message):
+        read_architecture(tmp_path / "x.safetensors")
