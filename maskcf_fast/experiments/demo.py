@@ -41,7 +41,7 @@ WEIGHTS = {
 }
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of WiSE-FT
 PRETRAINING = OptimConfig(epochs=10, batch_size=128, lr=2e-3, weight_decay=0.05, warmup=0.15)
-FINE_TUNING = OptimConfig(epochs=6, batch_size=128, lr=2e-3, weight_decay=0.1, warmup=0.1)
+FINE_TUNING = OptimConfig(epochs=6, batch_size=128, lr=2e-3, warmup=0.1)
 SHOWN = "object-single"  # the strategy of the picture of counterfactual images
 
 

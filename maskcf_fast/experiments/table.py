@@ -183,10 +183,10 @@ class Table:
         if method == "zero-shot":
             yield method, build_model(self.base.model, len(self.classes), seed, self.classes)
         elif method == "ensemble":
-            run = self._trained("ft", seed)
+            run = self._trained("ft", seed, "final")
             yield method, OutputEnsemble([run.initial(), run.tuned()])
         elif method == "wise-ft":
-            for alpha, model in self._trained("ft", seed).models(self.config.alphas):
+            for alpha, model in self._trained("ft", seed, "final").models(self.config.alphas):
                 if alpha is not None:
                     yield f"wise-ft α {alpha:g}", model
         else:
@@ -198,14 +198,17 @@ class Table:
         model.load_state_dict(average([load_file(run.weights) for run in runs]))
         yield "soup", model
 
-    def _trained(self, method: str, seed: int) -> Run:
-        """The run of a method: its best epoch on the held-out images, as in the paper, or without them the last."""
+    def _trained(self, method: str, seed: int, weights: Literal["auto", "final"] = "auto") -> Run:
+        """The run of a method: its best epoch on the held-out images, as in the paper, or without them the last.
+
+        WiSE-FT is made of the last epoch ("final"), as in the paper, and so is the ensemble that is held against it.
+        """
         if method == "lp-ft":
             self._trained("lp", seed)
         config = self.settings(method, seed)
         assert config.out is not None
         train_or_reuse(config, self.processes, f"{method}, seed {seed}", self.basis)
-        return read_run(config.out)
+        return read_run(config.out, weights)
 
     def settings(self, method: str, seed: int) -> TrainConfig:
         """The run of a method: its preset's method section, on the table's data, model and optimiser."""

@@ -19,6 +19,7 @@ class FineTuning(Method):
         self.probe = probe
         if probe:
             student.backbone.requires_grad_(False)
+            self.weight_decay = 0.0  # as in the paper's code
 
     def losses(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
         """Losses of a batch."""

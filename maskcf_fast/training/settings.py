@@ -136,7 +136,7 @@ class OptimConfig:
     lr: float = 3e-5
     """Peak learning rate."""
     weight_decay: float | None = None
-    """Decoupled, on all parameters; by default 0.1, with l2-sp none, whose penalty takes its place."""
+    """Decoupled, on all parameters; by default 0.1; none for lp, and none for l2-sp, whose penalty takes its place."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     warmup: float = 0.02

@@ -389,7 +389,8 @@ class Trainer:
         if self.log is not None:
             self.log.write(self.step, **{f"accuracy/{name}": value for name, value in self.accuracy.items()})
         chosen = next((name for name in ("holdout", "id") if name in self.accuracy), None)
-        if chosen is not None and (self.best is None or self.accuracy[chosen] > self.best):
+        # The pre-trained model is no epoch: it is not chosen, as in the paper.
+        if self.step and chosen is not None and (self.best is None or self.accuracy[chosen] > self.best):
             self.best = self.accuracy[chosen]
             save_full(self.folder / "best.safetensors", student.state_dict(), self.metadata, self.processes)
         generator = torch.Generator().manual_seed(self.config.seed)

@@ -172,19 +172,21 @@ def test_training_folders_that_were_renamed(call, sets, data, tmp_path):
 
 
 def test_held_out_images_choose_the_epoch(call, sets, tmp_path):
-    """At a rate that is far too high, the held-out images are best known before the last epoch."""
+    """Of every row but WiSE-FT, which takes the last; at a rate far too high, that isn't the one they know best."""
     arguments = ["--methods", "ft", "wise-ft", "soup", "--seeds", "0", "--alphas", "1", "--data.holdout", "12"]
     code, _, table = call("--test", *sets[:2], *arguments, "--optim.lr", "3", "--optim.epochs", "2")
     assert code == 0
     run = tmp_path / "table" / "ft-seed0"
     found = {row["method"]: row["accuracy"] for row in table["rows"]}
-    assert found["ft"] == found["wise-ft α 1"] == found["soup"]
+    assert found["ft"] == found["soup"]
     keys = {}  # of measurements, which tell the weights
     for weights in ("best", "final"):
         options = ["--device", "cpu", "--backend", "torch", "--threads", "0", "--out", str(tmp_path / weights)]
         assert evaluate(["--run", str(run), "--data", *sets[:2], "--weights", weights, *options]) == 0
         keys[weights] = set(json.loads((tmp_path / weights / "results.json").read_text())["measurements"])
-    assert keys["best"] == set(json.loads((tmp_path / "table" / "results.json").read_text())["measurements"])
+    measured = json.loads((tmp_path / "table" / "results.json").read_text())["measurements"]
+    last = {key for key, entry in measured.items() if entry["model"] == "wise-ft α 1"}
+    assert (keys["best"], keys["final"]) == (set(measured) - last, last)
     assert not keys["best"] & keys["final"]
 
 

@@ -48,7 +48,7 @@ def test_presets_are_the_papers_settings(preset):
     assert method.weight == {"ft": 0, "lp": 0, "l2-sp": 0.1}.get(preset, 30)
     assert getattr(method, "temperature", None) == (10 if preset in ("kd", "cf-kd") else None)
     optimizer, _ = build_optimizer(optim, method, 10)
-    assert optimizer.defaults["weight_decay"] == (0 if preset == "l2-sp" else 0.1)
+    assert optimizer.defaults["weight_decay"] == (0 if preset in ("lp", "l2-sp") else 0.1)
     section = yaml.safe_load(find_yaml(preset).read_text())
     assert {*section, *section["method"], *section["data"]} <= {"method", "data", "name", "strategy", "holdout"}
 
