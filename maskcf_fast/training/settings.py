@@ -184,6 +184,9 @@ class TrainConfig:
     """Minutes after which the next step makes a checkpoint. 0: never."""
     keep: int = 2
     """Checkpoints to keep: if the newest is found damaged, the run continues from the one before."""
+    elastic: bool = False
+    """Continue under another number of processes than the checkpoint's: with the same images in batches of the same
+    size, but other donors and random masks, which each process draws for its own."""
     on_nan: Literal["stop", "skip"] = "stop"
     """Where loss or gradient is not finite: stop, or leave the step out (20 at most). Either way the batch's images are
     written down."""
@@ -287,7 +290,7 @@ def to_yaml(config: TrainConfig) -> str:
 # The images are told by their fingerprint, not by where they lie. The rest changes no weight.
 FREE = {
     "out", "resume", "data.train", "data.id", "data.ood", "data.threads", "data.cache", "log_every", "checkpoint_every",
-    "checkpoint_minutes", "keep", "on_nan", "compile", "cuda_graph", "parallel", "recompute"
+    "checkpoint_minutes", "keep", "elastic", "on_nan", "compile", "cuda_graph", "parallel", "recompute"
 }  # fmt: skip
 
 

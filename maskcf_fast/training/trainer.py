@@ -50,8 +50,8 @@ class Trainer:
     ``checkpoints/`` (the newest to resume from), ``best.safetensors`` (the epoch that was best on the held-out images,
     else on the in-distribution test set) and, at the end, ``model.safetensors``.
 
-    Under another number of processes, a run continues with the same images in the same order, in batches of the same
-    size; what is drawn for each image (donors, random masks, DALI's augmentation) differs.
+    Under another number of processes, a run that is ``elastic`` continues with the same images in the same order, in
+    batches of the same size; what is drawn for each image (donors, random masks, DALI's augmentation) differs.
 
     Args:
         config: The settings; ``data.train`` and ``model.weights`` are given.
@@ -473,6 +473,11 @@ class Trainer:
             "accuracy", lambda x: isinstance(x, dict) and all(map(_is_share, x.values())), "percentages by test set"
         )
         states = saved.value("processes", lambda x: isinstance(x, list) and len(x) > 0, "a list of states")
+        if len(states) != self.processes.world_size and not self.config.elastic:
+            raise UserError(
+                f"{saved.folder} was written by {len(states)} process(es), now there are {self.processes.world_size}: "
+                "take as many, or --elastic True to continue with other draws of donors and random masks"
+            )
         self._check_origin(saved)
         tensors = self._tensors()  # before the first step there are no moments among them
         for name, tensor in tensors.items():

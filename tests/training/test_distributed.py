@@ -195,6 +195,25 @@ def test_divided_parameters_give_the_same_run(change, port, tmp_path):
     assert all(torch.equal(resumed[name], value) for name, value in states["fsdp"].items())
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_another_number_of_processes(parallel, change, port, tmp_path):
+    """Where nothing is drawn, as in feature distillation, one process continues what two began to the same end."""
+    config = change(method={"name": "fd"}, optim={"epochs": 1, "batch_size": 12, "clip": 1e9})
+    config = replace(config, checkpoint_every=2, parallel=parallel)
+    mp.spawn(whole_run, (port, replace(config, out=tmp_path / "whole"), None), nprocs=2)
+    mp.spawn(whole_run, (port, replace(config, out=tmp_path / "run"), 3), nprocs=2)
+    alone = replace(config, out=None, resume=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"written by 2 process\(es\), now there are 1: .*--elastic True"):
+        Trainer(alone, quiet=True)
+    Trainer(replace(alone, elastic=True), quiet=True).run()
+    assert values(tmp_path / "run")["step"] == values(tmp_path / "whole")["step"] == 5
+    expected, got = tensors(tmp_path / "whole", "student."), tensors(tmp_path / "run", "student.")
+    start = Trainer(replace(config, out=tmp_path / "start"), quiet=True).method.student.state_dict()
+    for name, value in expected.items():
+        tolerance = 0.1 if name.endswith("qkv.bias") else 1e-3  # as above
+        assert (got[name] - value).norm() < tolerance * (value - start[name]).norm(), name
+
+
 def test_a_process_without_test_images_takes_part_in_every_exchange():
     """Else the others would wait for it."""
     calls = []
