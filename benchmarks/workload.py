@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from maskcf_fast.core.precision import autocast
 from maskcf_fast.methods import (
-    PAPER_CUTS,
     CounterfactualDistiller,
     Draw,
     FeatureDistillation,
@@ -19,6 +18,7 @@ from maskcf_fast.methods import (
     MaskStrategy,
     Method,
     paper_order_step,
+    strategy_names,
 )
 from maskcf_fast.methods.paper_order import paper_cam
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
@@ -27,7 +27,7 @@ from maskcf_fast.training import speed
 
 from . import measure as m
 
-STRATEGIES = tuple(PAPER_CUTS)
+STRATEGIES = strategy_names()
 CLASSES = 1000
 
 Backward = Callable[..., Any]  # adds a step's gradients to the parameters, and returns its `StepOutput`
@@ -140,7 +140,7 @@ class Workload:
 
     def _paper(self, variant: Variant) -> Backward:
         strategy = MaskStrategy.from_name(variant.method)
-        if variant.run == "compiled" and strategy.fill == "none":
+        if variant.run == "compiled" and strategy.filling.leaves_out:
             raise Unavailable("compiled for fills only")
         compiled = torch.compile(paper_order_step, dynamic=False)
         given = MaskStrategy("random", strategy.fill, rate=0.5)  # takes the mask that is drawn, whatever it is

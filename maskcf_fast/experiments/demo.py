@@ -24,7 +24,6 @@ from ..core.processes import Processes
 from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.results import check_writable, refuse_others
 from ..methods import CounterfactualDistiller
-from ..ops import refill_patches
 from ..training.build import build_loaders, build_method, build_model, named_test_sets, scan
 from ..training.runs import read_run
 from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, to_yaml
@@ -214,8 +213,8 @@ class Demo:
         step = method(images, labels, draw=draw)
         assert step.cam is not None
         assert step.mask is not None
-        assert draw.donors is not None
-        refilled = refill_patches(images.permute(0, 3, 1, 2), step.mask, draw.donors).permute(0, 2, 3, 1)
+        filling = method.strategy.filling
+        refilled = filling.pixels(images.permute(0, 3, 1, 2), step.mask, draw.donors).permute(0, 2, 3, 1)
         captions = [manifest.classes[label].replace("_", " ") for label in labels[:6]]
         shown = (images[:6], step.cam[:6], step.mask[:6], refilled[:6])
         side = vit.image_size // vit.patch_size

@@ -25,7 +25,7 @@ from ..core.names import unknown
 from ..core.processes import Processes
 from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.benchmark import read_class_map
-from ..methods import PAPER_CUTS, OutputEnsemble, average, registry
+from ..methods import OutputEnsemble, average, registry, strategy_names
 from ..training.build import build_model, named_test_sets, scan
 from ..training.runs import Run, read_run
 from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, find_yaml
@@ -33,7 +33,7 @@ from ..visualization.plots import Point, plot_tradeoff
 from .comparison import build_suite, images_checksum, spread, train_or_reuse
 from .evaluate_settings import Repeated, flat
 
-TRAINED = ("lp", "ft", "lp-ft", "l2-sp", "kd", "cf-kd", "fd", *PAPER_CUTS)
+TRAINED = ("lp", "ft", "lp-ft", "l2-sp", "kd", "cf-kd", "fd", *strategy_names())
 DERIVED = ("zero-shot", "wise-ft", "ensemble", "soup")  # of the pre-trained model and the runs of ft
 METHODS = ("zero-shot", *TRAINED[:4], "wise-ft", "ensemble", "soup", *TRAINED[4:])
 DEMO_WEIGHT = 1.0  # of distillation: the features of a tiny model are larger than CLIP's, for which 30 is meant

@@ -13,18 +13,17 @@ from tqdm import tqdm
 
 from ..core.errors import UserError
 from ..core.files import atomic_write
-from ..methods import METHODS, MaskStrategy
+from ..methods import METHODS, MaskStrategy, strategy_names
 from ..methods.label_map import LabelMap
 from ..models import ImageClassifier
 from ..training.runs import Run, read_run
-from ..visualization.chance import Chance
+from ..visualization.draws import Draws
 from ..visualization.images import Images, read_images
 from ..visualization.maps import counterfactuals, explain_labels
-from ..visualization.page import Look, render
+from ..visualization.page import Page
 from ..visualization.plots import heat_maps, mask_maps
 
 BATCH = 16
-ALL = tuple(f"{region}-{fill}" for region in ("object", "context", "random") for fill in ("single", "multi", "none"))
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class VisualizeConfig:
     """Folder for the page and the pictures; by default visualize/ in the run's."""
     count: int = 12
     """How many images, spread evenly over the folder."""
-    strategies: tuple[str, ...] = ALL
+    strategies: tuple[str, ...] = strategy_names()
     """{object,context,random}-{single,multi,none}: which patches are masked, and what fills them. The run's own
     strategy has the run's settings, the others have the paper's."""
     weights: Literal["auto", "final", "best"] = "auto"
@@ -68,23 +67,23 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     for name in config.strategies:
         MaskStrategy.from_name(name)
     if not config.strategies:
-        raise UserError(f"--strategies names none: there are {', '.join(ALL)}")
+        raise UserError(f"--strategies names none: there are {', '.join(strategy_names())}")
     run = read_run(config.run, config.weights, config.classes)
     model = run.tuned()
     out = config.out or config.run / "visualize"
     images = read_images(config.images, run.classes, model.backbone.config.image_size, config.count, out)
     strategies = [_strategy(name, run) for name in dict.fromkeys(config.strategies)]
-    filled = [strategy.name for strategy in strategies if strategy.fill != "none"]
+    filled = [strategy.name for strategy in strategies if strategy.filling.other_images]
     if len(images.names) == 1 and filled:
         raise UserError(
             f"{filled[0]} takes patches of other images, and there is only one: raise --count, add images to "
             f"{config.images}, or choose --strategies object-none context-none random-none"
         )
-    look = _look(run, model, images, strategies, config)
+    page = _page(run, model, images, strategies, config)
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "index.html"]
-    atomic_write(written[0], render(look).encode())
-    written += _draw_pictures(look, out)
+    atomic_write(written[0], page.html().encode())
+    written += _draw_pictures(page, out)
     return written
 
 
@@ -94,9 +93,9 @@ def _strategy(name: str, run: Run) -> MaskStrategy:
     return method.mask_strategy() if own else MaskStrategy.from_name(name)
 
 
-def _look(
+def _page(
     run: Run, model: ImageClassifier, images: Images, strategies: Sequence[MaskStrategy], config: VisualizeConfig
-) -> Look:
+) -> Page:
     cuda = torch.cuda.is_available() if config.device == "auto" else config.device != "cpu"
     if cuda and not torch.cuda.is_available():
         raise UserError(f"--device {config.device}: there is no GPU here; leave it out, or --device cpu")
@@ -108,7 +107,7 @@ def _look(
         explain_labels(model, label_map, pixels.to(device), labels.to(device), run.config.precision)
         for pixels, labels in zip(images.pixels.split(BATCH), images.labels.split(BATCH), strict=True)
     ]
-    return Look(
+    return Page(
         title=f"Counterfactual images of {run.name}",
         facts={
             "model": f"{run.config.model.name or run.config.model.arch}, {run.weights.name}",
@@ -120,18 +119,18 @@ def _look(
         cam=torch.cat([cam.cpu() for cam, _ in maps]),
         probabilities=torch.cat([shares.cpu() for _, shares in maps]),
         strategies=strategies,
-        chance=Chance.draw(len(images.names), vit.num_patches, torch.Generator().manual_seed(config.seed)),
+        draws=Draws.draw(len(images.names), vit.num_patches, torch.Generator().manual_seed(config.seed)),
     )
 
 
-def _draw_pictures(look: Look, out: Path) -> list[Path]:
+def _draw_pictures(page: Page, out: Path) -> list[Path]:
     """A picture per image: the original and its map, then each strategy's mask and counterfactual image."""
     from matplotlib.figure import Figure
 
-    pixels = look.images.pixels
-    columns = [("original", pixels.numpy(), heat_maps(pixels, look.cam))]
-    for strategy in look.strategies:
-        mask, made = counterfactuals(strategy, pixels, look.cam, look.chance.of(strategy))
+    pixels = page.images.pixels
+    columns = [("original", pixels.numpy(), heat_maps(pixels, page.cam))]
+    for strategy in page.strategies:
+        mask, made = counterfactuals(strategy, pixels, page.cam, page.draws.of(strategy))
         columns.append((strategy.name, mask_maps(pixels, mask), made.numpy()))
     cells = np.stack([np.stack(pictures, axis=1) for _, *pictures in columns], axis=2)  # [N, 2, columns, S, S, 3]
     size = pixels.shape[1]
@@ -139,7 +138,7 @@ def _draw_pictures(look: Look, out: Path) -> list[Path]:
     cells = np.pad(cells, [(0, 0)] * 3 + [(0, gap), (0, gap), (0, 0)], constant_values=255)
     sheets = cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(cells), 2 * (size + gap), len(columns) * (size + gap), 3)
     written = []
-    for i, name in enumerate(tqdm(look.images.names, desc="pictures", unit="img", leave=False)):
+    for i, name in enumerate(tqdm(page.images.names, desc="pictures", unit="img", leave=False)):
         figure = Figure(figsize=(1.5 * len(columns), 3.3), layout="constrained")
         axes = figure.subplots()
         axes.imshow(sheets[i, :-gap, :-gap], interpolation="nearest")

@@ -6,6 +6,7 @@ from importlib import import_module
 from .averaging import OutputEnsemble, average, interpolate
 from .counterfactual import CounterfactualDistiller
 from .feature_distillation import FeatureDistillation
+from .fills import FILLS, Fill, register_fill
 from .fine_tuning import FineTuning
 from .knowledge_distillation import KnowledgeDistillation
 from .l2sp import L2SP
@@ -13,18 +14,19 @@ from .losses import StepOutput
 from .method import Method
 from .paper_order import paper_order_step
 from .registry import METHODS, build_method, register
-from .strategies import PAPER_CUTS, Draw, MaskStrategy
+from .strategies import Draw, MaskStrategy, strategy_names
 
 for _module in pkgutil.iter_modules(__path__):  # each registers its methods
     import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "FILLS",
     "L2SP",
     "METHODS",
-    "PAPER_CUTS",
     "CounterfactualDistiller",
     "Draw",
     "FeatureDistillation",
+    "Fill",
     "FineTuning",
     "KnowledgeDistillation",
     "MaskStrategy",
@@ -36,4 +38,6 @@ __all__ = [
     "interpolate",
     "paper_order_step",
     "register",
+    "register_fill",
+    "strategy_names",
 ]

@@ -21,7 +21,6 @@ from ..core.checks import check_tensor, value_checks
 from ..core.errors import UserError
 from ..core.precision import autocast
 from ..models import ImageClassifier, Tap, VisionTransformer
-from ..ops import drop_tokens, gather_tokens, pack_tokens
 from .label_map import LabelMap
 from .losses import StepOutput, check_temperature, feature_loss, logit_loss, step_output, task_loss
 from .method import Method
@@ -213,8 +212,8 @@ class CounterfactualDistiller(Method):
         teacher = self._teacher_backbone
         with torch.no_grad():
             clean = self._teacher_tokens(pixels)
-            target = encode_masked(teacher, clean, mask, draw.donors, self.strategy)
-        masked = encode_masked(self.student.backbone, tokens, mask, draw.donors, self.strategy)
+            target = self.strategy.encode(teacher, clean, mask, draw)
+        masked = self.strategy.encode(self.student.backbone, tokens, mask, draw)
         if self.temperature is None:
             return feature_loss(masked, target)
         with torch.no_grad():
@@ -254,16 +253,3 @@ def _(student: ImageClassifier, **settings: Any) -> Method:
 def _(student: ImageClassifier, **settings: Any) -> Method:
     """Knowledge distillation on counterfactual images."""
     return CounterfactualDistiller(student, copy.deepcopy(student), **settings)
-
-
-def encode_masked(
-    backbone: VisionTransformer, tokens: Tensor, mask: Tensor, donors: Tensor | None, strategy: MaskStrategy
-) -> Tensor:
-    """Feature ``[N, D]`` of the counterfactual images, from the tokens of the clean ones."""
-    if donors is not None:
-        return backbone.encode(gather_tokens(tokens, mask, donors))[0]
-    dropped = strategy.dropped(mask.shape[1])
-    if dropped is not None:
-        return backbone.encode(drop_tokens(tokens, mask, dropped=dropped)[0])[0]
-    rows, packing = pack_tokens(tokens, mask)
-    return backbone.encode(rows, packing=packing)[0]

@@ -2,7 +2,7 @@
 
 Written plainly and on its own: attention maps and T×T relevance products in memory, counterfactual images made
 of pixels, separate forward passes, every token computed in every block. It shares only the model's parameters,
-the selection of patches and the pixel refill with the fast step.
+the selection of patches and a fill's pixels with the fast step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..models import ImageClassifier, VisionTransformer
 from ..models.blocks import Block
-from ..ops import refill_patches
 from .losses import StepOutput
 from .strategies import Draw, MaskStrategy
 
@@ -34,8 +33,8 @@ def paper_order_step(
     mask = strategy.mask(cam, draw)
 
     counterfactual, hidden, dropped = images, None, None
-    if draw.donors is not None:
-        counterfactual = refill_patches(images, mask, draw.donors)
+    if not strategy.filling.leaves_out:
+        counterfactual = strategy.filling.pixels(images, mask, draw.donors)
     elif strategy.region == "random":
         dropped = mask
     else:

@@ -1,4 +1,4 @@
-"""The nine masking strategies: which patches are masked × what fills them."""
+"""The masking strategies: which patches are masked × what fills them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,20 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.names import unknown
-from ..ops import sample_donors, select_patches
+from ..models import VisionTransformer
+from ..ops import select_patches
+from .fills import FILLS, REGIONS, Fill
 
-# The paper's settings: threshold for object and context masks, rate for random ones.
-PAPER_CUTS = {
-    "random-none": 0.75,
-    "random-single": 0.5,
-    "random-multi": 0.5,
-    "object-none": 0.3,
-    "object-single": 0.3,
-    "object-multi": 0.6,
-    "context-none": 0.6,
-    "context-single": 0.5,
-    "context-multi": 0.3,
-}
+
+def strategy_names() -> tuple[str, ...]:
+    """All there are: every region with every fill."""
+    return tuple(f"{region}-{fill}" for region in REGIONS for fill in FILLS)
 
 
 class Draw(NamedTuple):
     """All randomness of one step, drawn up front so that every implementation gives the same answer."""
 
-    donors: Tensor | None  # [N] or [N, L] int64; None for no-fill
+    donors: Tensor | None  # [N] or [N, L] int64; None where nothing comes from other images
     mask: Tensor | None  # [N, L] bool; only for a random region
 
 
@@ -39,11 +33,12 @@ class MaskStrategy:
 
     Attributes:
         region: ``"object"`` (relevant patches), ``"context"`` (the others) or ``"random"``.
-        fill: ``"single"`` (one donor image), ``"multi"`` (a donor per patch) or ``"none"`` (dropped).
+        fill: ``"single"`` (one donor image), ``"multi"`` (a donor per patch), ``"none"`` (left out), or the name of
+            another one in `FILLS`.
         threshold: Cut on the normalised relevance, for object and context. Exactly one of it and ``top_k``.
         top_k: Number of patches, for object and context.
-        rate: Share of masked patches, for random: the probability of each patch with a fill; without one,
-            exactly ``L - int(L * (1 - rate))`` patches are dropped.
+        rate: Share of masked patches, for random: the probability of each patch, or, where they are left out, exactly
+            ``L - int(L * (1 - rate))`` of every image.
         exclude_self: Single-fill: no image draws itself. The paper's permutation lets one on average do so.
     """
 
@@ -87,12 +82,10 @@ class MaskStrategy:
     ) -> MaskStrategy:
         """A strategy such as ``"object-single"``, with the paper's threshold or rate unless one is given."""
         _check_name(name)
-        region, fill = name.split("-")
+        region, _, fill = name.partition("-")
         if threshold is None and top_k is None and rate is None:
-            if region == "random":
-                rate = PAPER_CUTS[name]
-            else:
-                threshold = PAPER_CUTS[name]
+            cut = FILLS[fill].cuts[region]
+            threshold, rate = (None, cut) if region == "random" else (cut, None)
         return cls(region, fill, threshold, top_k, rate, exclude_self)
 
     @property
@@ -105,12 +98,19 @@ class MaskStrategy:
         """Whether the mask depends on a relevance map."""
         return self.region != "random"
 
-    def dropped(self, num_patches: int) -> int | None:
-        """Patches that no-fill drops from every image; None where it differs between images."""
-        if self.region == "random" and self.fill == "none":
-            assert self.rate is not None
-            return num_patches - int(num_patches * (1 - self.rate))
-        return self.top_k
+    @property
+    def filling(self) -> Fill:
+        """What fills them."""
+        return FILLS[self.fill]
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether the network sees as many patches of every image, known before the masks are."""
+        return not self.filling.leaves_out or self.masked(1) is not None
+
+    def masked(self, num_patches: int) -> int | None:
+        """Masked patches of every image; None where it differs between images."""
+        return self.top_k if self.rate is None else self.filling.dropped(self.rate, num_patches)
 
     def draw(
         self,
@@ -125,19 +125,11 @@ class MaskStrategy:
         Raises:
             ValueError: Multi-fill or ``exclude_self`` with a batch of one, or a generator on another device.
         """
-        donors = mask = None
-        if self.fill != "none":
-            per_patch = num_patches if self.fill == "multi" else None
-            donors = sample_donors(n, per_patch, exclude_self=self.exclude_self, generator=generator, device=device)
-        if self.rate is not None:
-            noise = torch.rand(n, num_patches, generator=generator, device=device)
-            if self.fill == "none":
-                chosen = noise.argsort(dim=1)[:, : self.dropped(num_patches)]
-                mask = torch.zeros(n, num_patches, dtype=torch.bool, device=noise.device)
-                mask.scatter_(1, chosen, True)
-            else:
-                mask = noise < self.rate
-        return Draw(donors, mask)
+        donors = self.filling.donors(n, num_patches, exclude_self=self.exclude_self, generator=generator, device=device)
+        if self.rate is None:
+            return Draw(donors, None)
+        noise = torch.rand(n, num_patches, generator=generator, device=device)
+        return Draw(donors, self.filling.random_mask(noise, self.rate))
 
     def mask(self, cam: Tensor | None, draw: Draw) -> Tensor:
         """The mask ``[N, L]`` bool: selected from ``cam [N, L]``, or the random one that was drawn."""
@@ -147,7 +139,11 @@ class MaskStrategy:
             raise UserError(f"strategy {self.name!r} selects from a relevance map: cam must be given")
         return select_patches(cam, threshold=self.threshold, top_k=self.top_k, region=self.region)
 
+    def encode(self, backbone: VisionTransformer, tokens: Tensor, mask: Tensor, draw: Draw) -> Tensor:
+        """Features ``[N, D]`` of the counterfactual images, from the tokens of the clean ones."""
+        return self.filling.encode(backbone, tokens, mask, draw.donors, self.masked(mask.shape[1]))
+
 
 def _check_name(name: str) -> None:
-    if name not in PAPER_CUTS:
-        raise unknown("strategy", name, PAPER_CUTS)
+    if name not in strategy_names():
+        raise unknown("strategy", name, strategy_names())

@@ -286,7 +286,7 @@ def build_loaders(
             f"accumulate={config.optim.accumulate}"
         )
     method = config.method
-    refills = METHODS[method.name].masks and method.mask_strategy().fill != "none"
+    refills = METHODS[method.name].masks and method.mask_strategy().filling.other_images
     if refills and config.optim.batch_size == parts:
         raise UserError(
             f"{method.strategy} needs a micro-batch of at least 2 images, got 1: no other image to draw from; "

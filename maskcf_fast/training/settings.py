@@ -22,7 +22,7 @@ from ..core.files import read_yaml
 from ..core.names import unknown
 from ..core.optional import need
 from ..data.loader import MOST_THREADS
-from ..methods import METHODS, PAPER_CUTS, MaskStrategy
+from ..methods import METHODS, MaskStrategy, strategy_names
 from ..models import VisionTransformerConfig, preset
 from ..models.weights import read_architecture
 
@@ -416,7 +416,7 @@ def parse(arguments: Sequence[str] | None = None, *, name: str = "train") -> Tra
         name,
         read,
         config=(tyro.conf.FlagConversionOff,),
-        description=f"{DESCRIPTION}\n\nMethods:\n{listed}\n\nStrategies: {', '.join(PAPER_CUTS)}",
+        description=f"{DESCRIPTION}\n\nMethods:\n{listed}\n\nStrategies: {', '.join(strategy_names())}",
     )
 
 

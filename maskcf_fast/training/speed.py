@@ -137,7 +137,7 @@ def why_no_graph(device: torch.device, world_size: int, method: Method) -> str |
     if debug_enabled():
         return "--cuda-graph is left out: MASKCF_DEBUG asks for checks that read values"
     strategy = getattr(method, "strategy", None)
-    if strategy is not None and strategy.fill == "none" and strategy.dropped(1) is None:
+    if strategy is not None and not strategy.fixed_length:
         return f"--cuda-graph is left out: {strategy.name} by threshold keeps another number of patches at each step"
     return None
 

@@ -13,7 +13,7 @@ from ..data.transforms import resize_and_crop
 from ..methods import CounterfactualDistiller, Method
 from ..methods.label_map import LabelMap
 from ..models import ImageClassifier
-from .chance import Chance
+from .draws import Draws
 from .maps import counterfactuals, explain_labels
 from .plots import heat_maps
 
@@ -60,8 +60,8 @@ def rows_for_board(method: Method, images: Tensor, labels: Tensor, generator: to
     images = images.cpu()
     columns = [images, torch.from_numpy(heat_maps(images.numpy(), cam.numpy()))]
     if distiller is not None:
-        chance = Chance.draw(len(images), vit.num_patches, generator)
-        columns.append(counterfactuals(distiller.strategy, images, cam, chance.of(distiller.strategy))[1])
+        draws = Draws.draw(len(images), vit.num_patches, generator)
+        columns.append(counterfactuals(distiller.strategy, images, cam, draws.of(distiller.strategy))[1])
     times = -(-SIDE // vit.image_size)
     cells = torch.stack(columns, dim=1)  # [N, columns, S, S, 3]
     cells = cells.repeat_interleave(times, dim=2).repeat_interleave(times, dim=3)

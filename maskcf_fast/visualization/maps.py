@@ -9,7 +9,6 @@ from ..core.precision import autocast
 from ..methods import Draw, MaskStrategy
 from ..methods.label_map import LabelMap
 from ..models import ImageClassifier
-from ..ops import refill_patches
 from .plots import kept_patches
 
 
@@ -50,9 +49,9 @@ def counterfactuals(strategy: MaskStrategy, images: Tensor, cam: Tensor, draw: D
         draw: Donors, and the mask of a random strategy.
 
     Returns:
-        The mask ``[N, L]`` bool, and images like ``images``; what a no-fill strategy drops is light grey in them.
+        The mask ``[N, L]`` bool, and images like ``images``; what a strategy leaves out is light grey in them.
     """
     mask = strategy.mask(cam, draw)
-    if draw.donors is None:
+    if strategy.filling.leaves_out:
         return mask, torch.from_numpy(kept_patches(images.numpy(), mask.numpy()))
-    return mask, refill_patches(images.permute(0, 3, 1, 2), mask, draw.donors).permute(0, 2, 3, 1)
+    return mask, strategy.filling.pixels(images.permute(0, 3, 1, 2), mask, draw.donors).permute(0, 2, 3, 1)

@@ -23,8 +23,8 @@ function selectTopK(cam, k, region) {
   return mask;
 }
 
-function selectRandom(noise, rate, fill) {
-  if (fill === "none") return selectTopK(noise, noise.length - Math.trunc(noise.length * (1 - rate)), "context");
+function selectRandom(noise, rate, exactly) {
+  if (exactly) return selectTopK(noise, noise.length - Math.trunc(noise.length * (1 - rate)), "context");
   return Array.from(noise, (x) => x < Math.fround(rate));
 }
 
@@ -37,7 +37,7 @@ function effectiveCut(strategy, state) {
 
 function patchMask(strategy, image, state) {
   const cut = effectiveCut(strategy, state);
-  if (cut.rate !== undefined) return selectRandom(image.noise, cut.rate, strategy.fill);
+  if (cut.rate !== undefined) return selectRandom(image.noise, cut.rate, strategy.exactly);
   if (cut.topK !== undefined) return selectTopK(image.cam, cut.topK, strategy.region);
   return selectByThreshold(image.cam, cut.threshold, strategy.region);
 }
@@ -47,10 +47,6 @@ function describeCut(strategy, state) {
   if (cut.rate !== undefined) return `rate ${cut.rate}`;
   if (cut.topK !== undefined) return `${strategy.region === "object" ? "highest" : "lowest"} ${cut.topK}`;
   return `score ${strategy.region === "object" ? ">" : "≤"} ${cut.threshold}`;
-}
-
-function donorOf(strategy, image, patch) {
-  return strategy.fill === "single" ? image.single : image.multi[patch];
 }
 
 // Drawing.
@@ -76,10 +72,12 @@ function paintMask(canvas, page, image, mask) {
 
 function paintFilled(canvas, page, image, mask, strategy) {
   const context = canvas.getContext("2d");
+  const { donors, element } = image.fills[strategy.fill];
   context.drawImage(image.element, 0, 0);
   eachMasked(page, mask, (x, y, side, patch) => {
-    if (strategy.fill === "none") context.clearRect(x, y, side, side);
-    else context.drawImage(page.images[donorOf(strategy, image, patch)].element, x, y, side, side, x, y, side, side);
+    const from = donors ? page.images[donors[patch]].element : element;
+    if (from) context.drawImage(from, x, y, side, side, x, y, side, side);
+    else context.clearRect(x, y, side, side);
   });
 }
 
@@ -89,29 +87,37 @@ function numbers(text, Kind) {
   return new Kind(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
 }
 
+function picture(source) {
+  return Object.assign(new Image(), { src: source });
+}
+
 function readPage(data) {
   for (const image of data.images) {
     image.cam = numbers(image.cam, Float32Array);
     image.noise = numbers(image.noise, Float32Array);
-    image.multi = numbers(image.multi, Uint16Array);
-    image.element = new Image();
-    image.element.src = image.source;
+    image.element = picture(image.source);
+    for (const fill of Object.values(image.fills)) {
+      if (fill.donors) fill.donors = Array.from(numbers(fill.donors, Uint16Array));
+      if (fill.picture) fill.element = picture(fill.picture);
+    }
   }
   return data;
 }
 
-// As visualization/chance.py: no image is its own donor.
-function drawDonors(images) {
-  const order = [...images.keys()];
-  for (let i = order.length - 1; i > 0; i--) {
+// The images change places in what was drawn. What holds of it stays, such as that no image is its own donor.
+function redraw(images) {
+  const places = [...images.keys()];
+  for (let i = places.length - 1; i > 0; i--) {
     const j = Math.floor(Math.random() * (i + 1));
-    [order[i], order[j]] = [order[j], order[i]];
+    [places[i], places[j]] = [places[j], places[i]];
   }
-  const others = images.length - 1;
-  order.forEach((n, at) => { images[n].single = order[(at + 1) % order.length]; });
-  images.forEach((image, n) => {
-    image.multi = image.multi.map(() => (others ? (n + 1 + Math.floor(Math.random() * others)) % images.length : n));
-    image.noise = image.noise.map(Math.random);
+  const drawn = images.map(({ fills, noise }) => ({ fills: { ...fills }, noise }));
+  drawn.forEach(({ fills, noise }, n) => {
+    const image = images[places[n]];
+    image.noise = noise;
+    for (const [name, { donors }] of Object.entries(fills)) {
+      if (donors) image.fills[name] = { donors: donors.map((donor) => places[donor]) };
+    }
   });
 }
 
@@ -172,7 +178,8 @@ function drawCard(page, entry, state) {
     const [maskCanvas, filled] = figure.querySelectorAll("canvas");
     paintMask(maskCanvas, page, entry.image, mask);
     paintFilled(filled, page, entry.image, mask, strategy);
-    const donor = strategy.fill === "single" ? ` · from ${entry.image.single + 1}` : "";
+    const donors = new Set(entry.image.fills[strategy.fill].donors);
+    const donor = donors.size === 1 ? ` · from ${[...donors][0] + 1}` : "";
     const words = `${describeCut(strategy, state)} · ${count} of ${mask.length}`;
     figure.querySelector("span").textContent = words + donor;
     maskCanvas.setAttribute("aria-label", `${strategy.name}: ${words} patches masked`);
@@ -194,7 +201,8 @@ async function start() {
   }
   const entries = page.images.map((image, n) => makeCard(page, image, n));
   byId("images").append(...entries.map((entry) => entry.card));
-  await Promise.all(page.images.map((image) => image.element.decode()));
+  const elements = page.images.flatMap((image) => [image, ...Object.values(image.fills)].map((each) => each.element));
+  await Promise.all(elements.filter(Boolean).map((element) => element.decode()));
 
   // All is drawn once; while a slider moves, only what is in view, and the rest when it comes into view.
   const refresh = () => {
@@ -227,7 +235,7 @@ async function start() {
   byId("top-k").addEventListener("input", set((value) => { state.cut = { topK: value }; }));
   byId("rate").addEventListener("input", set((value) => { state.rate = value; }));
   byId("own").addEventListener("click", () => { state.cut = state.rate = null; refresh(); });
-  byId("redraw").addEventListener("click", () => { drawDonors(page.images); refresh(); });
+  byId("redraw").addEventListener("click", () => { redraw(page.images); refresh(); });
   byId("redraw").hidden = page.images.length < 2;
   for (const strategy of page.strategies) {
     const label = document.createElement("label");

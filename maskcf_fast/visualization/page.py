@@ -13,18 +13,19 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from ..methods import MaskStrategy
-from .chance import Chance
+from ..methods import Fill, MaskStrategy
+from .draws import Draws
 from .images import Images
 from .plots import MASKED, heat_maps
 
 
 @dataclass(frozen=True)
-class Look:
-    """Some images, seen by a model.
+class Page:
+    """Some images, seen by a model, as a page.
 
     Attributes:
         title: Heading of the page.
@@ -34,7 +35,7 @@ class Look:
         cam: The map of each image, float32 ``[N, L]``.
         probabilities: Of the classes, ``[N, classes]``.
         strategies: What is shown, in this order.
-        chance: Donors and noise.
+        draws: Donors and noise.
     """
 
     title: str
@@ -44,53 +45,74 @@ class Look:
     cam: Tensor
     probabilities: Tensor
     strategies: Sequence[MaskStrategy]
-    chance: Chance
+    draws: Draws
+
+    def html(self) -> str:
+        """The whole page."""
+        folder = resources.files(__package__)
+        parts = {
+            "TITLE": html.escape(self.title),
+            "STYLE": (folder / "page.css").read_text(encoding="utf-8"),
+            "SCRIPT": (folder / "page.js").read_text(encoding="utf-8"),
+            # "<" would let a file's name end the script element.
+            "DATA": json.dumps(page_data(self), separators=(",", ":")).replace("<", "\\u003c"),
+        }
+        page = (folder / "page.html").read_text(encoding="utf-8")
+        return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], page)
 
 
-def render(look: Look) -> str:
-    """The whole page."""
-    folder = resources.files(__package__)
-    parts = {
-        "TITLE": html.escape(look.title),
-        "STYLE": (folder / "page.css").read_text(encoding="utf-8"),
-        "SCRIPT": (folder / "page.js").read_text(encoding="utf-8"),
-        # "<" would let a file's name end the script element.
-        "DATA": json.dumps(page_data(look), separators=(",", ":")).replace("<", "\\u003c"),
-    }
-    page = (folder / "page.html").read_text(encoding="utf-8")
-    return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], page)
+def page_data(page: Page) -> dict[str, Any]:
+    """What the script works on. Arrays are base64 of little-endian float32, or uint16 for donors.
 
-
-def page_data(look: Look) -> dict[str, Any]:
-    """What the script works on. Arrays are base64 of little-endian float32, or uint16 for donors."""
-    pixels = look.images.pixels.numpy()
-    heats = heat_maps(pixels, look.cam)
-    chosen = look.probabilities.argmax(dim=1).tolist()
+    Each image says what a patch of it is filled with, by fill: the number of the image that it comes from, or a
+    picture that is filled everywhere; nothing where patches are left out.
+    """
+    pixels = page.images.pixels.numpy()
+    grid = round(page.cam.shape[1] ** 0.5)
+    fills = {strategy.fill: _filled(strategy.filling, page) for strategy in page.strategies}
+    heats = heat_maps(pixels, page.cam)
+    chosen = page.probabilities.argmax(dim=1).tolist()
     images = []
-    for i, label in enumerate(look.images.labels.tolist()):
+    for i, label in enumerate(page.images.labels.tolist()):
         images.append(
             {
-                "name": look.images.names[i],
-                "label": look.classes[label] if label >= 0 else None,
-                "prediction": look.classes[chosen[i]],
-                "probability": float(look.probabilities[i, chosen[i]]),
+                "name": page.images.names[i],
+                "label": page.classes[label] if label >= 0 else None,
+                "prediction": page.classes[chosen[i]],
+                "probability": float(page.probabilities[i, chosen[i]]),
                 "source": _picture(pixels[i]),
                 "heat": _picture(heats[i]),
-                "cam": _numbers(look.cam[i], "<f4"),
-                "single": int(look.chance.single[i]),
-                "multi": _numbers(look.chance.multi[i], "<u2"),
-                "noise": _numbers(look.chance.noise[i], "<f4"),
+                "cam": _numbers(page.cam[i], "<f4"),
+                "noise": _numbers(page.draws.noise[i], "<f4"),
+                "fills": {name: each[i] for name, each in fills.items()},
             }
         )
     size = pixels.shape[1]
     return {
-        "facts": dict(look.facts),
+        "facts": dict(page.facts),
         "size": size,
-        "grid": round(look.cam.shape[1] ** 0.5),
+        "grid": grid,
         "maskColour": f"rgb({MASKED[0]} {MASKED[1]} {MASKED[2]} / 0.75)",
-        "strategies": [{"name": strategy.name, **asdict(strategy)} for strategy in look.strategies],
+        "strategies": [
+            {"name": s.name, **asdict(s), "exactly": s.filling.dropped(0.5, grid * grid) is not None}
+            for s in page.strategies
+        ],
         "images": images,
     }
+
+
+def _filled(fill: Fill, page: Page) -> list[dict[str, str]]:
+    """What patches of each image are filled with."""
+    n, patches = page.cam.shape
+    donors = page.draws.donors[fill.name]
+    if fill.leaves_out:
+        return [{}] * n
+    if donors is not None:
+        each = donors if donors.ndim == 2 else donors[:, None].expand(n, patches)
+        return [{"donors": _numbers(row, "<u2")} for row in each]
+    everywhere = torch.ones(n, patches, dtype=torch.bool)
+    filled = fill.pixels(page.images.pixels.permute(0, 3, 1, 2), everywhere, None).permute(0, 2, 3, 1)
+    return [{"picture": _picture(image)} for image in filled.numpy()]
 
 
 def _picture(pixels: np.ndarray) -> str:

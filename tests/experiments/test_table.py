@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from maskcf_fast.core.tensors import fingerprint, save_tensors
 from maskcf_fast.evaluation.suite import _identity
 from maskcf_fast.experiments.table import METHODS, TRAINED, Table, TableConfig, TableRow, markdown, plot
-from maskcf_fast.methods import PAPER_CUTS
+from maskcf_fast.methods import strategy_names
 from maskcf_fast.table import main
 from maskcf_fast.training.checkpoint import load_checkpoint
 from maskcf_fast.training.runs import read_run
@@ -193,7 +193,7 @@ def test_settings_of_every_method(tmp_path):
     for method in TRAINED:
         config = made.settings(method, 3)
         assert (config.seed, config.out) == (3, tmp_path / f"{method}-seed3")
-        name = {"lp-ft": "ft"}.get(method, "counterfactual" if method in PAPER_CUTS else method)
+        name = {"lp-ft": "ft"}.get(method, "counterfactual" if method in strategy_names() else method)
         assert config.method.name == name
         assert name != "counterfactual" or config.method.strategy == method
         assert config.optim == made.base.optim

@@ -20,14 +20,13 @@ import maskcf_fast as mf
 from maskcf_fast.core.tensors import save_tensors
 from maskcf_fast.data import scan_images
 from maskcf_fast.data.transforms import resize_and_crop
-from maskcf_fast.experiments.visualize import ALL
-from maskcf_fast.methods import PAPER_CUTS, CounterfactualDistiller, MaskStrategy
+from maskcf_fast.methods import FILLS, CounterfactualDistiller, MaskStrategy, strategy_names
 from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training.build import build_method
 from maskcf_fast.training.settings import DataConfig, MethodConfig, ModelConfig, TrainConfig, to_yaml
 from maskcf_fast.visualization.board import board_images, rows_for_board
-from maskcf_fast.visualization.chance import Chance
+from maskcf_fast.visualization.draws import Draws
 from maskcf_fast.visualization.maps import counterfactuals, explain_labels
 from maskcf_fast.visualization.plots import heat_maps, kept_patches
 from maskcf_fast.visualize import main
@@ -81,6 +80,10 @@ def pixels_of(uri):
     kind, text = uri.split(",")
     assert kind == "data:image/png;base64"
     return torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(text)))))
+
+
+def donors_of(data, fill):
+    return torch.stack([array(image["fills"][fill]["donors"], "<u2").long() for image in data["images"]])
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +150,18 @@ def test_page_holds_what_the_model_sees(page, run, images):
     heats = torch.stack([pixels_of(image["heat"]) for image in data["images"]])
     assert np.array_equal(heats, heat_maps(pixels, cam))
 
-    assert [strategy["name"] for strategy in data["strategies"]] == list(ALL)
+    assert [strategy["name"] for strategy in data["strategies"]] == list(strategy_names())
     cuts = {s["name"]: (s["threshold"], s["top_k"], s["rate"]) for s in data["strategies"]}
-    for name, cut in PAPER_CUTS.items():
-        paper = (None, None, cut) if name.startswith("random") else (cut, None, None)
-        assert cuts[name] == ((None, 5, None) if name == "context-single" else paper)
-    assert sorted(image["single"] for image in data["images"]) == list(range(7))
+    for name in strategy_names():
+        own = MaskStrategy.from_name(name, **({"top_k": 5} if name == "context-single" else {}))
+        assert cuts[name] == (own.threshold, own.top_k, own.rate)
+    donors = {name: donors_of(data, name) for name in ("single", "multi")}
+    assert sorted(donors["single"][:, 0].tolist()) == list(range(7))
+    assert (donors["single"] == donors["single"][:, :1]).all()
+    assert (donors["multi"] != donors["multi"][:, :1]).any()
     for i, image in enumerate(data["images"]):
-        assert image["single"] != i
-        assert not (array(image["multi"], "<u2") == i).any()
+        assert not any((each[i] == i).any() for each in donors.values())
+        assert image["fills"]["none"] == {}
         assert array(image["noise"], "<f4").shape == (16,)
 
 
@@ -169,36 +175,41 @@ def test_pictures(page, run):
         assert (np.abs(picture.astype(int) - (230, 97, 1)).sum(2) < 150).mean() > 0.02  # masks
 
 
-def test_chance_is_what_the_strategies_draw():
-    assert set(ALL) == set(PAPER_CUTS)
-    chance = Chance.draw(5, 49, torch.Generator().manual_seed(4))
-    for name in ALL:
-        draw, strategy = chance.of(MaskStrategy.from_name(name)), MaskStrategy.from_name(name)
+def test_draws_are_what_the_strategies_draw():
+    draws = Draws.draw(5, 49, torch.Generator().manual_seed(4))
+    for name in strategy_names():
+        draw, strategy = draws.of(MaskStrategy.from_name(name)), MaskStrategy.from_name(name)
         assert (draw.donors is None) == name.endswith("none")
         assert (draw.mask is None) == (not name.startswith("random"))
         if draw.donors is not None:
             assert draw.donors.shape == ((5,) if strategy.fill == "single" else (5, 49))
-    assert sorted(chance.single.tolist()) == list(range(5))
-    assert not (chance.single == torch.arange(5)).any()
-    assert not (chance.multi == torch.arange(5)[:, None]).any()
+    single, multi = draws.donors["single"], draws.donors["multi"]
+    assert sorted(single.tolist()) == list(range(5))
+    assert not (single == torch.arange(5)).any()
+    assert not (multi == torch.arange(5)[:, None]).any()
+    alone = Draws.draw(1, 49, torch.Generator().manual_seed(4))
+    assert not alone.donors["single"].any()
+    assert not alone.donors["multi"].any()
     # Without donors, noise is the first thing that a strategy draws.
     strategy = MaskStrategy.from_name("random-none")
     noise = torch.rand(5, 49, generator=torch.Generator().manual_seed(6))
     expected = strategy.draw(5, 49, generator=torch.Generator().manual_seed(6)).mask
-    assert torch.equal(replace(chance, noise=noise).of(strategy).mask, expected)
+    assert torch.equal(replace(draws, noise=noise).of(strategy).mask, expected)
 
 
 def test_counterfactuals_patch_by_patch():
     images = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
     cam = torch.rand(3, 4)
-    chance = Chance.draw(3, 4, torch.Generator().manual_seed(0))
+    draws = Draws.draw(3, 4, torch.Generator().manual_seed(0))
     for name in ("object-single", "context-multi", "object-none"):
         strategy = MaskStrategy.from_name(name)
-        mask, made = counterfactuals(strategy, images, cam, chance.of(strategy))
+        mask, made = counterfactuals(strategy, images, cam, draws.of(strategy))
         for n in range(3):
             for p in range(4):
                 at = (slice(p // 2 * 4, p // 2 * 4 + 4), slice(p % 2 * 4, p % 2 * 4 + 4))
-                donor = {"single": chance.single[n], "multi": chance.multi[n, p], "none": 0}[strategy.fill]
+                donor = {"single": draws.donors["single"][n], "multi": draws.donors["multi"][n, p], "none": 0}[
+                    strategy.fill
+                ]
                 filling = torch.full((4, 4, 3), 230) if strategy.fill == "none" else images[donor][at]
                 assert torch.equal(made[n][at], (filling if mask[n, p] else images[n][at]).to(torch.uint8))
 
@@ -279,8 +290,8 @@ def test_selection_in_the_browser_is_select_patches(page, tmp_path):
         return {
           threshold: regions.map((r) => over(given.cuts, (row, v) => selectByThreshold(row, v, r))),
           topK: regions.map((r) => over(given.ks, (row, v) => selectTopK(row, v, r))),
-          none: over(given.rates, (row, v) => selectRandom(row, v, "none")),
-          single: over(given.rates, (row, v) => selectRandom(row, v, "single")),
+          none: over(given.rates, (row, v) => selectRandom(row, v, true)),
+          single: over(given.rates, (row, v) => selectRandom(row, v, false)),
         };"""
     result = in_browser(page, tmp_path, script, given)
 
@@ -293,7 +304,7 @@ def test_selection_in_the_browser_is_select_patches(page, tmp_path):
         for k, rows in zip(given["ks"], by_k, strict=True):
             assert torch.equal(masks(rows), mf.select_patches(maps, top_k=k, region=region))
     for rate, dropped, drawn in zip(given["rates"], result["none"], result["single"], strict=True):
-        usable = Chance(torch.arange(60), torch.zeros(60, 49), maps)
+        usable = Draws(dict.fromkeys(FILLS), maps)
         for fill, rows in (("none", dropped), ("single", drawn)):
             expected = usable.of(MaskStrategy("random", fill, rate=rate)).mask
             assert torch.equal(masks(rows), expected)
@@ -324,7 +335,7 @@ def test_page_draws_the_counterfactual_images(page, tmp_path):
         const words = entries[0].pairs.map((pair) => pair.querySelector("span").textContent);
         document.getElementById("own").click(); shots.push(shot());
         document.getElementById("redraw").click();
-        const redrawn = page.images.map((image) => [image.single, ...image.multi]);
+        const redrawn = page.images.map((image) => [...image.fills.single.donors, ...image.fills.multi.donors]);
         const heading = entries[4].card.querySelector("h2").textContent;
         return { shots, words, heading, redrawn, max: document.getElementById("top-k").max,
                  overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth };"""
@@ -332,9 +343,8 @@ def test_page_draws_the_counterfactual_images(page, tmp_path):
     data = data_of(page)
     pixels = torch.stack([pixels_of(image["source"]) for image in data["images"]])
     cam, noise = (torch.stack([array(image[key], "<f4") for image in data["images"]]) for key in ("cam", "noise"))
-    multi = torch.stack([array(image["multi"], "<u2").long() for image in data["images"]])
-    chance = Chance(torch.tensor([image["single"] for image in data["images"]]), multi, noise)
-    own = [MaskStrategy(**{k: v for k, v in s.items() if k != "name"}) for s in data["strategies"]]
+    draws = Draws({"single": donors_of(data, "single"), "multi": donors_of(data, "multi"), "none": None}, noise)
+    own = [MaskStrategy(**{k: v for k, v in s.items() if k not in ("name", "exactly")}) for s in data["strategies"]]
     moved = [
         own,
         [s if s.rate is not None else replace(s, threshold=0.45, top_k=None) for s in own],
@@ -343,7 +353,7 @@ def test_page_draws_the_counterfactual_images(page, tmp_path):
     ]
     for shot, strategies in zip(result["shots"], moved, strict=True):
         for j, strategy in enumerate(strategies):
-            mask, made = counterfactuals(strategy, pixels, cam, chance.of(strategy))
+            mask, made = counterfactuals(strategy, pixels, cam, draws.of(strategy))
             drawn = torch.stack([array(shot[i][j], np.uint8).view(32, 32, 4) for i in range(len(pixels))])
             if strategy.fill != "none":
                 assert torch.equal(drawn[..., :3], made), strategy.name
@@ -460,8 +470,8 @@ def test_rows_for_board(image_folders, name, columns):
     cam, _ = explain_labels(student, LabelMap("relevance", "logit", 0, 4), images, labels)
     assert np.array_equal(torch.stack([row[1] for row in cells]), heat_maps(images, cam))
     if columns == 3:
-        chance = Chance.draw(4, 16, torch.Generator().manual_seed(5))
+        draws = Draws.draw(4, 16, torch.Generator().manual_seed(5))
         mask = mf.select_patches(cam, threshold=0.6)
-        refilled = mf.refill_patches(images.permute(0, 3, 1, 2), mask, chance.multi).permute(0, 2, 3, 1)
+        refilled = mf.refill_patches(images.permute(0, 3, 1, 2), mask, draws.donors["multi"]).permute(0, 2, 3, 1)
         assert torch.equal(torch.stack([row[2] for row in cells]), refilled)
         assert mask.any()

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from saved import rewrite, tensors, values
 
-from maskcf_fast.methods import PAPER_CUTS, MaskStrategy
+from maskcf_fast.methods import MaskStrategy, strategy_names
 from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import trainer as trainer_module
 from maskcf_fast.training.build import build_method
 from maskcf_fast.training.checkpoint import ALONE, save_checkpoint
 from maskcf_fast.training.settings import MethodConfig
 
-METHODS = [{"name": n} for n in ("ft", "lp", "fd", "kd")] + [{"strategy": name} for name in PAPER_CUTS]
+METHODS = [{"name": n} for n in ("ft", "lp", "fd", "kd")] + [{"strategy": name} for name in strategy_names()]
 
 
 class Stop(Exception):
