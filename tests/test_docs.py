@@ -24,7 +24,20 @@ from maskcf_fast import __main__ as maskcf
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
-TOOLS = {".ci/gpu", ".ci/run", "git", "lint-imports", "mkdocs", "mypy", "pip", "pre-commit", "pytest", "ruff", "twine"}
+TOOLS = {
+    ".ci/audit",
+    ".ci/gpu",
+    ".ci/run",
+    "git",
+    "lint-imports",
+    "mkdocs",
+    "mypy",
+    "pip",
+    "pre-commit",
+    "pytest",
+    "ruff",
+    "twine",
+}
 SHORT = {"train": ["--optim.epochs", "1", "--optim.batch-size", "6"]}  # what an executed command gets in addition
 BLOCK = re.compile(r"(?:<!-- (?P<mark>\w+: \w+) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -107,7 +120,7 @@ def test_every_command_is_one(page, only_parse, monkeypatch, tmp_path):
     inline = re.findall(r"`((?:maskcf |python -m benchmarks\.)[^`…]*)`", BLOCK.sub("", page.read_text()))
     for code in [*inline, *(code for _, code in blocks(page, "bash"))]:
         for words in commands(code):
-            if words != ["maskcf", "--help"]:
+            if words not in (["maskcf", "--help"], ["maskcf", "--version"]):
                 check(words)
 
 
@@ -195,3 +208,10 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_is_short():
     assert len(PAGES[0].read_text().splitlines()) <= 150
+
+
+def test_every_environment_variable_is_documented():
+    sources = [path for folder in ("maskcf_fast", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r"environ\b[^\n]{0,9}\"(MASKCF_\w+)", path.read_text())}
+    assert "MASKCF_DEBUG" in read
+    assert not read - set(re.findall(r"`(MASKCF_\w+)`", (ROOT / "docs" / "environment.md").read_text()))
