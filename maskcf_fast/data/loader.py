@@ -248,8 +248,8 @@ class EpochLoader(ABC):
             )
         names = [self.manifest.reader().name(i) for i in indices]
         return (
-            f"a batch of {self.manifest.root} could not be decoded, but PIL can decode each of its images; "
-            f'the loader backend "torch" takes PIL. {self.backend} says: {error} The images: {", ".join(names)}'
+            f"a batch could not be decoded, but PIL can decode each of its images, and does so with the loader "
+            f'backend "torch": {", ".join(names)}. {self.backend} says: {error}'
         )
 
     def settings(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import posixpath
 import re
@@ -12,10 +11,11 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..core.errors import UserError
-from ..core.files import atomic_write, cache_dir, composed, decode_text, parse_json, read_lines
+from ..core.files import cache_dir, composed, decode_text, parse_json, read_lines
+from ..core.tensors import DamagedFile, load_json, save_json
 from .images import SUFFIXES, read_file
 from .manifest import Manifest, Span
 
@@ -123,16 +123,14 @@ def _samples(shard: Path) -> list[Sample]:
     stamp = [_INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
     name = f"{hashlib.sha256(os.fsencode(shard.absolute())).hexdigest()[:32]}.json"
     try:
-        content = json.loads((cache_dir("shards") / name).read_bytes())
+        content: Any = load_json(cache_dir("shards") / name)
         if content["stamp"] == stamp:
             return [(key, name, span and (span[0], span[1]), label) for key, name, span, label in content["samples"]]
-    except (OSError, ValueError, KeyError, TypeError):  # absent, unreadable or damaged: read the shard again
+    except (OSError, DamagedFile):  # absent or damaged: read the shard again
         pass
     samples = list(_read_shard(shard, stat.st_size))
     try:
-        atomic_write(
-            cache_dir("shards") / name, json.dumps({"stamp": stamp, "shard": str(shard), "samples": samples}).encode()
-        )
+        save_json(cache_dir("shards") / name, {"stamp": stamp, "shard": str(shard), "samples": samples})
     except OSError as error:
         warnings.warn(f"the index of {shard} could not be kept for the next scan: {error}", stacklevel=4)
     return samples

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..core.errors import UserError
-from ..core.files import atomic_write, cache_dir
+from ..core.files import cache_dir
+from ..core.tensors import DamagedFile, load_json, save_json
 from .images import ImageError, ImageReader, read_image
 from .manifest import Manifest, ellipsis
 
@@ -119,15 +119,15 @@ def _cache_file(root: Path) -> Path:
 
 def _read_cache(root: Path) -> dict[str, list[int]]:
     try:
-        content = json.loads(_cache_file(root).read_bytes())
-        return dict(content["files"]) if content["version"] == _CACHE_VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):  # absent, unreadable or damaged: verify again
+        content: Any = load_json(_cache_file(root))
+    except (OSError, DamagedFile):  # absent or damaged: verify again
         return {}
+    return content["files"] if content["version"] == _CACHE_VERSION else {}
 
 
 def _write_cache(root: Path, files: Mapping[str, list[int] | None]) -> None:
     content = {"version": _CACHE_VERSION, "root": str(root.absolute()), "files": files}
     try:
-        atomic_write(_cache_file(root), json.dumps(content).encode())
+        save_json(_cache_file(root), content)
     except OSError as error:
         warnings.warn(f"the results of verifying {root} could not be kept for the next scan: {error}", stacklevel=5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from ..core.errors import UserError
 from ..core.precision import autocast
 from ..core.processes import Processes
+from ..core.schema import Range
 from ..data import Batch
 from .benchmark import Benchmark
 from .metrics import BINS, calibration_error, wilson
 
 TOP = 5
+
+Count = Annotated[int, Range(0, 2**40)]
+Percent = Annotated[float, Range(0, 100)]
 
 
 @dataclass(frozen=True)
@@ -33,18 +37,13 @@ class Measurement:
         per_class: For each class of the data set, images and how many of them are right.
     """
 
-    images: int
-    top1: float
-    low: float
-    high: float
-    top5: float | None
-    ece: float
-    per_class: dict[str, tuple[int, int]]
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Measurement:
-        """What ``dataclasses.asdict`` gave, after a round through JSON."""
-        return cls(**{**content, "per_class": {name: tuple(pair) for name, pair in content["per_class"].items()}})
+    images: Count
+    top1: Percent
+    low: Percent
+    high: Percent
+    top5: Percent | None
+    ece: Percent
+    per_class: dict[str, tuple[Count, Count]]
 
 
 class Tally:

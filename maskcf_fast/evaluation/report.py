@@ -100,7 +100,7 @@ class Report:
             for name in extra:
                 value, sign = values[name]
                 cells.append("" if value is None else f"{value:{sign}.2f}")
-            lines.append(_line(cells))
+            lines.append(table_line(cells))
         return "\n".join([*lines, "", *self._details(interpolated), "", *self._notes()])
 
     def _details(self, interpolated: bool) -> list[str]:
@@ -117,7 +117,7 @@ class Report:
                 cells += [f"{result.ece:.2f}"]
                 if robust:
                     cells.append(f"{above[benchmark.name]:+.2f}" if benchmark.name in above else "")
-                lines.append(_line(cells))
+                lines.append(table_line(cells))
         return lines
 
     def _notes(self) -> list[str]:
@@ -135,7 +135,7 @@ class Report:
                 + (f"; no baseline for {', '.join(without)}." if without else ".")
             )
         notes += [note for benchmark in self.benchmarks for note in benchmark.notes]
-        return [f"- {note}" for note in notes]
+        return [f"- {' '.join(note.split())}" for note in notes]
 
     def plot(self, path: Path) -> bool:
         """Draw ID against mean OOD accuracy, with the WiSE-FT curves; False where there is nothing to compare."""
@@ -160,8 +160,9 @@ def _alpha(row: Row) -> str:
 
 
 def _heading(columns: Sequence[str], text: int) -> list[str]:
-    return [_line(columns), "|" + "---|" * text + "--:|" * (len(columns) - text)]
+    return [table_line(columns), "|" + "---|" * text + "--:|" * (len(columns) - text)]
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def table_line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table; bars and line breaks of a name must not end a cell or the table."""
+    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.errors import UserError
 from ..core.files import atomic_write
+from ..core.schema import conform, read_record
 from .measure import Measurement
 
-VERSION = 1
+VERSION: Literal[1] = 1
 FIELDS = [field.name for field in dataclasses.fields(Measurement)]
 
 
@@ -32,30 +33,31 @@ class Results:
     def __init__(self, path: Path, command: str, writes: bool = True) -> None:
         self.path, self.command, self.writes = path, command, writes
         self._saved: dict[str, dict[str, Any]] = {}
+        self._found: dict[str, Measurement] = {}
         if writes:
             check_writable(path)
         refuse_others(path, command)
         if not path.exists():
             return
         try:
-            content = json.loads(path.read_text())
-            if content["version"] != VERSION:
-                raise UserError(f"its version is {content['version']}, not {VERSION}")
-            self._saved = dict(content["measurements"])
-            for key in self._saved:
-                self.find(key)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            content = read_record(path, dict[str, Any])
+            conform(content.get("version"), Literal[VERSION], f"{path}: version")
+            self._saved = conform(content.get("measurements"), dict[str, dict[str, Any]], f"{path}: measurements")
+            for key, saved in self._saved.items():
+                own = {name: value for name, value in saved.items() if name in FIELDS}
+                self._found[key] = conform(own, Measurement, f"{path}: {key}")
+        except UserError as error:
             raise UserError(
-                f"{path} holds no results that can be continued ({error!r}): choose another --out, or remove it"
+                f"{path} holds no results that can be continued ({error}): choose another --out, or remove it"
             ) from error
 
     def find(self, key: str) -> Measurement | None:
         """What was measured, or None."""
-        saved = self._saved.get(key)
-        return None if saved is None else Measurement.from_json({name: saved[name] for name in FIELDS})
+        return self._found.get(key)
 
     def add(self, key: str, measurement: Measurement, **about: Any) -> None:
         """Keep a measurement, on disk too; ``about`` is for readers."""
+        self._found[key] = measurement
         self._saved[key] = {**about, **dataclasses.asdict(measurement)}
         self.write({})
 
@@ -85,9 +87,8 @@ def check_writable(path: Path) -> None:
 def refuse_others(path: Path, command: str) -> None:
     """Raise a ValueError if a ``results.json`` is another command's, whose tables and pictures would be lost."""
     try:
-        content = json.loads(path.read_text())
-        owner = content.get("command", command)
-    except (OSError, ValueError, AttributeError):  # absent or damaged
+        owner = read_record(path, dict[str, Any]).get("command", command)
+    except (OSError, UserError):  # absent or damaged
         return
     if owner != command:
         raise UserError(f"{path} holds the results of {owner}, not of {command}: choose another --out")

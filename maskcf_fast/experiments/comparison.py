@@ -9,11 +9,12 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from ..core.errors import UserError
 from ..core.files import atomic_write
 from ..core.processes import Processes
+from ..core.schema import Range, conform, read_record
 from ..data import Manifest
 from ..evaluation import Reader, Results, Spec, Suite
 from ..training.folder import AUTO
@@ -52,12 +53,15 @@ def train_or_reuse(config: TrainConfig, processes: Processes, title: str, basis:
     path, initial = config.out / "result.json", weights_checksum(config.model)
     if path.exists():
         try:
-            saved = json.loads(path.read_text())
-            result = Result(dict(saved["accuracy"]), saved["images_per_second"], True)
+            saved = read_record(path, dict[str, Any])
+            accuracy = conform(saved.get("accuracy"), dict[str, Annotated[float, Range(0, 100)]], f"{path}: accuracy")
+            result = Result(
+                accuracy, conform(saved.get("images_per_second"), float, f"{path}: images_per_second"), True
+            )
             changed = changed_settings(config, config.out / "config.yaml")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(
-                f"{config.out} holds a finished run that cannot be read ({error!r}): choose another --out, or remove it"
+                f"{config.out} holds a finished run that cannot be read ({error}): choose another --out, or remove it"
             ) from error
         # A run of an earlier version did not keep what it started from.
         if changed or saved.get("basis") != basis or saved.get("initial", initial) != initial:

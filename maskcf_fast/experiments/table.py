@@ -25,6 +25,7 @@ from ..core.names import unknown
 from ..core.processes import Processes
 from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.benchmark import read_class_map
+from ..evaluation.report import table_line
 from ..methods import OutputEnsemble, average, registry, strategy_names
 from ..training.build import build_model, named_test_sets, scan
 from ..training.runs import Run, read_run
@@ -162,7 +163,7 @@ class Table:
                     rows += self._rows(method, seed, f"[seed {seed}: {i + 1}/{len(config.methods)}]")
         if "soup" in config.methods:
             rows += self._rows("soup", None, "[all seeds]")
-        notes = [f"- {note}" for benchmark in suite.benchmarks for note in benchmark.notes]
+        notes = [f"- {' '.join(note.split())}" for benchmark in suite.benchmarks for note in benchmark.notes]
         text = "\n".join([markdown(rows, suite.id), *(["", *notes] if notes else [])])
         if self.processes.main:
             content = {"id": suite.id, "data": suite.summary(), "rows": [dataclasses.asdict(row) for row in rows]}
@@ -234,11 +235,11 @@ def grouped(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:
 def markdown(rows: Sequence[TableRow], id: str) -> str:
     """One line per method: means over the seeds in per cent, ± their standard deviation."""
     shifted = [name for name in rows[0].accuracy if name != id]
-    lines = [f"| method | {id} (ID) | {' | '.join(shifted)} | OOD average |", "|---|--:|" + "--:|" * (len(shifted) + 1)]
+    columns = ["method", f"{id} (ID)", *shifted, "OOD average"]
+    lines = [table_line(columns), "|---|" + "--:|" * (len(columns) - 1)]
     for method, group in grouped(rows).items():
-        columns = [[row.accuracy[name] for row in group] for name in (id, *shifted)]
-        cells = [method, *map(spread, columns), spread([row.shifted(id) for row in group])]
-        lines.append("| " + " | ".join(cells) + " |")
+        accuracies = [[row.accuracy[name] for row in group] for name in (id, *shifted)]
+        lines.append(table_line([method, *map(spread, accuracies), spread([row.shifted(id) for row in group])]))
     return "\n".join(lines)
 
 

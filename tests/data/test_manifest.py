@@ -6,7 +6,8 @@ from pictures import picture
 from PIL import Image
 
 from maskcf_fast.core.files import atomic_write, cache_dir
-from maskcf_fast.data import Manifest, scan_images, verify
+from maskcf_fast.data import ImageError, Manifest, scan_images, verify
+from maskcf_fast.data.scan import find_pictures
 
 
 @pytest.fixture
@@ -284,3 +285,63 @@ def test_atomic_write_replaces_or_leaves_the_old_file(tmp_path, monkeypatch):
         atomic_write(path, b"newer")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_links_are_followed_once(make_folder):
+    root = make_folder({"cat": 1, "dog": 1})
+    for name in ("cat", "dog"):
+        (root / name / "up").symlink_to("..")
+        (root / name / "self").symlink_to(".")
+    (root / "linked").symlink_to(make_folder({"cat": 0}) / "dog")
+    (root / "dog" / "deep").symlink_to(root / "cat")
+    assert scan_images(root).paths == (
+        "cat/000.jpg",
+        "dog/000.jpg",
+        "dog/deep/000.jpg",
+        "linked/000.jpg",
+        "linked/deep/000.jpg",
+    )
+    (root.parent / "elsewhere").symlink_to(root)
+    assert len(scan_images(root.parent / "elsewhere")) == 5
+
+
+def test_what_systems_leave_behind_is_no_image(make_folder):
+    root = make_folder({"a": 1})
+    for name in ("a/Thumbs.db", "a/desktop.ini", "a/@eaDir/x.jpg", "__MACOSX/a/._000.jpg", "a/._000.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"junk")
+    assert scan_images(root).paths == ("a/000.jpg",)
+
+
+def test_a_name_is_the_same_composed_and_decomposed(make_folder):
+    one, other = (scan_images(make_folder({name: 1, "z": 1})) for name in ("caf\u00e9", "cafe\u0301"))
+    assert one.classes == ("caf\u00e9", "z") == other.classes  # the second scan finds both folders
+    assert other.labels == (0, 0, 1)
+
+
+def test_a_pipe_is_refused_without_a_scan_too(make_folder):
+    root = make_folder({"a": 1})
+    os.mkfifo(root / "a" / "pipe")
+    reader = scan_images(root, verify=False).reader()
+    with pytest.raises(ImageError, match=r"a/pipe: not a regular file"):
+        reader.image(1)
+
+
+def test_pictures_are_found_in_links_and_alone(make_folder, tmp_path):
+    root = make_folder({"a": 1})
+    (root / "a" / "b.JPEG").symlink_to(root / "a" / "000.jpg")
+    (root / "out").mkdir()
+    picture(8, 8).save(root / "out" / "old.png")
+    (tmp_path / "linked").symlink_to(root)
+    found = find_pictures(tmp_path / "linked", without=root / "out")
+    assert [path.name for path in found] == ["000.jpg", "b.JPEG"]
+    assert find_pictures(root / "a" / "000.jpg") == [root / "a" / "000.jpg"]
+    with pytest.raises(ValueError, match="there are no images in"):
+        find_pictures(root, without=root)
+
+
+def test_a_cache_folder_that_cannot_be_made_says_what_mends_it(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MASKCF_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"cannot make the cache folder .*file/a.*: set MASKCF_CACHE"):
+        cache_dir("a")

@@ -108,3 +108,70 @@ def test_an_index_is_built_once(folder, monkeypatch):
         assert scan_images(folder) == manifest
     write_tar(folder / "0.tar", {"a.cls": b"0", "a.jpg": jpeg(), "b.cls": b"0", "b.jpg": jpeg(1)})
     assert len(scan_images(folder)) == 2
+
+
+def test_names_with_dots_have_a_class_each(folder):
+    files = {f"2024.05.{i}.{kind}": data for i in (1, 2) for kind, data in (("jpg", jpeg(i)), ("cls", b"%d" % i))}
+    write_tar(folder / "0.tar", files)
+    manifest = scan_images(folder)
+    assert manifest.paths == ("0.tar:2024.05.1.jpg", "0.tar:2024.05.2.jpg")
+    assert manifest.labels == (1, 2)
+    write_tar(folder / "0.tar", {"a.left.jpg": jpeg(), "a.right.jpg": jpeg(), "a.cls": b"0"})
+    with pytest.raises(ValueError, match=r"several images \(a\.left\.jpg, a\.right\.jpg\).* ends at the first dot"):
+        scan_images(folder)
+
+
+def test_joined_archives_are_read_to_the_end(folder, tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / f"{i}", {f"{i}.jpg": jpeg(i), f"{i}.cls": b"0"})
+    (folder / "0.TAR").write_bytes(b"".join((tmp_path / f"{i}").read_bytes() for i in range(3)))
+    manifest = scan_images(folder)
+    assert manifest.paths == ("0.TAR:0.jpg", "0.TAR:1.jpg", "0.TAR:2.jpg")
+    assert [manifest.reader().encoded(i) for i in range(3)] == [jpeg(i) for i in range(3)]
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize("name", ["0.tar", "0.tar.gz"])
+def test_compressed_shards_say_so(folder, mode, name):
+    with tarfile.open(folder / name, mode) as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+    for source in (folder, folder / name):
+        with pytest.raises(ValueError, match=r"compressed.*unpack"):
+            scan_images(source)
+
+
+def test_links_within_a_shard(folder):
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        for name, kind, data in [
+            ("d/a.jpg", tarfile.REGTYPE, jpeg(1)), ("d/a.cls", tarfile.REGTYPE, b"0"),
+            ("d/b.jpg", tarfile.LNKTYPE, "d/a.jpg"), ("d/b.cls", tarfile.SYMTYPE, "a.cls"),
+            ("d/c.jpg", tarfile.SYMTYPE, "../../outside.jpg"), ("d/c.cls", tarfile.REGTYPE, b"0"),
+        ]:  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            if kind == tarfile.REGTYPE:
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+            else:
+                member.linkname = data
+                archive.addfile(member)
+    manifest = scan_images(folder, on_bad_image="skip")
+    assert manifest.paths == ("0.tar:d/a.jpg", "0.tar:d/b.jpg")
+    assert manifest.reader().encoded(1) == jpeg(1)
+    assert manifest.skipped[0][0] == "0.tar:d/c"
+
+
+def test_a_listed_name_is_one_even_if_it_looks_like_a_number(folder):
+    (folder / "classes.txt").write_text("7\n007\ncafe\u0301\n")
+    labels = {"a": b"007", "b": b"7", "c": b"2", "d": "caf\u00e9".encode(), "e": "7".encode("utf-16")}
+    write_tar(
+        folder / "0.tar", {f"{k}.{x}": v for k, label in labels.items() for x, v in (("jpg", jpeg()), ("cls", label))}
+    )
+    assert scan_images(folder).labels == (1, 0, 2, 2, 0)
+
+
+def test_deep_json_is_no_class(folder):
+    write_tar(folder / "0.tar", {"a.jpg": jpeg(), "a.json": b"[" * 100_000, "b.jpg": jpeg(), "b.cls": b"0"})
+    assert [reason for _, reason in scan_images(folder, on_bad_image="skip").skipped] == [
+        'no class: neither a.cls nor "label" in a.json'
+    ]

@@ -214,6 +214,9 @@ def test_the_documented_command(call, data, page):
     at = words.index("--model.name")
     assert words[at : at + 4] == ["--model.name", "open_clip:ViT-B-32/openai", "--model.head", "head.safetensors"]
     del words[at : at + 4]
+    at = words.index("--seeds")  # given again they would be more
+    assert words[at : at + 5] == ["--seeds", "0", "1", "2", "--out"]
+    del words[at : at + 4]
     places = {"imagenet": "val", "imagenet-v2": "v2", "imagenet-r": "r", "imagenet-a": "r", "imagenet-sketch": "sketch"}
     sets = words[words.index("--test") + 1 :]
     assert [text.partition(":")[0] for text in sets] == [*places, "objectnet"]
