@@ -24,6 +24,7 @@ from maskcf_fast.training.build import build_model
 from maskcf_fast.training.settings import ModelConfig
 
 from .flops import complete_flop_counter, forward_flops
+from .tables import table
 
 MAPS: dict[str, dict[str, Any]] = {
     "relevance of the logit": {},
@@ -88,11 +89,12 @@ def main() -> None:
             overlap[name].append((mask & exact_mask).sum(dim=1) / either.clamp(min=1))
             share[name].append(mask.float().mean(dim=1))
     print(f"{len(manifest)} images, {options.arch}, threshold {options.threshold}, torch {torch.__version__}\n")
-    print("| map | step | rank correlation | overlap of masks | share masked |\n|---|--:|--:|--:|--:|")
+    rows = []
     for name in MAPS:
         cells = [torch.cat(x[name]).mean() for x in (correlation, overlap, share)]
         flops = step_flops(model, images[:8].float().movedim(-1, 1) / 255, labels[:8], name)
-        print(f"| {name} | {flops:.2f} F | {cells[0]:.2f} | {cells[1]:.2f} | {cells[2]:.2f} |")
+        rows.append((name, f"{flops:.2f} F", *(f"{cell:.2f}" for cell in cells)))
+    print("\n".join(table(("map", "step", "rank correlation", "overlap of masks", "share masked"), rows, left=1)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python -m benchmarks.report --readme DIR
     python -m benchmarks.report --dry-run     # the plan for a GPU, in miniature and on this machine
 
-It needs torch, triton and a checkout; with nvcc it builds the extension first. What is not available, or does not fit
+It needs torch, triton and a checkout. What is not available, such as an extension that was not built, or does not fit
 into the minutes, is named as such.
 """
 
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +24,6 @@ from typing import Any
 import torch
 
 from maskcf_fast.core.files import atomic_write
-from maskcf_fast.ops import extension
 
 from . import breakdown, ops, rehearsal, scaling, step
 from . import measure as m
@@ -145,16 +142,6 @@ def _section(
     return loader.measure_with_step(settings, arch, seconds / 2)
 
 
-def build_extension(progress: Progress) -> None:
-    """Compile the extension where nvcc is and none was built; a failure leaves it out, as the report then says."""
-    if shutil.which("nvcc") is None or extension.library_path().is_file():
-        return
-    progress("building the extension")
-    done = subprocess.run([sys.executable, "-m", "maskcf_fast.build"], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        progress(f"the extension could not be built: {m.first_line(done.stderr)}")
-
-
 def page_with_figures() -> Path:
     """The page that shows a report's figures."""
     return next((page for page in PAGES if page.is_file() and MARKERS[0] in page.read_text()), PAGES[0])
@@ -210,7 +197,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     out = given.out or m.results_folder(device)
     out.mkdir(parents=True, exist_ok=True)  # before the measurement, not after: it may not be allowed
-    build_extension(progress)
     partial = out / "partial.json"  # a report that is cut short replaces no complete one
     with rehearsal.rehearsal() if given.dry_run else nullcontext():
         try:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from maskcf_fast.ops import extension, tuning
+from maskcf_fast.ops import extension, info, tuning
 from maskcf_fast.ops.dispatch import resolve
 
 GPU = torch.device("cuda")
@@ -33,6 +33,13 @@ def gpu(monkeypatch):
 def test_auto_takes_what_is_preferred_here(gpu, op, dtype, capability, chosen):
     gpu(*capability)
     assert resolve(f"maskcf_fast.ops.{op}", "auto", GPU, dtype=dtype) == chosen
+
+
+def test_info_names_what_is_taken_by_dtype(gpu):
+    gpu(9, 0)
+    lines = [" ".join(line.split()) for line in info.table("cuda")]
+    assert {"relevance cuda yes (auto for float32)", "relevance triton yes (auto for half precision)"} <= {*lines}
+    assert "refill cuda yes (auto)" in lines
 
 
 def test_auto_goes_on_to_what_can_run(gpu, monkeypatch):
