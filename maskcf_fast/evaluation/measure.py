@@ -46,7 +46,7 @@ class Measurement:
     per_class: dict[str, tuple[Count, Count]]
 
 
-class Tally:
+class Accumulator:
     """Counts over batches.
 
     Args:
@@ -131,16 +131,16 @@ def measure(
     """
     was_training = model.training
     model.eval()
-    tally = Tally(benchmark, processes.device)
+    metrics = Accumulator(benchmark, processes.device)
     passes = 0
     for batch in batches:
         with autocast(processes.device, precision):
             logits = model(batch.images)
-        tally.add(logits, batch.labels)
+        metrics.add(logits, batch.labels)
         passes += 1
     # Where parameters are divided among the processes, all must run the model equally often. All must also ask.
     most = max(processes.gather(passes))
     for _ in range(most - passes if passes else 0):
         model(batch.images)
     model.train(was_training)
-    return tally.result(processes)
+    return metrics.result(processes)

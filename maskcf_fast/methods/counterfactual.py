@@ -12,6 +12,8 @@ Per batch, with F one student forward (multiply by images for FLOPs):
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -104,15 +106,13 @@ class CounterfactualDistiller(Method):
             mask: bool ``[N, L]``: what to mask, such as `select` gave before. No map is then made, and 1 F less.
         """
         draw = draw or self._draw(images, generator)
-        rows = self.student.backbone.rows(images)
-        tokens = self.student.backbone.embed_rows(rows)
+        tokens, embed_teacher = self._embed(images)
         logits, taps = self._clean(tokens, labels, mask)
-        pixels = rows if self.same_rows else images
         cam = None
         if mask is None:
-            cam = self.map(logits, labels, taps) if taps else self._teacher_cam(pixels, labels)
+            cam = self.map(logits, labels, taps) if taps else self._teacher_cam(embed_teacher, labels)
             mask = self.strategy.mask(cam, draw)
-        distill = self._distill(tokens, pixels, mask, draw)
+        distill = self._distill(tokens, embed_teacher, mask, draw)
         return step_output(task_loss(logits, labels), logits, distill, self.weight, cam=cam, mask=mask)
 
     def backward(
@@ -132,9 +132,7 @@ class CounterfactualDistiller(Method):
         """
         draw = draw or self._draw(images, generator)
         with autocast(images.device, self.precision):
-            rows = self.student.backbone.rows(images)
-            pixels = rows if self.same_rows else images
-            tokens = self.student.backbone.embed_rows(rows)
+            tokens, embed_teacher = self._embed(images)
             shared = tokens.detach().requires_grad_()  # where the two branches meet
             logits, taps = self._clean(shared, labels, mask)
             task = task_loss(logits, labels)
@@ -152,13 +150,13 @@ class CounterfactualDistiller(Method):
                 cam = self.map(logits, labels, taps)
             elif mask is None:
                 with autocast(images.device, self.precision):
-                    cam = self._teacher_cam(pixels, labels)
+                    cam = self._teacher_cam(embed_teacher, labels)
             (scale * task).backward()
         del logits, taps, task
         chosen = self.strategy.mask(cam, draw) if mask is None else mask
 
         with autocast(images.device, self.precision):
-            distill = self._distill(tokens, pixels, chosen, draw)
+            distill = self._distill(tokens, embed_teacher, chosen, draw)
         loss = scale * self.weight * distill
         if tokens.requires_grad:  # the clean branch's gradient joins where the branches meet
             torch.autograd.backward([loss, tokens], [torch.ones_like(loss), cast(Tensor, shared.grad)])
@@ -178,9 +176,9 @@ class CounterfactualDistiller(Method):
             ValueError: The strategy masks at random.
         """
         with autocast(images.device, self.precision):
-            rows = self.student.backbone.rows(images)
-            logits, taps = self._clean(self.student.backbone.embed_rows(rows), labels)
-            cam = None if taps else self._teacher_cam(rows if self.same_rows else images, labels)
+            tokens, embed_teacher = self._embed(images)
+            logits, taps = self._clean(tokens, labels)
+            cam = None if taps else self._teacher_cam(embed_teacher, labels)
         if taps:
             cam = self.map(logits, labels, taps)
         return self.strategy.mask(cam, Draw(None, None))
@@ -203,16 +201,11 @@ class CounterfactualDistiller(Method):
         )
         return self.student.head(feature), taps
 
-    def _distill(self, tokens: Tensor, pixels: Tensor, mask: Tensor, draw: Draw) -> Tensor:
-        """The distillation loss on the counterfactual images.
-
-        They are made of the clean images' tokens: the student's, and the teacher's from the same rows of pixels, or
-        from the images where it normalises them otherwise.
-        """
+    def _distill(self, tokens: Tensor, embed_teacher: Callable[[], Tensor], mask: Tensor, draw: Draw) -> Tensor:
+        """The distillation loss on the counterfactual images, which are made of the clean ones' tokens."""
         teacher = self._teacher_backbone
         with torch.no_grad():
-            clean = self._teacher_tokens(pixels)
-            target = self.strategy.encode(teacher, clean, mask, draw)
+            target = self.strategy.encode(teacher, embed_teacher(), mask, draw)
         masked = self.strategy.encode(self.student.backbone, tokens, mask, draw)
         if self.temperature is None:
             return feature_loss(masked, target)
@@ -225,16 +218,19 @@ class CounterfactualDistiller(Method):
         teacher = self.teacher
         return teacher.backbone if isinstance(teacher, ImageClassifier) else cast(VisionTransformer, teacher)
 
-    def _teacher_tokens(self, pixels: Tensor) -> Tensor:
-        teacher = self._teacher_backbone
-        return teacher.embed_rows(pixels) if self.same_rows else teacher.embed(pixels)
+    def _embed(self, images: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The student's tokens, and what makes the teacher's: of the same rows, unless it normalises otherwise."""
+        student, teacher = self.student.backbone, self._teacher_backbone
+        rows = student.rows(images)
+        theirs = partial(teacher.embed_rows, rows) if self.same_rows else partial(teacher.embed, images)
+        return student.embed_rows(rows), theirs
 
-    def _teacher_cam(self, pixels: Tensor, labels: Tensor) -> Tensor | None:
+    def _teacher_cam(self, embed_teacher: Callable[[], Tensor], labels: Tensor) -> Tensor | None:
         """The teacher's map of the clean images, where it is the one that masks are cut from."""
         if not self.strategy.needs_cam or self.cam_source == "student":
             return None
         # Its weights are frozen: without this there would be no graph to take gradients from.
-        tokens = self._teacher_tokens(pixels).detach().requires_grad_()
+        tokens = embed_teacher().detach().requires_grad_()
         feature, taps = self._teacher_backbone.encode(tokens, record=True)
         return self.map(cast(ImageClassifier, self.teacher).head(feature), labels, taps)
 

@@ -13,7 +13,7 @@ from maskcf_fast.core.schema import conform
 from maskcf_fast.data import LoaderConfig, LoadingError, Manifest, build_loader, scan_images
 from maskcf_fast.evaluation import Reader, Results, Spec, Suite, measure, read_benchmark, suite
 from maskcf_fast.evaluation.benchmark import Benchmark
-from maskcf_fast.evaluation.measure import Measurement, Tally
+from maskcf_fast.evaluation.measure import Accumulator, Measurement
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -59,10 +59,10 @@ def test_counts_are_those_of_a_loop(restricted):
     logits = rng.normal(0, 2, (n, outputs))
     logits[np.arange(n), [np.flatnonzero(targets[label])[0] for label in labels]] += 1.5
     benchmark = benchmark_of(labels.tolist(), torch.tensor(targets), torch.tensor(allowed))
-    tally = Tally(benchmark, ALONE.device)
+    metrics = Accumulator(benchmark, ALONE.device)
     for at in range(0, n, 64):
-        tally.add(torch.tensor(logits[at : at + 64]), torch.tensor(labels[at : at + 64]))
-    result = tally.result(ALONE)
+        metrics.add(torch.tensor(logits[at : at + 64]), torch.tensor(labels[at : at + 64]))
+    result = metrics.result(ALONE)
     top1, top5, error = naive(logits, labels, targets, allowed)
     assert (result.top1, result.top5) == (top1, top5)
     assert result.ece == pytest.approx(error, abs=1e-5)
@@ -77,29 +77,31 @@ def test_counts_are_those_of_a_loop(restricted):
 def test_certain_and_even_predictions_are_binned():
     """Confidence 1 belongs to the last bin; 1/2 of two outputs, all wrong, is an error of one half."""
     both = torch.ones(2, dtype=torch.bool)
-    tally = Tally(benchmark_of([0, 0], torch.tensor([[True, False]]), both), ALONE.device)
-    tally.add(torch.tensor([[200.0, 0.0], [200.0, 0.0]]), torch.tensor([0, 0]))
-    result = tally.result(ALONE)
+    metrics = Accumulator(benchmark_of([0, 0], torch.tensor([[True, False]]), both), ALONE.device)
+    metrics.add(torch.tensor([[200.0, 0.0], [200.0, 0.0]]), torch.tensor([0, 0]))
+    result = metrics.result(ALONE)
     assert (result.top1, result.ece, result.top5) == (100, 0, None)
-    tally = Tally(benchmark_of([1, 1], torch.tensor([[True, False], [False, False]]), both), ALONE.device)
-    tally.add(torch.zeros(2, 2), torch.tensor([1, 1]))
-    assert tally.result(ALONE).ece == pytest.approx(50, abs=1e-12)
+    metrics = Accumulator(benchmark_of([1, 1], torch.tensor([[True, False], [False, False]]), both), ALONE.device)
+    metrics.add(torch.zeros(2, 2), torch.tensor([1, 1]))
+    assert metrics.result(ALONE).ece == pytest.approx(50, abs=1e-12)
 
 
 @pytest.mark.parametrize(("choices", "top5"), [(5, None), (6, 0.0)])
 def test_top5_of_five_choices_says_nothing(choices, top5):
     allowed = torch.arange(8) < choices
-    tally = Tally(benchmark_of([0], torch.arange(8)[None] == choices - 1, allowed), ALONE.device)
-    tally.add(torch.arange(8.0, 0.0, -1.0)[None], torch.tensor([0]))  # the right output is the last of the choices
-    assert tally.result(ALONE).top5 == top5
+    metrics = Accumulator(benchmark_of([0], torch.arange(8)[None] == choices - 1, allowed), ALONE.device)
+    metrics.add(torch.arange(8.0, 0.0, -1.0)[None], torch.tensor([0]))  # the right output is the last of the choices
+    assert metrics.result(ALONE).top5 == top5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_outputs_that_are_not_finite_are_an_error(bad):
-    tally = Tally(benchmark_of([0], torch.tensor([[True, False]]), torch.ones(2, dtype=torch.bool)), ALONE.device)
-    tally.add(torch.tensor([[0.0, bad], [0.0, 1.0]]), torch.tensor([0, 0]))
+    metrics = Accumulator(
+        benchmark_of([0], torch.tensor([[True, False]]), torch.ones(2, dtype=torch.bool)), ALONE.device
+    )
+    metrics.add(torch.tensor([[0.0, bad], [0.0, 1.0]]), torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="NaN or infinite for 1 of 2 images"):
-        tally.result(ALONE)
+        metrics.result(ALONE)
 
 
 def test_top1_is_the_share_of_right_answers(image_folders):
@@ -122,11 +124,11 @@ def test_processes_share_the_images(tmp_path):
     tallies = []
     for rank in range(3):
         config = LoaderConfig(2, SIZE, train=False, threads=0, rank=rank, world_size=3)
-        tally = Tally(benchmark, ALONE.device)
+        metrics = Accumulator(benchmark, ALONE.device)
         for images, labels, indices in build_loader(benchmark.source, config, "torch"):
-            tally.add(ByColour(3)(images), labels)
+            metrics.add(ByColour(3)(images), labels)
             assert labels.tolist() == [benchmark.source.labels[i] for i in indices]
-        tallies.append(tally)
+        tallies.append(metrics)
     seen = [int(t.by_class[0].sum()) for t in tallies]
     assert (sum(seen), max(seen) - min(seen)) == (7, 1)
     for name in ("by_class", "by_bin", "overall", "confidence"):
