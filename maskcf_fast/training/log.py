@@ -8,13 +8,14 @@ import json
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.files import atomic_write
+from ..core.files import atomic_write, explained
 from .settings import TrainConfig, to_yaml
 
 
@@ -41,24 +42,29 @@ class RunLog:
     def write(self, step: int, **values: Any) -> None:
         """One line, and a TensorBoard scalar for every number in it."""
         line = {"step": step, **values}
-        self._file.write(json.dumps(line) + "\n")
+        text = json.dumps(line) + "\n"
+        with explained(self._file.name, len(text)):
+            self._file.write(text)
         self._add_scalars(line)
 
     def _add_scalars(self, line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            if self._board is not None and name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, line["step"])
+        with explained(self._file.name, 0):  # TensorBoard's thread says later, and not where, what it could not write
+            for name, value in line.items():
+                if self._board is not None and name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, line["step"])
 
     def picture(self, step: int, name: str, pixels: Tensor) -> None:
         """A picture for TensorBoard, uint8 ``[H, W, 3]``."""
         if self._board is not None:
-            self._board.add_image(name, pixels, step, dataformats="HWC")
+            with explained(self._file.name, 0):
+                self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with suppress(OSError):  # of a full disk, what was being written has spoken
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
 
 def _board(folder: Path, purge_step: int) -> Any:

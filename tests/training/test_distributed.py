@@ -1,5 +1,6 @@
 """Two processes on one machine, over gloo."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from saved import tensors, values
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from maskcf_fast.core.processes import Processes
 from maskcf_fast.data import LoaderConfig, Manifest, build_loader, scan_images
@@ -63,6 +66,40 @@ def whole_run(rank, port, config, died_at):
         trainer.total_steps = died_at
     trainer.run()
     processes.stop()
+
+
+def build(rank, port, config, path):
+    """How much this process holds of the models, once they are built, and at most before."""
+    processes = join(rank, port)
+    with Memory() as memory:
+        trainer = Trainer(config, processes, quiet=True)
+        held = sum(p.to_local().nbytes for p in trainer.method.parameters())
+    torch.save({"held": held, "peak": memory.peak}, f"{path}/{rank}.pt")
+    processes.stop()
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes at a time in tensors that were made within the block; those on the meta device have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.bytes, self.peak = weakref.WeakSet(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage not in self.live:
+                    self.live.add(storage)
+                    size = storage.nbytes()
+                    self.bytes += size
+                    weakref.finalize(storage, self.free, size)
+                    self.peak = max(self.peak, self.bytes)
+        return out
+
+    def free(self, size):
+        self.bytes -= size
 
 
 def known_masks(rank, port, config, path):
@@ -205,13 +242,32 @@ def test_another_number_of_processes(parallel, change, port, tmp_path):
     alone = replace(config, out=None, resume=tmp_path / "run")
     with pytest.raises(ValueError, match=r"written by 2 process\(es\), now there are 1: .*--elastic True"):
         Trainer(alone, quiet=True)
-    Trainer(replace(alone, elastic=True), quiet=True).run()
+    trainer = Trainer(replace(alone, elastic=True), quiet=True)
+    saved = tensors(tmp_path / "run")
+    loaded = trainer._tensors()
+    assert [name for name in {**saved, **loaded} if not torch.equal(saved[name], loaded[name])] == []
+    trainer.run()
     assert values(tmp_path / "run")["step"] == values(tmp_path / "whole")["step"] == 5
     expected, got = tensors(tmp_path / "whole", "student."), tensors(tmp_path / "run", "student.")
     start = Trainer(replace(config, out=tmp_path / "start"), quiet=True).method.student.state_dict()
     for name, value in expected.items():
         tolerance = 0.1 if name.endswith("qkv.bias") else 1e-3  # as above
         assert (got[name] - value).norm() < tolerance * (value - start[name]).norm(), name
+
+
+def test_no_process_holds_a_whole_divided_model(change, port, tmp_path):
+    """Half of student and teacher in each; while they are built, no more than that and one tensor at a time.
+
+    But for the main process, which reads the file on the CPU, where other models' weights are renamed.
+    """
+    mp.spawn(build, (port, change(parallel="fsdp"), str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    method = Trainer(change(out=tmp_path / "alone"), quiet=True).method
+    whole = sum(p.nbytes for p in method.parameters())
+    largest = max(p.nbytes for p in method.parameters())
+    assert sum(rank["held"] for rank in ranks) == whole
+    assert ranks[0]["held"] - ranks[1]["held"] < 0.02 * whole
+    assert ranks[1]["held"] <= ranks[1]["peak"] <= ranks[1]["held"] + 4 * largest < 0.75 * whole
 
 
 def test_a_process_without_test_images_takes_part_in_every_exchange():

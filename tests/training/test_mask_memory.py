@@ -192,7 +192,7 @@ def test_damaged_state_is_refused(every, spoil):
         ({"method": {"cam_every": 0}}, "method.cam_every must be positive and finite, got 0"),
         ({"data": {"augment": "crop-flip"}}, "cam_every=2 reuses an image's mask, but data.augment=crop-flip makes"),
         ({"method": {"strategy": "random-single"}}, "for object and context masks, random-single has no map: use 1"),
-        ({"method": {"name": "fd"}}, "is for counterfactual and cf-kd, fd has no masks: use 1"),
+        ({"method": {"name": "fd"}}, "is for methods with masks, fd has none: use 1"),
         ({"parallel": "fsdp"}, "does not go with --parallel fsdp: use --parallel ddp"),
     ],
 )
