@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which a model runs at ``precision``: "fp32", or "bf16" with float32 weights."""
+    """The context in which a model runs at ``precision``: "fp32" or "tf32", or "bf16" with float32 weights."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def check_precision(device: torch.device, precision: str) -> None:
+    """Raise a UserError if ``device`` has no such precision."""
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is of NVIDIA GPUs: fp32 is what this device computes in")
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Where PyTorch's float32 matrix products, backward passes included, are TF32 ones if that is the ``precision``.
+
+    Their inputs are rounded to 10 bits of mantissa; sums, and the kernels of this package, stay float32.
+    """
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:

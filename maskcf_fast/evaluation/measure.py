@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UserError
-from ..core.precision import autocast
+from ..core.precision import autocast, check_precision, float32_products
 from ..core.processes import Processes
 from ..core.schema import Range
 from ..data import Batch
@@ -124,17 +124,18 @@ def measure(
         benchmark: What is right.
         batches: This process's share of the benchmark's images.
         processes: The processes that share them.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "tf32" or "bf16".
 
     Raises:
         ValueError: The model gave outputs that are not finite.
     """
+    check_precision(processes.device, precision)
     was_training = model.training
     model.eval()
     metrics = Accumulator(benchmark, processes.device)
     passes = 0
     for batch in batches:
-        with autocast(processes.device, precision):
+        with float32_products(precision), autocast(processes.device, precision):
             logits = model(batch.images)
         metrics.add(logits, batch.labels)
         passes += 1

@@ -103,7 +103,7 @@ class Suite:
 
         Args:
             model: An `ImageClassifier`, or made of several; it is moved to the device.
-            precision: "fp32" or "bf16".
+            precision: "fp32", "tf32" or "bf16".
             title: What the model is called in messages.
             **about: What the file of results says of it.
 

@@ -202,7 +202,7 @@ class Demo:
     def _plot_counterfactuals(self) -> None:
         """Training images as the first step of counterfactual fine-tuning sees them."""
         config = self._config(SHOWN, self.weights[SHOWN][0], self.config.seeds[0])
-        manifest, tests = scan(config.data, self.processes)
+        manifest, tests = scan(config.data, self.processes, config.seed)
         model = build_model(config.model, len(manifest.classes), config.seed)
         vit = model.backbone.config
         loader, _ = build_loaders(config, manifest, tests, vit.image_size, self.processes)

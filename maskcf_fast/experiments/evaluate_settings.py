@@ -49,7 +49,7 @@ class EvaluateConfig:
     """Folder for the results; by default evaluation/ in the first run's."""
     batch_size: int = 64
     """Images per batch and process."""
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Literal["fp32", "tf32", "bf16"] | None = None
     """By default the run's own."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""

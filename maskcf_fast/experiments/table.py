@@ -22,6 +22,7 @@ from torch import nn
 from ..core.errors import UserError
 from ..core.files import atomic_write
 from ..core.names import unknown
+from ..core.precision import check_precision
 from ..core.processes import Processes
 from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.benchmark import read_class_map
@@ -70,8 +71,8 @@ class TableConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32 or bf16."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """fp32, tf32 (its matrix products in TF32, on NVIDIA GPUs) or bf16."""
     device: str = "auto"
     """cpu, cuda, or auto."""
 
@@ -145,7 +146,8 @@ class Table:
                 "--test [NAME=][LAYOUT:]PATH…, or --data.id DIR and --data.ood DIR…"
             )
         class_map = read_class_map(config.class_map) if config.class_map else None
-        train = scan(data, processes)[0]
+        check_precision(processes.device, config.precision)
+        train = scan(dataclasses.replace(data, holdout=0), processes, 0)[0]  # runs may hold out others
         self.classes = train.classes
         self.basis = self.basis or images_checksum(train)
         reader = Reader(self.classes, class_map, config.outside, data.on_bad_image, data.verify, processes.main)

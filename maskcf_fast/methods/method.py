@@ -20,7 +20,7 @@ class Method(nn.Module):
     `VisionTransformer.embed` takes them, labels int64 ``[N]``, and ``generator`` on the images' device.
 
     Attributes:
-        precision: "fp32", or "bf16": bfloat16 with float32 weights, losses and statistics.
+        precision: "fp32" ("tf32" is the same here), or "bf16": bfloat16 with float32 weights, losses and statistics.
         ema_decay: Where positive, `update_teacher` moves the teacher after the student; 0 leaves it frozen.
         weight_decay: The optimiser's, unless another is asked for.
     """

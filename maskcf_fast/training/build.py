@@ -215,10 +215,11 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def scan(config: DataConfig, processes: Processes) -> tuple[Manifest, dict[str, Manifest]]:
+def scan(config: DataConfig, processes: Processes, seed: int) -> tuple[Manifest, dict[str, Manifest]]:
     """The training images, and every test set by its name ("holdout", "id", or its folder's).
 
-    The main process looks first and remembers what it found; the others read that.
+    The main process looks first and remembers what it found; the others read that. ``seed`` draws what is held out,
+    unless the settings say another.
     """
     options: dict[str, Any] = {"on_bad_image": config.on_bad_image, "verify": config.verify, "progress": processes.main}
     found: dict[str, Manifest] = {}
@@ -233,9 +234,10 @@ def scan(config: DataConfig, processes: Processes) -> tuple[Manifest, dict[str, 
     if not processes.main:
         look()
     train = found.pop("train")
+    seed = seed if config.holdout_seed is None else config.holdout_seed
     if config.holdout:
         try:
-            train, held_out = train.holdout(config.holdout, seed=0)
+            train, held_out = train.holdout(config.holdout, seed)
         except ValueError as error:
             raise UserError(f"{error}: lower --data.holdout (0 holds out none)") from error
         found = {"holdout": held_out, **found}

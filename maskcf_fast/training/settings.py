@@ -63,6 +63,8 @@ class DataConfig:
     """Out-of-distribution test images, any number of sets."""
     holdout: int = 0
     """Training images held out, stratified by class, to choose the best epoch (the paper: 10240 of ImageNet)."""
+    holdout_seed: int | None = None
+    """Which images are held out: by default others for each --seed, as the paper; with a number always the same."""
     augment: Literal["none", "crop-flip"] = "none"
     """none: resize and centre crop, as the paper; crop-flip: random-resized crop and horizontal flip."""
     backend: Literal["auto", "dali", "torch"] = "auto"
@@ -163,8 +165,9 @@ class TrainConfig:
     it has a checkpoint, else begun, so that one command serves for both."""
     seed: int = 0
     """Of the order of the images, the donors and random masks, and random weights."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: bfloat16 with float32 weights, losses and statistics."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """tf32: fp32 with the matrix products in TF32, on NVIDIA GPUs, as the paper probably had it; bf16: bfloat16 with
+    float32 weights, losses and statistics."""
     compile: bool = False
     """Compile what lies between the matrix products."""
     cuda_graph: bool = False
@@ -216,6 +219,7 @@ class TrainConfig:
             raise UserError(f"data.threads must be at most {MOST_THREADS}, got {self.data.threads}")
         not_negative = {
             "data.holdout": self.data.holdout,
+            "data.holdout_seed": self.data.holdout_seed or 0,
             "data.threads": self.data.threads,
             "method.weight": self.method.weight or 0,
             "optim.weight_decay": self.optim.weight_decay or 0,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.errors import Stopped, UserError
+from ..core.precision import check_precision, float32_products
 from ..core.processes import Processes
 from ..core.signals import StopRequest
 from ..data import Batch
@@ -69,6 +70,7 @@ class Trainer:
     ) -> None:
         config.validate()
         self.processes = processes or Processes.start(config.device)
+        check_precision(self.processes.device, config.precision)
         own = config.resume if config.resume != AUTO else None
         self.folder = folder = own or config.out or Path("runs") / config.method.name
         self.config = dataclasses.replace(config, out=folder, resume=None)
@@ -81,7 +83,7 @@ class Trainer:
                 raise UserError(f"{folder} continues with its own settings only; changed: {', '.join(changed)}")
 
         try:
-            train, tests = scan(config.data, self.processes)
+            train, tests = scan(config.data, self.processes, config.seed)
         except (FileNotFoundError, NotADirectoryError) as error:
             moved = f"; if the images have moved: --resume {folder} --data.train NEW (--data.id, --data.ood)"
             raise type(error)(f"{error}{moved if resumed else ''}") from error
@@ -169,7 +171,7 @@ class Trainer:
             OSError, UserError: Something that a user can mend.
         """
         try:
-            with self._signals:
+            with self._signals, float32_products(self.config.precision):
                 if self._saved < 0:
                     self._save()
                 while True:

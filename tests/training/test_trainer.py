@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from saved import rewrite, tensors, values
 
+from maskcf_fast.core.errors import UserError
+from maskcf_fast.data import scan_images
 from maskcf_fast.methods import MaskStrategy, strategy_names
 from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import trainer as trainer_module
@@ -119,6 +122,24 @@ def test_bf16_stays_close_to_fp32(change, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+def test_tf32_lasts_as_long_as_the_run(change, monkeypatch):
+    with pytest.raises(UserError, match="--precision tf32 is of NVIDIA GPUs: fp32 is what this device computes in"):
+        Trainer(change(precision="tf32"), quiet=True)
+    for module in ("training.trainer", "evaluation.measure"):
+        monkeypatch.setattr(sys.modules[f"maskcf_fast.{module}"], "check_precision", lambda *_: None)
+    trainer = Trainer(change(precision="tf32", method={"name": "ft"}), quiet=True)
+    seen = []
+    student = trainer.method.student
+    student.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    student.head.weight.register_hook(lambda grad: seen.append(torch.get_float32_matmul_precision()))
+    before = torch.get_float32_matmul_precision()
+    trainer.run()
+    assert len(seen) > 20  # forwards and backwards of ten steps, and evaluation
+    assert {before, *seen} == {"highest", "high"}
+    assert set(seen) == {"high"}
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_schedule_is_the_papers(change):
     trainer = Trainer(change(optim={"epochs": 20, "lr": 3e-5}), quiet=True)
     seen = []
@@ -140,6 +161,20 @@ def test_schedule_is_the_papers(change):
     assert (betas[0], min(betas), betas[-1]) == pytest.approx((0.95, 0.85, 0.95))
     half = 1 + (99 - 1) // 2  # a cosine is at its mean half way down
     assert rates[half] == pytest.approx((3e-5 + 3e-5 / 25e4) / 2, rel=1e-6)
+
+
+def test_held_out_images_are_drawn_for_each_seed(change, image_folders, tmp_path):
+    folders = (tmp_path / str(i) for i in range(9))
+
+    def held_out(**options):
+        loader = Trainer(change(**options, out=next(folders)), quiet=True).tests["holdout"]
+        return loader.manifest.paths
+
+    everything = scan_images(image_folders["train"])
+    for seed in (0, 3):
+        assert held_out(seed=seed, data={"holdout": 9}) == everything.holdout(9, seed)[1].paths
+        assert held_out(seed=seed, data={"holdout": 9, "holdout_seed": 5}) == everything.holdout(9, 5)[1].paths
+    assert everything.holdout(9, 0) != everything.holdout(9, 3)
 
 
 def test_holdout_chooses_the_best_epoch(change):
