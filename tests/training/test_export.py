@@ -1,6 +1,7 @@
 """Exported checkpoints, loaded by the libraries themselves, compute the same."""
 
 import json
+import resource
 from dataclasses import replace
 
 import pytest
@@ -229,6 +230,19 @@ def test_onnx(tmp_path, config, kind):
 def test_what_a_library_cannot_hold(tmp_path, to, config, message):
     with pytest.raises(ValueError, match=message):
         export_model(classifier(config, "cosine"), CLASSES, to, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["hf", "open_clip", "timm", "onnx"])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, to):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model = classifier(CLIP, "cosine")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*model\..* MiB\): File too large"):
+            export_model(model, CLASSES, to, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

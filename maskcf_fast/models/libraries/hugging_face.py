@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...core.errors import UserError
 from ...core.files import read_json
+from ...core.tensors import save_tensors
 from ..config import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Activation, VisionTransformerConfig
 from ..head import ImageClassifier, LinearClassifier
 from ..naming import HF_CLIP, HF_DINOV2, HF_SIGLIP, HF_VIT, Naming, State
@@ -243,7 +243,7 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
     settings.architectures = [kind]
     settings.dtype = "float32"
     settings.save_pretrained(folder)
-    save_file(state, folder / "model.safetensors", PT)
+    save_tensors(folder / "model.safetensors", state, PT)
     pixels = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...core.files import explained
 from ...core.optional import need
 from ...ops.patchify import patchify
 from ..head import ImageClassifier
@@ -62,5 +63,7 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
     )
     assert program is not None
     program.model.metadata_props["classes"] = json.dumps(list(classes))
-    program.save(folder / "model.onnx")
+    path = folder / "model.onnx"
+    with explained(path, sum(p.numel() * p.element_size() for p in model.parameters())):
+        program.save(path)
     return 'onnxruntime.InferenceSession("{out}/model.onnx")', True

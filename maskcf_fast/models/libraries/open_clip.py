@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ...core.errors import UserError
 from ...core.names import did_you_mean
+from ...core.tensors import save_tensors
 from ..config import CLIP_MEAN, CLIP_STD, VisionTransformerConfig
 from ..head import ImageClassifier
 from ..naming import OPEN_CLIP, TIMM, State
@@ -163,7 +163,7 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
     else:
         name = known_name(config)
         state = OPEN_CLIP.to_theirs(state)
-    save_file(state, folder / "model.safetensors", PT)
+    save_tensors(folder / "model.safetensors", state, PT)
     create = f'open_clip.create_model("{name}")' if name else "model"
     return f'{create}.visual.load_state_dict(safetensors.torch.load_file("{{out}}/model.safetensors"))', False
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...core.errors import UserError
 from ...core.names import did_you_mean
+from ...core.tensors import save_tensors
 from ..config import Activation, VisionTransformerConfig
 from ..head import ImageClassifier, LinearClassifier
 from ..naming import TIMM, State
@@ -210,7 +210,7 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
         },
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
-    save_file({**TIMM.to_theirs(state), **head}, folder / "model.safetensors", PT)
+    save_tensors(folder / "model.safetensors", {**TIMM.to_theirs(state), **head}, PT)
     return 'timm.create_model("local-dir:{out}", pretrained=True)', inside
 
 
