@@ -47,6 +47,7 @@ def test_it_is_for_every_python_and_carries_library_and_sources(wheel):
         "_csrc/refill.cu",
         "_csrc/core/select.h",
         "configs/object-single.yaml",
+        "ops/tuning.json",
         "py.typed",
     ):
         assert f"maskcf_fast/{wanted}" in names
