@@ -1,11 +1,13 @@
 """``maskcf COMMAND`` and ``python -m maskcf_fast.COMMAND``."""
 
-from __future__ import annotations
+import dataclasses
+from pathlib import Path
 
 import pytest
 
 import maskcf_fast
 from maskcf_fast.__main__ import MODULES, main
+from maskcf_fast.core.command import read_settings
 
 
 def test_help_says_what_every_command_is_for(capsys):
@@ -36,3 +38,35 @@ def test_an_unknown_option_is_refused_with_the_usage(name, capsys):
     said = capsys.readouterr()
     assert "--foo" in said.err + said.out
     assert f"maskcf {name}" in said.err + said.out or name == "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    many: tuple[int, ...] = ()
+    folder: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    paths: tuple[Path, ...] = ()
+    one: str = ""
+
+
+@pytest.mark.parametrize(
+    ("before", "arguments", "expected"),
+    [
+        ([], ["--paths", "a", "--one", "x", "--paths", "b", "c"], Settings(paths=tuple(map(Path, "abc")), one="x")),
+        ([], ["--inner.many=1", "--inner.many", "-2", "3"], Settings(Inner((1, -2, 3)))),
+        (["--paths", "a"], ["--paths", "b"], Settings(paths=(Path("b"),))),  # takes a file's place
+        (
+            [],
+            ["--paths", "a", "~/b", "--inner.folder=~/c"],
+            Settings(Inner((), Path("/h/c")), (Path("a"), Path("/h/b"))),
+        ),
+        ([], ["--one", "~/x"], Settings(one="~/x")),  # no path
+    ],
+)
+def test_lists_add_up_and_home_is_expanded(monkeypatch, before, arguments, expected):
+    monkeypatch.setenv("HOME", "/h")
+    assert read_settings(Settings, arguments, "some", before) == expected

@@ -181,6 +181,47 @@ def test_hugging_face(score, hugging_face, tmp_path):
         score(f"hf:{root}", classes=("cat", "dog"))
 
 
+def test_a_broken_row_of_hugging_face_is_named_or_skipped(score, hugging_face, tmp_path):
+    classes = ("cat", "dog", "owl")
+    (tmp_path / "files").mkdir()
+    root = hugging_face(tmp_path / "hf", [(0, 0), (1, 1), (2, 2)])
+    datasets = pytest.importorskip("datasets")
+    broken = [{"bytes": (tmp_path / "files" / "0.png").read_bytes(), "path": None}, {"bytes": b"\x89PNG", "path": None}]
+    features = datasets.load_from_disk(str(root)).features
+    datasets.Dataset.from_dict({"image": [*broken, None], "label": [0, 1, 2]}, features=features).save_to_disk(
+        str(tmp_path / "broken")
+    )
+    with pytest.raises(ValueError, match=r"2 file\(s\) .*\n  row 1: not an image .*\n  row 2: holds no image"):
+        score(f"hf:{tmp_path / 'broken'}", classes=classes)
+    benchmark, result = score(f"hf:{tmp_path / 'broken'}", classes=classes, on_bad_image="skip")
+    assert (result.images, result.top1) == (1, 100)
+    assert benchmark.notes == ("2 files of broken are no usable images and left out.",)
+
+
+def test_which_column_of_labels_is_meant(score, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for i in range(2):
+        write(tmp_path / f"{i}.png", i)
+    content = {
+        "image": [str(tmp_path / f"{i}.png") for i in range(2)],
+        "kind": [0, 0],
+        "animal": [1, 0],
+        "breed": ["b", "a"],
+    }
+    features = {
+        "image": datasets.Image(), "kind": datasets.ClassLabel(names=["pet"]),
+        "animal": datasets.ClassLabel(names=["dog", "cat"]), "breed": datasets.Value("string"),
+    }  # fmt: skip
+    table = datasets.Dataset.from_dict(content, features=datasets.Features(features))
+    table.save_to_disk(str(tmp_path / "two"))
+    assert score(f"hf:{tmp_path / 'two'}", classes=("cat", "dog"))[1].top1 == 100  # by the names
+    with pytest.raises(ValueError, match=r"kind \(ClassLabel\).*two#COLUMN chooses the labels"):
+        score(f"hf:{tmp_path / 'two'}", classes=("x", "y"))
+    assert score(f"{tmp_path / 'two'}#breed", classes=("b", "a"))[1].per_class == {"b": (1, 1), "a": (1, 1)}
+    table.remove_columns(["kind", "animal"]).rename_column("breed", "label").save_to_disk(str(tmp_path / "texts"))
+    assert score(f"hf:{tmp_path / 'texts'}", classes=("b", "a"))[1].top1 == 100  # plain text
+
+
 def test_hugging_face_that_does_not_fit(score, hugging_face, tmp_path):
     datasets = pytest.importorskip("datasets")
     classes = ("cat", "dog", "owl")

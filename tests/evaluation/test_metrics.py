@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from maskcf_fast.evaluation.benchmark import read_class_map
 from maskcf_fast.evaluation.metrics import Baseline, calibration_error, logit, read_baselines, wilson
+from maskcf_fast.evaluation.report import table_line
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (0, 50), (3, 7), (500, 1000), (38150, 50000), (7500, 7500)])
@@ -81,3 +83,17 @@ def test_bad_baselines(tmp_path, text, words):
         read_baselines(tmp_path / "b.yaml")
     with pytest.raises(FileNotFoundError, match="absent"):
         read_baselines(tmp_path / "absent.yaml")
+
+
+def test_yaml_words_are_texts(tmp_path):
+    (tmp_path / "map.yaml").write_text("no: yes\n001: [1e-5, on]\n~: null\n")
+    assert read_class_map(tmp_path / "map.yaml") == {"no": ("yes",), "001": ("1e-5", "on"), "~": ("null",)}
+    (tmp_path / "baseline.yaml").write_text("no: {slope: 1e-1, intercept: 2}\n")
+    assert read_baselines(tmp_path / "baseline.yaml") == {"no": Baseline(0.1, 2.0)}
+    (tmp_path / "deep.yaml").write_text("[" * 20_000)
+    with pytest.raises(ValueError, match=r"deep\.yaml is neither YAML nor JSON"):
+        read_class_map(tmp_path / "deep.yaml")
+
+
+def test_a_name_stays_in_its_cell():
+    assert table_line(["a|b\nc\r\n", "1"]) == "| a\\|b c | 1 |"

@@ -223,6 +223,14 @@ def test_bad_settings(line, words, image_folders, weights, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_words_of_yaml_are_what_they_look_like(tmp_path):
+    path = tmp_path / "words.yaml"
+    path.write_text("out: 001\nseed: 007\noptim: {lr: 1e-5}\ndata: {train: no, verify: no, ood: [on, 1.50]}\n")
+    read = parse(["--config", str(path)])
+    assert (read.out, read.seed, read.optim.lr) == (Path("001"), 7, 1e-5)
+    assert (read.data.train, read.data.verify, read.data.ood) == (Path("no"), False, (Path("on"), Path("1.50")))
+
+
 def test_unknown_setting_names_the_nearest(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--optim.lrr", "1"])
