@@ -24,7 +24,7 @@ Tensor gather_tokens(const Tensor& tokens,    // [N, T, D]
   const Launcher launch(tokens);
   Tensor out = torch::stable::empty_like(tokens);
   const int64_t row = tokens.size(2) * int64_t(tokens.element_size());
-  for_access(access_bytes({row, address_of(tokens), address_of(out)}), [&](auto vector) {
+  for_access<2>(access_bytes({row, address_of(tokens), address_of(out)}), [&](auto vector) {
     using V = decltype(vector);
     launch(gather_kernel<V>, warps(args), kGatherThreads, 0, static_cast<const V*>(tokens.const_data_ptr()),
            static_cast<V*>(out.mutable_data_ptr()), int(row / int64_t(sizeof(V))), args);

@@ -26,16 +26,16 @@ inline int access_bytes(std::initializer_list<int64_t> sizes) {
   return int(bits & -bits);
 }
 
-// Calls f(V{}) with the vector type of that many bytes.
-template <class F>
+// Calls f(V{}) with the vector type of that many bytes, or of kLeast.
+template <int kLeast = 1, class F>
 void for_access(int bytes, const F& f) {
   switch (bytes) {
     case 16: return f(uint4{});
     case 8: return f(uint2{});
     case 4: return f(uint32_t{});
     case 2: return f(uint16_t{});
-    default: return f(uint8_t{});
   }
+  if constexpr (kLeast == 1) f(uint8_t{});
 }
 
 inline int64_t address_of(const Tensor& tensor) { return reinterpret_cast<int64_t>(tensor.const_data_ptr()); }

@@ -1,4 +1,6 @@
 // Pixels to normalised patch rows on CUDA.
+#include <numeric>
+
 #include "launch.h"
 #include "patchify.cuh"
 
@@ -41,13 +43,15 @@ Tensor patchify(const Tensor& images,  // [N, H, W, C] uint8 or [N, C, H, W] flo
       args.donors = donor_data(*donors);
       args.donor_per_patch = donors->dim() == 2;
     }
-    args.group = int(std::min<int64_t>(patches, 8192 / row + 1));
+    constexpr int64_t kWide = 16 / int64_t(sizeof(Out));
+    const bool wide = patches * row % kWide == 0 && address_of(out) % 16 == 0;
+    const int64_t whole = wide ? kWide / std::gcd(row, kWide) : 1;  // patches that are whole accesses together
+    args.group = int(std::min((8192 / row / whole + 1) * whole, patches));
     for (size_t c = 0; c < mean.size(); ++c) {
       args.mean[c] = typename Wide<In>::type(mean[c]);
       args.std[c] = typename Wide<In>::type(std[c]);
     }
-    constexpr int kWide = 16 / int(sizeof(Out));
-    if (row % kWide == 0 && address_of(out) % 16 == 0) return run_kernel<Out, In, kWide>(launch, images, out, args);
+    if (wide) return run_kernel<Out, In, int(kWide)>(launch, images, out, args);
     run_kernel<Out, In, 1>(launch, images, out, args);
   };
   for_float_type(dtype, "the result", [&](auto to) {

@@ -10,6 +10,10 @@ namespace maskcf {
 constexpr int kMaxChannels = 16;
 constexpr int kPatchifyThreads = 256;
 
+struct PatchPlace {
+  int64_t image, top, left;
+};
+
 template <class W>
 struct PatchifyArgs {
   int64_t images, patches, cols, p;
@@ -18,8 +22,18 @@ struct PatchifyArgs {
   const bool* mask;       // [N, L] or null
   const int64_t* donors;  // [N] or [N, L]
   bool donor_per_patch;
-  int group;  // patches per block
+  int group;  // patches per block, a multiple of what makes whole accesses
   W mean[kMaxChannels], std[kMaxChannels];
+
+  // Where patch `p` of image `n` is taken from.
+  __device__ PatchPlace place(int64_t n, int64_t p) const {
+    int64_t image = n;
+    if (mask) {
+      image = source_of(n, p, patches, mask[n * patches + p], donors, donor_per_patch);
+      if (uint64_t(image) >= uint64_t(images)) fail();
+    }
+    return {image, p / cols * this->p, p % cols * this->p};
+  }
 };
 
 template <class Out, int kCount>
@@ -27,7 +41,7 @@ struct alignas(sizeof(Out) * kCount) Pack {
   Out value[kCount];
 };
 
-// Grid: x counts images, y groups of patches. kCount consecutive values of a row are written at once. Dynamic shared
+// Grid: x counts images, y groups of patches. kCount consecutive values are written at once, of one patch or of two. Dynamic shared
 // memory for bytes: a table [C, 256] of Out, the outcome of every byte by the same arithmetic.
 template <class Out, class In, int kCount>
 __global__ void __launch_bounds__(kPatchifyThreads)
@@ -44,32 +58,30 @@ __global__ void __launch_bounds__(kPatchifyThreads)
   const unsigned side = unsigned(args.p), area = side * side, row = unsigned(args.channels) * area;
   const int64_t first = int64_t(blockIdx.y) * args.group;
   const int64_t left = args.patches - first;
-  const unsigned items = unsigned(left < args.group ? left : args.group) * (row / kCount);
+  const unsigned items = unsigned(left < args.group ? left : args.group) * row / kCount;
   for (unsigned item = threadIdx.x; item < items; item += blockDim.x) {
-    const int64_t p = first + item / (row / kCount);
-    unsigned at = item % (row / kCount) * kCount;
-    int64_t source = n;
-    if (args.mask) {
-      source = source_of(n, p, args.patches, args.mask[n * args.patches + p], args.donors, args.donor_per_patch);
-      if (uint64_t(source) >= uint64_t(args.images)) fail();
-    }
+    const unsigned begin = item * kCount, at = begin % row;
+    int64_t p = first + begin / row;
+    PatchPlace from = args.place(n, p);
     unsigned c = at / area, y = at % area / side, x = at % side;
-    const int64_t top = p / args.cols * args.p, begin = p % args.cols * args.p;
     Pack<Out, kCount> pack;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const In value = in[args.strides.offset(source, c, top + y, begin + x)];
+      const In value = in[args.strides.offset(from.image, c, from.top + y, from.left + x)];
       if constexpr (sizeof(In) == 1) {
         pack.value[i] = table[c * 256 + value];
       } else {
         pack.value[i] = normalised<Out>(value, args.mean[c], args.std[c]);
       }
-      if (++x == side) {
-        x = 0;
-        if (++y == side) y = 0, ++c;
-      }
+      if (++x < side) continue;
+      x = 0;
+      if (++y < side) continue;
+      y = 0;
+      if (++c < unsigned(args.channels) || i + 1 == kCount) continue;
+      c = 0;
+      from = args.place(n, ++p);
     }
-    *reinterpret_cast<Pack<Out, kCount>*>(out + (n * args.patches + p) * row + at) = pack;
+    *reinterpret_cast<Pack<Out, kCount>*>(out + (n * args.patches + first) * row + begin) = pack;
   }
 }
 

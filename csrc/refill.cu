@@ -23,8 +23,15 @@ void refill(const Launcher& launch, const PatchGrid& grid, const Tensor& images,
   const dim3 count(blocks(grid.images * grid.rows), blocks((lines + args.lines - 1) / args.lines));
   STD_TORCH_CHECK(count.y < 65536, "an image is too large");
   const size_t shared = size_t(grid.cols) * sizeof(int64_t);
-  for_access(access_bytes({grid.run, address_of(images), address_of(out)}), [&](auto vector) {
-    launch(refill_kernel<decltype(vector), Mask>, count, kRefillThreads, shared, args, mask);
+  const int64_t addresses = address_of(images) | address_of(out);
+  for_access(access_bytes({grid.line_bytes(), addresses}), [&](auto vector) {
+    using V = decltype(vector);
+    if constexpr (sizeof(V) > 1) {
+      if (grid.run % int64_t(sizeof(V)) != 0) {
+        return launch(refill_kernel<V, true, Mask>, count, kRefillThreads, shared, args, mask);
+      }
+    }
+    launch(refill_kernel<V, false, Mask>, count, kRefillThreads, shared, args, mask);
   });
 }
 

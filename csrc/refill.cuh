@@ -1,6 +1,10 @@
-// Pixel refill: a block copies some lines of one row of patches, every byte once, in accesses as wide as the layout
-// allows.
+// Pixel refill: a block copies some lines of one row of patches, in accesses as wide as whole lines allow. Where a patch
+// is not a multiple of an access wide (14 pixels), one that straddles patches is read from each of their images, and what
+// belongs to each is put together: in the middle of a line most accesses are of one patch, or of two from one image.
 #pragma once
+
+#include <cstring>
+#include <type_traits>
 
 #include "core/address.h"
 #include "select.cuh"
@@ -41,11 +45,29 @@ struct SelectedMask {
   __device__ void keep(int64_t i, bool masked) const { mask[i] = masked; }
 };
 
+// Replaces what lies `bytes` or more into a vector by what another holds there.
+template <class V>
+__device__ __forceinline__ void replace_tail(V& vector, const V& other, int bytes) {
+  using Word = std::conditional_t<sizeof(V) < 4, V, uint32_t>;
+  constexpr int kWords = int(sizeof(V) / sizeof(Word)), kSize = int(sizeof(Word));
+  Word words[kWords], others[kWords];
+  memcpy(words, &vector, sizeof vector);
+  memcpy(others, &other, sizeof other);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int kept = bytes - i * kSize;
+    const Word mask = kept <= 0 ? Word(0) : kept >= kSize ? Word(~Word(0)) : Word((Word(1) << (8 * kept)) - 1);
+    words[i] = Word((words[i] & mask) | (others[i] & Word(~mask)));
+  }
+  memcpy(&vector, words, sizeof vector);
+}
+
 constexpr int kRefillThreads = 256;
 
 // Grid: x counts rows of patches of all images, y groups of lines. Dynamic shared memory: one int64 per column.
-template <class V, class Mask>
-__global__ void __launch_bounds__(kRefillThreads, 4) refill_kernel(RefillArgs args, Mask mask) {
+// kStraddles: an access may be of several patches.
+template <class V, bool kStraddles, class Mask>
+__global__ void __launch_bounds__(kRefillThreads, kStraddles ? 3 : 4) refill_kernel(RefillArgs args, Mask mask) {
   MASKCF_DYNAMIC_SHARED(memory);
   int64_t* source = reinterpret_cast<int64_t*>(memory);  // [cols]
   const PatchGrid& grid = args.grid;
@@ -63,7 +85,9 @@ __global__ void __launch_bounds__(kRefillThreads, 4) refill_kernel(RefillArgs ar
   const int first = int(blockIdx.y) * args.lines;
   const int all = int(grid.planes * grid.height);
   const unsigned lines = unsigned(all - first < args.lines ? all - first : args.lines);
-  const unsigned per_line = unsigned(grid.line_bytes() / sizeof(V)), per_patch = unsigned(grid.run / sizeof(V));
+  constexpr unsigned kBytes = sizeof(V);
+  const unsigned per_line = unsigned(grid.line_bytes() / kBytes), run = unsigned(grid.run);
+  const unsigned per_patch = run / kBytes;  // where none straddles
   const unsigned height = unsigned(grid.height), items = lines * per_line;
   constexpr int kInFlight = 4;
   for (unsigned start = threadIdx.x; start < items; start += kInFlight * blockDim.x) {
@@ -75,9 +99,20 @@ __global__ void __launch_bounds__(kRefillThreads, 4) refill_kernel(RefillArgs ar
       if (item >= items) break;
       const unsigned line = unsigned(first) + item / per_line, x = item % per_line;
       const unsigned plane = line / height, y = line % height;
-      const int64_t from = grid.line_offset(source[x / per_patch], plane, row, y) + int64_t(x) * int64_t(sizeof(V));
-      to[i] = grid.line_offset(n, plane, row, y) + int64_t(x) * int64_t(sizeof(V));
-      value[i] = *reinterpret_cast<const V*>(args.in + from);
+      const auto at = [&](int64_t image) { return grid.line_offset(image, plane, row, y) + int64_t(x) * kBytes; };
+      const auto load = [&](int64_t image) { return *reinterpret_cast<const V*>(args.in + at(image)); };
+      to[i] = at(n);
+      unsigned col = kStraddles ? x * kBytes / run : x / per_patch;
+      int64_t image = source[col];
+      value[i] = load(image);
+      if constexpr (kStraddles) {
+        const unsigned begin = x * kBytes;
+        for (++col; col * run < begin + kBytes; ++col) {
+          if (source[col] == image) continue;
+          image = source[col];
+          replace_tail(value[i], load(image), int(col * run - begin));
+        }
+      }
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {

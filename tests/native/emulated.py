@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from maskcf_fast.ops import building
@@ -25,20 +26,28 @@ FLAGS = [
 SELECT = "cuda and not compiled and not L14 and not t4097"
 
 
-def build(folder: Path, source: Path | None = None) -> Path:
-    """Compile ``source`` (the project's own when None) into a library in ``folder``."""
+def build(
+    folder: Path, source: Path | None = None, objects: Path | None = None, only: Sequence[str] | None = None
+) -> Path:
+    """Compile ``source`` (the project's own when None) into a library in ``folder``.
+
+    ``objects`` keeps what was compiled; then ``only`` names the files to compile anew.
+    """
     source, torch = source or building.source_folder(), building.torch_folder()
     compiler = building.find_compiler("CXX", *building.COMPILERS)
+    files = [source / "schema.cpp", HERE / "emulator.cpp", *sorted(source.glob("*.cu"))]
     with tempfile.TemporaryDirectory() as scratch:
-        files = [source / "schema.cpp", HERE / "emulator.cpp", *sorted(source.glob("*.cu"))]
-        objects = [Path(scratch) / f"{file.stem}.o" for file in files]
+        into = objects or Path(scratch)
+        into.mkdir(exist_ok=True)
         building.compile_all([
             [*compiler, *FLAGS, f"-D{building.TARGET_MACRO}", f'-DMASKCF_DEVICE_HEADER="{HERE / "emulator.h"}"',
-             "-isystem", str(torch / "include"), "-x", "c++", "-c", str(file), "-o", str(target)]
-            for file, target in zip(files, objects, strict=True)
+             "-isystem", str(torch / "include"), "-x", "c++", "-c", str(file), "-o", str(into / f"{file.stem}.o")]
+            for file in files
+            if only is None or file.name in only
         ])  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        building.link(objects, torch, folder / building.LIBRARY, cuda=False, flags=["-fsanitize=undefined"])
+        objects_there = sorted(into.glob("*.o"))
+        building.link(objects_there, torch, folder / building.LIBRARY, cuda=False, flags=["-fsanitize=undefined"])
     (folder / building.FACTS).write_text(json.dumps({"cuda": True, "emulated": True}))
     return folder / building.LIBRARY
 

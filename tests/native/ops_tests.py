@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(python: str, library: Path, select: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Those that ``select`` names; ``more`` goes to pytest too."""
+def run(
+    python: str,
+    library: Path,
+    select: str,
+    *more: str,
+    files: Sequence[str] = ("tests/ops/test_implementations.py",),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Those in ``files`` that ``select`` names; ``more`` goes to pytest too."""
     return subprocess.run(
-        [python, "-m", "pytest", "-q", "-x", "-s", "--noconftest", "-p", "no:cacheprovider",
-         "tests/ops/test_implementations.py", "-k", select, *more],
+        [python, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files, "-k", select, *more],
         cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "MASKCF_LIBRARY": str(library), "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip

@@ -142,17 +142,48 @@ def test_under_sanitizers(tmp_path):
     ops_tests.assert_passed(done, 200)
 
 
-@pytest.mark.skipif(not os.environ.get("MASKCF_TEST_OTHER_PYTHON"), reason="MASKCF_TEST_OTHER_PYTHON is not set")
-def test_loads_under_another_pytorch():
-    """The library that is installed, GPU part included if it has one."""
+@pytest.fixture(scope="module")
+def other() -> str:
+    """An interpreter with another PyTorch."""
+    python = os.environ.get("MASKCF_TEST_OTHER_PYTHON")
+    if not python:
+        pytest.skip("MASKCF_TEST_OTHER_PYTHON is not set")
+    command = [python, "-c", "import torch; print(torch.__version__)"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert version != torch.__version__
+    return python
+
+
+def test_ops_and_step_under_another_pytorch(other):
+    """With the library that is installed, GPU part included if it has one."""
     from maskcf_fast.ops import extension
 
-    other = os.environ["MASKCF_TEST_OTHER_PYTHON"]
-    version = subprocess.run(
-        [other, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    assert version != torch.__version__
-    ops_tests.assert_passed(ops_tests.run(other, extension.library_path(), "cpu and eager"), 300)
+    done = ops_tests.run(
+        other, extension.library_path(), "not triton", "--ignore-glob=*test_large*",
+        files=("tests/ops", "tests/methods"),
+    )  # fmt: skip
+    ops_tests.assert_passed(done, 1000)
+
+
+def test_triton_kernels_under_another_triton(other):
+    files = ["tests/triton_kernels/test_interpreted.py"]
+    done = ops_tests.run(other, Path("none"), "not t197 and not t129", files=files, TRITON_INTERPRET="1")
+    ops_tests.assert_passed(done, 80)
+
+
+def test_a_library_built_under_another_pytorch(other, tmp_path):
+    """The GPU part, too, compiles against its headers; the library serves there and here."""
+    command = [other, "-m", "maskcf_fast.build", "--out", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(ops_tests.ROOT), "MASKCF_CUDA_ARCHS": "90"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    try:
+        building.find_nvcc()
+        assert building.facts_of(tmp_path)["cuda"]
+    except building.BuildError as error:
+        assert "the CUDA part is left out" in done.stdout, error  # noqa: PT017
+    for python in (other, sys.executable):
+        ops_tests.assert_passed(ops_tests.run(python, tmp_path / building.LIBRARY, "cpu and eager"), 300)
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +208,21 @@ def test_gpu_kernels_do_not_spill(cuda_report):
             assert kernel["registers"] <= 168, (arch, kernel)
 
 
-@pytest.mark.parametrize("name", ["refill_kernel<uint4", "gather_kernel<uint4"])
+@pytest.mark.parametrize("name", ["refill_kernel<uint4, false", "refill_kernel<uint4, true", "gather_kernel<uint4"])
 def test_copies_use_16_byte_accesses(cuda_report, name):
     for arch, kernels in cuda_report.items():
         copies = [kernel for kernel in kernels if name in kernel["name"]]
         assert copies, arch
         for kernel in copies:
             assert (kernel["load_bytes"], kernel["store_bytes"]) == (16, 16), (arch, kernel)
+
+
+def test_patches_are_written_16_bytes_at_a_time(cuda_report):
+    for arch, kernels in cuda_report.items():
+        wide = [kernel for kernel in kernels if re.match(r"patchify_kernel<.*, (2|4|8)>", kernel["name"])]
+        assert wide, arch
+        for kernel in wide:
+            assert kernel["store_bytes"] == 16, (arch, kernel)
 
 
 def test_half_relevance_is_on_tensor_cores(cuda_report):

@@ -185,7 +185,14 @@ def _widened(images: Tensor) -> Tensor:
     return wide[..., 1:-2]
 
 
+# Patches of so many bytes, so many beside each other: each access width from 1 to 16 bytes, of one patch and, where the
+# patch is no multiple of it, of up to sixteen.
+ACCESS_CASES: dict[str, Case] = {
+    f"{size}_bytes_by_{cols}": refill_case(3, 2, (2, cols), (2, size), torch.uint8, "multi")
+    for size, cols in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (3, 2), (3, 4), (3, 8), (14, 8), (1, 16))
+}
 REFILL_CASES: dict[str, Case] = {
+    **ACCESS_CASES,
     **{
         f"{fill}-{str(dtype)[6:]}-{'nhwc' if last else 'nchw'}": refill_case(dtype=dtype, fill=fill, channels_last=last)
         for fill in ("single", "multi")
@@ -193,6 +200,8 @@ REFILL_CASES: dict[str, Case] = {
         for last in (False, True)
     },
     "p32": refill_case(2, 3, (2, 2), (32, 32)),
+    # A row of patches is more than a block of threads copies, and no multiple of it.
+    "groups_of_lines": refill_case(2, 3, (2, 8), (32, 32), fill="multi"),
     "p16_bfloat16": refill_case(2, 3, (3, 3), (16, 16), torch.bfloat16),
     "p14_uint8": refill_case(3, 3, (2, 3), (14, 14), torch.uint8),
     "p14_uint8_nhwc": refill_case(3, 3, (2, 3), (14, 14), torch.uint8, channels_last=True),
@@ -278,7 +287,18 @@ PATCHIFY_CASES: dict[str, Case] = {
         for source in PIXELS
         for dtype in FLOATS
     },
+    # Rows of 27 values: no wide access but across patches, and none at all in images of three patches.
+    **{
+        f"{str(source)[6:]}-to-{str(dtype)[6:]}-of_27_in_{grid[0] * grid[1]}": patchify_case(
+            2, grid, 3, source, dtype, fill="multi"
+        )
+        for source in PIXELS
+        for dtype in FLOATS
+        for grid in ((1, 3), (4, 4))
+    },
     **{f"p{patch}": patchify_case(patch=patch) for patch in (1, 3, 7, 8, 14, 16, 32)},
+    "groups_of_patches": patchify_case(1, (8, 16), 5, fill="self"),  # more than one block, and no whole accesses each
+    "p14_bfloat16": patchify_case(2, (4, 6), 14, dtype=torch.bfloat16, fill="multi"),
     "every_byte": patchify_case(2, (8, 8), 4, dtype=torch.float16),
     "single": patchify_case(5, (3, 3), fill="single"),
     "multi": patchify_case(5, (3, 3), fill="multi"),

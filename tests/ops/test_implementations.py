@@ -127,6 +127,18 @@ def test_select_and_refill_as_one(name, cam, mode, region, cut, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", cases.ACCESS_CASES)
+def test_select_and_refill_in_every_access_width(name, dtype, impl):
+    arguments = cases.ACCESS_CASES[name]()
+    cam = cases.random_cam(*arguments.pop("mask").shape, dtype)
+    out, mask = run(mf.counterfactual_refill, impl, "eager", arguments | {"cam": cam, "threshold": 0.5})
+    expected = cases.true_mask(cam, threshold=0.5, region="object")
+    assert torch.equal(mask, expected)
+    assert same_bits(out, cases.true_refill(mask=expected, **arguments))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("name", "mode"), grid_of(cases.PATCHIFY_CASES))
 def test_patchify_is_exact(name, mode, impl):
     arguments = cases.PATCHIFY_CASES[name]()

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from .. import extension
+from . import gradient
 
 OPS = extension.ops()
 
 
-@torch.library.register_fake("maskcf::gather_tokens")
-@torch.library.register_fake("maskcf::gather_tokens_backward")
-def _fake(tokens: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
-    return torch.empty_like(tokens)
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
-    mask, donors = ctx.saved_tensors
-    return OPS.gather_tokens_backward(grad_out.contiguous(), mask, donors), None, None
-
-
-def _second_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    mask, donors = ctx.saved_tensors
-    return OPS.gather_tokens(grad.contiguous(), mask, donors), None, None  # the ops are each other's transposes
-
-
-torch.library.register_autograd("maskcf::gather_tokens", _backward, setup_context=_keep)
-torch.library.register_autograd("maskcf::gather_tokens_backward", _second_backward, setup_context=_keep)
+gradient.register("maskcf")
 
 
 def gather_tokens(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import tuning
 from .._triton import NAMESPACE, VECTOR_BYTES, alignment, as_words, on_device_of, power_of_two_in
+from . import gradient
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -154,30 +155,7 @@ def gather_backward(
     return grad
 
 
-@gather.register_fake
-def _(tokens: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
-    return torch.empty_like(tokens, memory_format=torch.contiguous_format)
-
-
-@gather_backward.register_fake
-def _(grad_out: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
-    return torch.empty_like(grad_out, memory_format=torch.contiguous_format)
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return gather_backward(grad, *ctx.saved_tensors), None, None
-
-
-def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return gather(grad, *ctx.saved_tensors), None, None
-
-
-gather.register_autograd(_backward, setup_context=_keep)
-gather_backward.register_autograd(_backward_of_backward, setup_context=_keep)  # linear: each is the other's adjoint
+gradient.register(NAMESPACE)
 
 
 def gather_tokens(
