@@ -62,8 +62,7 @@ class MaskStrategy:
         elif self.rate is not None or (self.threshold is None) == (self.top_k is None):
             raise UserError(
                 f"an {self.region} mask takes exactly one of threshold and top_k and no rate, "
-                f"got threshold={self.threshold}, top_k={self.top_k}, rate={self.rate} "
-                "(on the command line, --method.threshold None takes a preset's back)"
+                f"got threshold={self.threshold}, top_k={self.top_k}, rate={self.rate}"
             )
         if self.top_k is not None and self.top_k < 0:
             raise UserError(f"top_k must not be negative, got {self.top_k}")
