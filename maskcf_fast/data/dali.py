@@ -119,6 +119,7 @@ class DaliLoader(EpochLoader):
         cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
         crop = {"random_area": CROP_AREA, "random_aspect_ratio": CROP_RATIO}
         random = config.augment != "none"
+        turned = {"adjust_orientation": self.manifest.upright}
         ahead = self._read_ahead(batches)
 
         def source(_: Any) -> tuple[list[np.ndarray], np.ndarray]:  # DALI wants to tell it the batch's number
@@ -139,12 +140,12 @@ class DaliLoader(EpochLoader):
                 source=source, batch=True, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
             )
             # By default the share of the hardware decoder, on GPUs that have one, is 65 % of the images.
-            decoder = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB}
+            decoder = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB, **turned}
             if not random:
                 images = fn.decoders.image(encoded, **decoder)
                 # Sizes and offsets in integers, as torchvision has them. DALI's resize_shorter and crop round
                 # differently, which moves the whole picture by up to a pixel.
-                shape = fn.slice(fn.peek_image_shape(encoded, dtype=types.INT32), start=0, shape=2, axes=0)
+                shape = fn.slice(fn.peek_image_shape(encoded, dtype=types.INT32, **turned), start=0, shape=2, axes=0)
                 resized = shape * size // fn.reductions.min(shape)
                 margin = resized - size
                 half = margin // 2

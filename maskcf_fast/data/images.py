@@ -39,6 +39,8 @@ class ImageError(UserError):
 class ImageReader(ABC):
     """Reads the images of a data set by their index, in any thread or process; an error names its image."""
 
+    upright = True  # as `read_image` takes it
+
     @abstractmethod
     def name(self, index: int) -> str:
         """Where the image is, for messages."""
@@ -66,7 +68,7 @@ class ImageReader(ABC):
         """
         data = self.encoded(index)
         try:
-            image = read_image(data)
+            image = read_image(data, self.upright)
             if min(image.size) <= 2 * border:
                 raise ImageError(f"its sides {image.size} leave nothing inside a border of {border}")
         except ImageError as error:
@@ -74,7 +76,7 @@ class ImageReader(ABC):
         return image.crop((border, border, image.width - border, image.height - border)) if border else image
 
 
-def read_image(source: bytes | str | os.PathLike[str]) -> Image.Image:
+def read_image(source: bytes | str | os.PathLike[str], upright: bool = True) -> Image.Image:
     """Decode a picture as people look at it.
 
     The first frame or page, turned by the orientation that EXIF or XMP states; 16 bits scaled to 8; colours of a
@@ -82,6 +84,7 @@ def read_image(source: bytes | str | os.PathLike[str]) -> Image.Image:
 
     Args:
         source: The encoded picture, or its file.
+        upright: Without it, the orientation is not looked at, but of TIFF, which PIL turns by itself.
 
     Returns:
         An image of mode RGB, without metadata.
@@ -95,7 +98,7 @@ def read_image(source: bytes | str | os.PathLike[str]) -> Image.Image:
             if image.width * image.height > MOST_PIXELS:
                 raise ImageError(_too_large(f"{image.width}×{image.height}"))
             _load(image)
-            return _to_rgb(image)
+            return _to_rgb(image, upright)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -157,7 +160,7 @@ def _load(image: ImageFile.ImageFile) -> None:
         raise ImageError(f"its mode {image.mode} has no 8-bit RGB form: save it as 8-bit PNG or JPEG")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
     try:
         turn = _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged metadata of a picture that is sound
@@ -166,7 +169,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     image.info.clear()  # what is left would turn it twice; and PIL warns about some kinds of transparency
     image = image.convert("RGB")
-    if turn is not None:
+    if upright and turn is not None:
         image = image.transpose(turn)
     width, height = (min(side, LONGEST * min(image.size)) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2

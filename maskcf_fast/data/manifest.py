@@ -29,6 +29,7 @@ class Manifest:
         labels: Class index of each image.
         skipped: (relative path, reason) of every file that was left out because it is not a usable image.
         spans: (offset, size) in bytes of each image within its tar shard; None where images are files.
+        upright: Whether images are turned by the orientation that they state.
     """
 
     root: Path
@@ -37,14 +38,15 @@ class Manifest:
     labels: tuple[int, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     spans: tuple[Span, ...] | None = None
+    upright: bool = True
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of classes, paths and labels; the root may move without changing it."""
-        digest = hashlib.sha256()
+        """SHA-256, in hex, of classes, paths, labels and ``upright``; the root may move without changing it."""
+        digest = hashlib.sha256(b"" if self.upright else b"as stored")
         for column in (self.classes, self.paths, self.labels):
             # NUL cannot be part of a file name, so neither items nor columns can run into each other.
             digest.update("".join(f"{item}\0" for item in column).encode(errors="surrogateescape") + b"\0")
@@ -63,7 +65,7 @@ class Manifest:
 
     def reader(self) -> ImageReader:
         """What reads the images."""
-        return _Files(self.root, self.paths, self.spans)
+        return _Files(self.root, self.paths, self.spans, self.upright)
 
     def subset(self, indices: Iterable[int]) -> Self:
         """The images of these indices, in this order; the classes stay."""
@@ -134,8 +136,8 @@ class Manifest:
 class _Files(ImageReader):
     """Images in files or tar shards."""
 
-    def __init__(self, root: Path, paths: Sequence[str], spans: Sequence[Span] | None) -> None:
-        self.root = root
+    def __init__(self, root: Path, paths: Sequence[str], spans: Sequence[Span] | None, upright: bool) -> None:
+        self.root, self.upright = root, upright
         # As arrays: worker processes would copy a list of objects page by page as they touch it.
         self.paths = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.spans = None if spans is None else np.array(spans, dtype=np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ def scan_images(
     *,
     on_bad_image: Literal["error", "skip"] = "error",
     verify: bool = True,
+    upright: bool = True,
     workers: int | None = None,
     progress: bool = False,
 ) -> Manifest:
@@ -44,6 +46,7 @@ def scan_images(
             left out and listed in ``skipped``. Usable is what `read_image` reads: BMP, GIF, JPEG, JPEG 2000, PNG,
             PNM, TIFF and WebP, in all but the rarest colour modes.
         verify: Whether to look into the images at all. Without it every file is taken for a usable image.
+        upright: Whether images are turned by the orientation that they state, as `read_image` does it.
         workers: Threads that verify; one for each core by default.
         progress: Whether to show a progress bar on stderr.
 
@@ -69,7 +72,7 @@ def scan_images(
     if lost or not left:
         where = f"the class folder(s) {some(lost)} of {source}" if lost else f"the tar shards {source}"
         raise UserError(f"no usable image is left in {where}: {': '.join(usable.skipped[0])}")
-    return usable
+    return replace(usable, upright=upright)
 
 
 def _list_folders(root: Path) -> tuple[Manifest, dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -80,6 +80,7 @@ class Reader:
         on_bad_image: See `scan_images`.
         verify: See `scan_images`.
         progress: See `scan_images`.
+        upright: See `scan_images`.
     """
 
     classes: tuple[str, ...]
@@ -88,6 +89,7 @@ class Reader:
     on_bad_image: Literal["error", "skip"] = "error"
     verify: bool = True
     progress: bool = False
+    upright: bool = True
 
     def benchmark(
         self,
@@ -141,6 +143,7 @@ class Reader:
             )
         if len(kept) < len(source):
             source = source.subset(kept)
+        source = replace(source, upright=self.upright)
         allowed = targets[sorted(set(source.labels))].any(dim=0) if restricted else torch.ones_like(targets[0])
         return Benchmark(name, layout, source, targets, allowed, border, tuple(notes))
 

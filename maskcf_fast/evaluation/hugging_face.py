@@ -33,7 +33,8 @@ class TableImages(Manifest):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the classes, rows and labels, and of the data set's own description of its contents."""
-        described = f"{self.classes} {self.paths} {self.labels} {self.column}".encode()
+        stored = "" if self.upright else " as stored"
+        described = f"{self.classes} {self.paths} {self.labels} {self.column}{stored}".encode()
         return hashlib.sha256(described + (self.root / "state.json").read_bytes()).hexdigest()
 
     def stamps(self) -> list[list[int] | None]:
@@ -49,7 +50,7 @@ class TableImages(Manifest):
 
 class _Rows(ImageReader):
     def __init__(self, images: TableImages) -> None:
-        self.images = images
+        self.images, self.upright = images, images.upright
 
     def name(self, index: int) -> str:
         return f"{self.images.paths[index]} of {self.images.root}"

@@ -44,7 +44,7 @@ class Evaluation:
             raise UserError(f"--data is missing, and {folders[0]} was trained without test sets")
         self.folder = config.out or folders[0] / "evaluation"
         self.results = Results(self.folder / "results.json", "evaluate", writes=processes.main)
-        self._suites: dict[tuple[str, ...], Suite] = {}
+        self._suites: dict[tuple[tuple[str, ...], bool], Suite] = {}
 
     def run(self) -> Report:
         """Measure what is missing, and write the results."""
@@ -62,12 +62,14 @@ class Evaluation:
     def suite(self, run: Run) -> Suite:
         """The test sets for the classes of a run; read once for all runs with the same."""
         config = self.config
-        if run.classes not in self._suites:
+        upright = run.config.data.exif if config.exif is None else config.exif
+        key = run.classes, upright
+        if key not in self._suites:
             class_map = read_class_map(config.class_map) if config.class_map else None
             reader = Reader(
-                run.classes, class_map, config.outside, config.on_bad_image, config.verify, self.processes.main
+                run.classes, class_map, config.outside, config.on_bad_image, config.verify, self.processes.main, upright
             )
-            self._suites[run.classes] = Suite(
+            self._suites[key] = Suite(
                 self.specs,
                 reader,
                 self.results,
@@ -77,7 +79,7 @@ class Evaluation:
                 threads=config.threads,
                 backend=config.backend,
             )
-        return self._suites[run.classes]
+        return self._suites[key]
 
     def _rows(self, run: Run) -> Iterator[Row]:
         precision = self.config.precision or run.config.precision

@@ -61,6 +61,8 @@ class EvaluateConfig:
     """Stop at unreadable images, or leave them out and count them."""
     verify: bool = True
     """Decode every new image once before; what was found is remembered."""
+    exif: bool | None = None
+    """Turn images as the orientation in their EXIF or XMP data says; by default as the run did."""
 
 
 def flat(values: tuple[tuple[T, ...], ...]) -> tuple[T, ...]:

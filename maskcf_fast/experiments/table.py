@@ -150,7 +150,8 @@ class Table:
         train = scan(dataclasses.replace(data, holdout=0), processes, 0)[0]  # runs may hold out others
         self.classes = train.classes
         self.basis = self.basis or images_checksum(train)
-        reader = Reader(self.classes, class_map, config.outside, data.on_bad_image, data.verify, processes.main)
+        options = (data.on_bad_image, data.verify, processes.main, data.exif)
+        reader = Reader(self.classes, class_map, config.outside, *options)
         results = Results(config.out / "results.json", "table", writes=processes.main)
         self.suite = build_suite(self.base, specs, reader, results, processes, config.id)
 

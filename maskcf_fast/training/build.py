@@ -221,7 +221,8 @@ def scan(config: DataConfig, processes: Processes, seed: int) -> tuple[Manifest,
     The main process looks first and remembers what it found; the others read that. ``seed`` draws what is held out,
     unless the settings say another.
     """
-    options: dict[str, Any] = {"on_bad_image": config.on_bad_image, "verify": config.verify, "progress": processes.main}
+    options: dict[str, Any] = {"on_bad_image": config.on_bad_image, "verify": config.verify, "upright": config.exif}
+    options["progress"] = processes.main
     found: dict[str, Manifest] = {}
 
     def look() -> None:

@@ -73,6 +73,8 @@ class DataConfig:
     """Stop at unreadable images, or leave them out and list them."""
     verify: bool = True
     """Decode every new image once before the run; what was found is remembered."""
+    exif: bool = True
+    """Turn images as the orientation in their EXIF or XMP data says; the paper did not."""
     threads: int = 2
     """Decoding threads per process."""
     cache: Literal["none", "disk", "device"] = "none"

@@ -51,20 +51,21 @@ FILES |= {
 } | {f"exif{i}.{kind}": (picture(300, 410), {"exif": exif(i)}) for i in range(1, 9) for kind in ("jpg", "png")}
 
 
-@pytest.mark.parametrize("size", [224, 32])
+@pytest.mark.parametrize(("size", "upright"), [(224, True), (32, True), (224, False)])
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_pixels_are_those_of_pil(tmp_path, backend, size):
+def test_pixels_are_those_of_pil(tmp_path, backend, size, upright):
     (tmp_path / "images" / "a").mkdir(parents=True)
     for name, (image, options) in FILES.items():
         image.save(tmp_path / "images" / "a" / name, **options)
-    manifest = scan_images(tmp_path / "images")
+    manifest = scan_images(tmp_path / "images", upright=upright)
     assert len(manifest) == len(FILES)
+    assert manifest.fingerprint != scan_images(tmp_path / "images", upright=not upright).fingerprint
     [batch] = build_loader(manifest, LoaderConfig(len(FILES), size, train=False, threads=1), backend)
     border = np.ones((size, size, 3), dtype=bool)
     border[2:-2, 2:-2] = False
     worst = {}
     for path, pixels in zip(manifest.paths, batch.images.numpy(), strict=True):
-        difference = np.abs(resize_and_crop(read_image(manifest.root / path), size).astype(int) - pixels)
+        difference = np.abs(resize_and_crop(read_image(manifest.root / path, upright), size).astype(int) - pixels)
         worst[path] = (difference[~border].max(), difference[border].max(), difference.mean())
     # When reducing by 7 and more, the libraries treat the border differently (see transforms.py).
     allowed = {"torch": (0, 0, 0), "dali": (2, 2 if size == 224 else 6, 0.35)}[backend]

@@ -77,8 +77,9 @@ def test_orientations_are_those_of_the_standard(orientation):
     }[orientation]  # fmt: skip
     exif = Image.Exif()
     exif[images.ORIENTATION] = orientation
-    seen = np.asarray(read_image(encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)))
-    assert np.array_equal(seen[..., 0], rows)
+    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
+    assert np.array_equal(np.asarray(read_image(data))[..., 0], rows)
+    assert np.array_equal(np.asarray(read_image(data, upright=False))[..., 0], stored)
 
 
 GREY = np.asarray(picture(40, 60, mode="L"))

@@ -18,7 +18,8 @@ from maskcf_fast.evaluation.suite import _identity
 from maskcf_fast.experiments.table import METHODS, TRAINED, Table, TableConfig, TableRow, markdown, plot
 from maskcf_fast.methods import strategy_names
 from maskcf_fast.table import main
-from maskcf_fast.training.checkpoint import load_checkpoint
+from maskcf_fast.training import Trainer
+from maskcf_fast.training.checkpoint import ALONE, load_checkpoint
 from maskcf_fast.training.runs import read_run
 from maskcf_fast.training.settings import TrainConfig, find_yaml
 
@@ -200,6 +201,16 @@ def test_settings_of_every_method(tmp_path):
         probe = tmp_path / "lp-seed3" / "model.safetensors"
         expected = dataclasses.replace(TrainConfig().model, weights=probe) if method == "lp-ft" else TrainConfig().model
         assert config.model == expected
+
+
+@pytest.mark.parametrize("exif", [True, False])
+def test_all_images_are_turned_or_none(change, tmp_path, exif):
+    config = change(data={"exif": exif, "holdout": 9})
+    trainer = Trainer(config, quiet=True)
+    table = Table(TableConfig(model=config.model, data=config.data, out=tmp_path / "table", device="cpu"), ALONE)
+    loaders = [trainer.loader, *trainer.tests.values()]
+    sources = [loader.manifest for loader in loaders] + [benchmark.source for benchmark in table.suite.benchmarks]
+    assert [source.upright for source in sources] == [exif] * 6
 
 
 def test_soup_and_zero_shot_take_every_seed(line, tmp_path):
