@@ -39,14 +39,22 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:
-            # In a loader's worker process. A scheduler sends its signals to all; the run still needs the worker for
-            # the step that it is in, and then ends it. It is to end without a run, too.
-            if number == signal.SIGTERM:
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.alarm(30)
-        elif self.received is None:
+            return  # in a loader's worker process, before `outlast`
+        if self.received is None:
             self.received, self._time = signal.Signals(number), time.monotonic()
         elif time.monotonic() - self._time > ECHO:
             # As the system does without us, in whatever the process is. What it was writing is not in place yet.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def outlast(_: int = 0) -> None:
+    """Let a loader's worker process outlast signals that a scheduler sends to all of a run.
+
+    The run needs it for the step that it is in, and then ends it. It is to end without a run, too: 30 seconds after a
+    SIGTERM.
+    """
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..core.signals import outlast
 from .images import ImageError
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
@@ -44,6 +45,7 @@ class TorchLoader(EpochLoader):
             _Images(self.manifest, self.config),
             batch_sampler=([(epoch, i) for i in indices] for epoch, indices in batches),
             num_workers=self.config.threads,
+            worker_init_fn=outlast,
             pin_memory=self.device.type == "cuda",
             # Of its own: the DataLoader would draw from the global one and so disturb the caller's.
             generator=torch.Generator(),
