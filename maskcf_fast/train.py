@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .core.command import command
 from .core.errors import UserError
+from .core.optional import need
 
 if TYPE_CHECKING:
     from .training.settings import TrainConfig
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
             "  (--help lists all settings)\n"
         )
         return demo([])
+    need("PIL", "tqdm", "tyro", "yaml")
     from .training.settings import parse
 
     return train(parse(arguments))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
+from pathlib import Path
+from pkgutil import iter_modules
 
 import torch
 
 from . import extension
 from .dispatch import DEVICES, MODULES, resolve, why_not
 
-OPS = ("select", "refill", "patchify", "gather", "relevance")
+OPS = [module.name for module in iter_modules([str(Path(__file__).parent)]) if module.ispkg]
 
 
 def versions(package: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_base_install import LIBRARY, hide_all_but_the_base
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not os.environ.get("MASKCF_TEST_BUILD"), reason="MASKCF_TEST_BUILD is not set")
@@ -71,6 +72,8 @@ def test_its_ops_run_in_an_environment_without_the_source_tree(wheel, tmp_path):
     assert re.search(r"refill +cpu +yes \(auto\)", text)
     where = run(python, "-c", "import maskcf_fast; print(maskcf_fast.__file__)", cwd=tmp_path, **environment)
     assert Path(where.strip()).is_relative_to(packages)
+    # The base dependencies alone: what else is installed is hidden.
+    assert run(python, "-c", hide_all_but_the_base() + LIBRARY, cwd=tmp_path, **environment).startswith("True")
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "ops/test_implementations.py", "-k", "cpu and eager")
     done = run(python, *command, cwd=tmp_path, **environment)
     assert int(re.search(r"(\d+) passed", done)[1]) > 300
