@@ -97,7 +97,7 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("relevance.cuh", "i / t * heads * t + i % t", "i / t * t + i % t"),
     ("relevance.cu", "4 * tile, args", "3 * tile, args"),
     ("relevance.cu", "is_wide(q) && is_wide(k)", "is_wide(k)"),
-    ("relevance.cu", "(args.t + kTile - 1) / kTile", "args.t / kTile + 1"),
+    ("relevance.cu", "(args.t + kTile - 1) / kTile", "args.t / kTile"),
 ]  # fmt: skip
 
 
