@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -65,6 +66,7 @@ class Processes:
         if world_size == 1:
             return cls(0, 1, chosen, (socket.gethostname(),))
         store, rank, world_size = next(dist.rendezvous("env://"))
+        store = _own_part(store, rank, world_size)
         if not dist.is_initialized():
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.PrefixStore("run", store), rank=rank, world_size=world_size)
@@ -214,6 +216,34 @@ class Processes:
             f"{names} ended without a word, killed or out of memory, and the others with it: see that machine's log. "
             "--resume auto continues from the last checkpoint"
         )
+
+
+def _own_part(store: Any, rank: int, world_size: int) -> Any:
+    """The part of a store that belongs to these processes, and to none that were started before them.
+
+    torchrun's store outlasts a restart, and so do the addresses in it of processes that are gone. The main process
+    therefore names a part, and tells each other one that asks: the question and the answer are new each time.
+
+    Raises:
+        UserError: A process does not come.
+    """
+    name = secrets.token_hex(8)
+    if rank:
+        store.set(f"asks/{rank}", name)
+        name = store.get(f"answer/{name}").decode()
+        store.set(f"{name}/joined/{rank}", "")
+        return dist.PrefixStore(name, store)
+    end = time.monotonic() + store.timeout.total_seconds()
+    missing = list(range(1, world_size))
+    while missing:
+        for other in missing:
+            if store.check([f"asks/{other}"]):  # perhaps not yet this start's
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
+        time.sleep(0.02)
+        missing = [other for other in missing if not store.check([f"{name}/joined/{other}"])]
+        if missing and time.monotonic() > end:
+            raise UserError(f"process {missing[0]} of {world_size} does not come: see its machine's log")
+    return dist.PrefixStore(name, store)
 
 
 def _says_that_one_is_missing(error: Exception) -> bool:

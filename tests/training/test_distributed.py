@@ -1,5 +1,9 @@
 """Two processes on one machine, over gloo."""
 
+import os
+import signal
+import socket
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +18,8 @@ from saved import tensors, values
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from maskcf_fast import core
+from maskcf_fast.core.errors import UserError
 from maskcf_fast.core.processes import Processes
 from maskcf_fast.data import LoaderConfig, Manifest, build_loader, scan_images
 from maskcf_fast.evaluation import measure
@@ -21,14 +27,39 @@ from maskcf_fast.training import Trainer
 from maskcf_fast.training.build import as_benchmark
 
 
-def join(rank, port, monkey=None):
-    import os
-
+def join(rank, port):
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     return Processes.start("cpu")
+
+
+def failing(rank, port, path, fails):
+    """The second of two fails while the first, which came late, waits for it; what each then says."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    core.processes.GRACE = 1.0
+    time.sleep(1.0 if rank == 0 else 0.0)
+    processes = join(rank, port)
+    try:
+        with processes.reporting():
+            if rank == 1:
+                fails()
+            processes.barrier()
+    except Exception as error:
+        (path / str(rank)).write_text(f"{type(error).__name__}: {error}")
+
+
+def by_itself():
+    raise UserError("no such file")
+
+
+def by_a_bug():
+    raise KeyError("a bug")
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def first_gradient(rank, port, config, path):
@@ -120,6 +151,29 @@ def known_masks(rank, port, config, path):
     trainer.run()
     torch.save({"first": first[0], "known": trainer.memory.known, "masks": trainer.memory.masks}, f"{path}/{rank}.pt")
     processes.stop()
+
+
+def test_a_failure_is_reported_once_also_after_a_restart(port, tmp_path):
+    """All on one store, as under torchrun --max-restarts: each start finds what those before it left there."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    who = f"process 1 of 2 (host {socket.gethostname()})"
+    for fails, expected in [
+        (by_itself, {"1": f"UserError: {who}: no such file"}),
+        (killed, {"0": f"UserError: {who} ended without a word, killed or out of memory"}),
+        (by_a_bug, {"1": "KeyError: 'a bug'"}),
+    ]:
+        folder = tmp_path / str(store.add("starts", 1))
+        folder.mkdir()
+        spawn = mp.get_context("spawn").Process
+        started = [spawn(target=failing, args=(rank, port, folder, fails), daemon=True) for rank in range(2)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(60)
+        said = {path.name: path.read_text() for path in folder.iterdir()}
+        reported = {rank: text for rank, text in said.items() if not text.startswith("ReportedError")}
+        assert reported.keys() == expected.keys(), said
+        assert all(reported[rank].startswith(text) for rank, text in expected.items()), said
 
 
 def test_averaged_gradient_is_that_of_one_process_on_the_same_micro_batches(change, port, tmp_path):
