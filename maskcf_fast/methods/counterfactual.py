@@ -160,7 +160,7 @@ class CounterfactualDistiller(Method):
         loss = scale * self.weight * distill
         if tokens.requires_grad:  # the clean branch's gradient joins where the branches meet
             torch.autograd.backward([loss, tokens], [torch.ones_like(loss), cast(Tensor, shared.grad)])
-        else:
+        elif loss.requires_grad:  # not where only the head is trained, of which features know nothing
             loss.backward()
         distill = distill.detach()
         return out._replace(loss=out.task + self.weight * distill, distill=distill, cam=cam, mask=chosen)
