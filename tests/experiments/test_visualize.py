@@ -383,7 +383,6 @@ def test_page_draws_the_counterfactual_images(page, tmp_path):
         (["--strategies", "object-singel"], "unknown strategy 'object-singel'.*did you mean 'object-single'"),
         (["--run", "/absent"], "/absent is no run"),
         (["--images", "/absent"], "there is no folder of images /absent: check --images"),
-        (["--images", "{run}/config.yaml"], "config.yaml is a file: pass the folder"),
         (["--images", "{bare}"], "there are no images in .*bare .files ending in .*png"),
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--count", "1"], "object-single takes patches of other images.*raise --count.*--strategies object-none"),
@@ -418,6 +417,8 @@ def test_few_strategies_one_image_and_a_broken_one(run, images, tmp_path, capsys
     (folder / "001.jpg").write_bytes(b"")
     assert visualize(run, folder, "--out", str(out)) == 1
     assert "none of the 2 images" in capsys.readouterr().err
+    assert visualize(run, run / "config.yaml", "--out", str(out)) == 1
+    assert re.search("skipped: .*config.yaml: not an image.*\nerror: none of the 1 images", capsys.readouterr().err)
 
 
 def test_count_is_spread_over_the_classes(run, image_folders, tmp_path):
