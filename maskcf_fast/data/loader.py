@@ -18,6 +18,7 @@ from .images import ImageError
 from .manifest import Manifest, ellipsis
 
 MOST_THREADS = 512
+MOST_SEED = 2**31 - 1
 BOUNDS = {  # of a loader's settings: more is taken for a slip
     "batch_size": (1, 1_000_000), "image_size": (1, 10_000), "world_size": (1, 1_000_000), "threads": (0, MOST_THREADS),
     "border": (0, 1_000),
@@ -81,8 +82,8 @@ class LoaderConfig:
                 raise UserError(f"{name} must be from {low} to {high:,}, got {getattr(self, name)}")
         if not 0 <= self.rank < self.world_size:
             raise UserError(f"rank must be from 0 to world_size - 1 = {self.world_size - 1}, got {self.rank}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"seed must be from 0 to 2**31 - 1, got {self.seed}")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise UserError(f"seed must be from 0 to {MOST_SEED}, got {self.seed}")
         if self.augment not in ("none", "crop-flip"):
             raise UserError(f'augment must be "none" or "crop-flip", got {self.augment!r}')
         if self.augment != "none" and not self.train:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..core.errors import UserError
 from ..core.files import atomic_write
+from ..data.loader import MOST_SEED
 from ..methods import METHODS, MaskStrategy, strategy_names
 from ..methods.label_map import LabelMap
 from ..models import ImageClassifier
@@ -66,6 +67,8 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     """
     for name in config.strategies:
         MaskStrategy.from_name(name)
+    if not 0 <= config.seed <= MOST_SEED:
+        raise UserError(f"--seed must be from 0 to {MOST_SEED}, got {config.seed}")
     if not config.strategies:
         raise UserError(f"--strategies names none: there are {', '.join(strategy_names())}")
     run = read_run(config.run, config.weights, config.classes)

@@ -21,7 +21,7 @@ from ..core.errors import UserError
 from ..core.files import read_yaml
 from ..core.names import unknown
 from ..core.optional import need
-from ..data.loader import MOST_THREADS
+from ..data.loader import MOST_SEED, MOST_THREADS
 from ..methods import METHODS, MaskStrategy, strategy_names
 from ..models import VisionTransformerConfig, preset
 from ..models.weights import read_architecture
@@ -211,6 +211,7 @@ class TrainConfig:
             "optim.lr": self.optim.lr,
             "optim.clip": self.optim.clip,
             "method.cam_every": self.method.cam_every,
+            "method.temperature": self.method.temperature,
             "log_every": self.log_every,
             "keep": self.keep,
         }
@@ -231,8 +232,10 @@ class TrainConfig:
             "seed": self.seed,
         }
         for name, value in not_negative.items():
-            if value < 0:
-                raise UserError(f"{name} must not be negative, got {value}")
+            if not 0 <= value < float("inf"):
+                raise UserError(f"{name} must {'not be negative' if value < 0 else 'be finite'}, got {value}")
+        if self.seed > MOST_SEED:
+            raise UserError(f"seed must be at most {MOST_SEED}, got {self.seed}")
         if not 0 <= self.optim.warmup < 1:
             raise UserError(f"optim.warmup must lie in [0, 1), got {self.optim.warmup}")
         if not 0 <= self.method.ema_teacher < 1:
@@ -398,6 +401,9 @@ def parse(arguments: Sequence[str] | None = None, *, name: str = "train") -> Tra
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
     own = list(arguments)
+    for option in ("--config", "--resume"):
+        if own.count(option) > 1:
+            raise UserError(f"{option} is given {own.count(option)} times: give it once")
     source = None
     if "--config" in own:
         at = own.index("--config")

@@ -18,9 +18,8 @@ from maskcf_fast.evaluate import main
 from maskcf_fast.evaluation import report, suite
 from maskcf_fast.evaluation.metrics import Baseline
 from maskcf_fast.evaluation.results import Results
-from maskcf_fast.experiments import evaluate as session
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
-from maskcf_fast.training.runs import parse_alphas
+from maskcf_fast.training.runs import parse_alphas, read_run
 from maskcf_fast.training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 from maskcf_fast.training.trainer import Trainer
 
@@ -93,7 +92,7 @@ def test_picture_axes(runs, call, monkeypatch):
 
 
 def test_wise_ft_is_between_the_weights(runs):
-    run = session.read_run(runs / "ft")
+    run = read_run(runs / "ft")
     start = load_file(run.config.model.weights)
     end = load_file(run.weights)
     models = run.models((0.0, 0.3, 1.0))
@@ -172,16 +171,16 @@ def test_finished_results_are_kept(runs, call, tmp_path, image_folders, monkeypa
 def test_best_model_where_held_out_images_chose_it(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs / "ft", run)
-    assert session.read_run(run).weights.name == "model.safetensors"
-    assert session.read_run(run, "best").weights.name == "best.safetensors"
+    assert read_run(run).weights.name == "model.safetensors"
+    assert read_run(run, "best").weights.name == "best.safetensors"
     settings = yaml.safe_load((run / "config.yaml").read_text())
     settings["data"]["holdout"] = 6
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert session.read_run(run).weights.name == "best.safetensors"
-    assert session.read_run(run, "final").weights.name == "model.safetensors"
+    assert read_run(run).weights.name == "best.safetensors"
+    assert read_run(run, "final").weights.name == "model.safetensors"
     (run / "best.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no best\.safetensors: .*--weights final"):
-        session.read_run(run)
+        read_run(run)
 
 
 def test_classes_from_a_file(runs, call, tmp_path, image_folders):
@@ -190,7 +189,7 @@ def test_classes_from_a_file(runs, call, tmp_path, image_folders):
     shutil.copytree(runs / "ft", run)
     text = (run / "config.yaml").read_text().replace(str(image_folders["train"]), "/absent")
     (run / "config.yaml").write_text(text)
-    assert session.read_run(run).classes == ("cat", "dog", "owl")  # its file names them
+    assert read_run(run).classes == ("cat", "dog", "owl")  # its file names them
     save_tensors(run / "model.safetensors", load_file(run / "model.safetensors"))  # as an earlier version did
     code, printed, _ = call("--run", run)
     assert code == 1
@@ -212,10 +211,10 @@ def test_classes_from_a_file(runs, call, tmp_path, image_folders):
     ):
         names.write_text(content)
         with pytest.raises(ValueError, match=words):
-            session.read_run(run, classes=str(names))
+            read_run(run, classes=str(names))
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="3 outputs, but --classes imagenet has 1000 classes"):
-        session.read_run(run, classes="imagenet")
+        read_run(run, classes="imagenet")
 
 
 def test_a_run_trained_and_tested_on_shards(runs, call, tmp_path, image_folders):
@@ -234,7 +233,7 @@ def test_a_run_trained_and_tested_on_shards(runs, call, tmp_path, image_folders)
     assert [row["top1"] for row in results["rows"]] == [logged(run, -1), logged(run, 0)]
     assert {entry["path"] for entry in results["data"]} == {str(tmp_path / "id"), str(tmp_path / "ood")}
     save_tensors(run / "model.safetensors", load_file(run / "model.safetensors"))  # without the classes' names
-    assert session.read_run(run).classes == ("cat", "dog", "owl")
+    assert read_run(run).classes == ("cat", "dog", "owl")
     assert call("--run", run, "--data", f"again={tmp_path / 'ood'}")[2]["rows"][0]["top1"] == {
         "again": logged(run, -1)["ood"]
     }
@@ -444,6 +443,6 @@ def test_help_is_readable():
 
 def test_settings_of_training_do_not_change(runs):
     """Reading a run for evaluation gives the settings it was trained with."""
-    config = session.read_run(runs / "fd").config
+    config = read_run(runs / "fd").config
     assert config.method == replace(MethodConfig("fd"), weight=1.0)
     assert config.optim.lr == 1e-3

@@ -385,6 +385,7 @@ def test_page_draws_the_counterfactual_images(page, tmp_path):
         (["--images", "/absent"], "there is no folder of images /absent: check --images"),
         (["--images", "{bare}"], "there are no images in .*bare .files ending in .*png"),
         (["--count", "0"], "--count must be at least 1, got 0"),
+        (["--seed", str(2**31)], "--seed must be from 0 to"),
         (["--count", "1"], "object-single takes patches of other images.*raise --count.*--strategies object-none"),
         (["--weights", "best"], "has no best.safetensors"),
         (["--classes", "/absent.txt"], "/absent.txt: no such file"),
