@@ -41,10 +41,11 @@ struct alignas(sizeof(Out) * kCount) Pack {
   Out value[kCount];
 };
 
-// Grid: x counts images, y groups of patches. kCount consecutive values are written at once, of one patch or of two. Dynamic shared
-// memory for bytes: a table [C, 256] of Out, the outcome of every byte by the same arithmetic.
+// Grid: x counts images, y groups of patches. kCount consecutive values are written at once, of one patch or of two.
+// Dynamic shared memory for bytes: a table [C, 256] of Out, the outcome of every byte by the same arithmetic. One block
+// per processor is asked for, as the assembler otherwise spills float64 images' values on sm_80.
 template <class Out, class In, int kCount>
-__global__ void __launch_bounds__(kPatchifyThreads)
+__global__ void __launch_bounds__(kPatchifyThreads, 1)
     patchify_kernel(const In* __restrict__ in, Out* __restrict__ out, PatchifyArgs<typename Wide<In>::type> args) {
   MASKCF_DYNAMIC_SHARED(memory);
   Out* table = reinterpret_cast<Out*>(memory);

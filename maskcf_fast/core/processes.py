@@ -25,7 +25,7 @@ PATIENCE = timedelta(days=7)
 GRACE = 5.0  # seconds that the living have to say so, once a process is found to be missing
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Processes:
     """This process among those of the run.
 
@@ -184,6 +184,8 @@ class Processes:
 
     def stop(self) -> None:
         """Leave the group."""
+        # A group that is still there when Python ends has threads that then want Python, and abort the process.
+        self._control = None
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
