@@ -184,10 +184,12 @@ class Processes:
 
     def stop(self) -> None:
         """Leave the group."""
-        # A group that is still there when Python ends has threads that then want Python, and abort the process.
         self._control = None
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            # Threads of gloo outlive the groups. One that still lets go of a tensor while the interpreter ends would
+            # abort the process; seen twice, and not reproduced at will.
+            time.sleep(0.5)
 
     def _name(self, rank: int) -> str:
         return f"process {rank} of {self.world_size} (host {self.hosts[rank] if self.hosts else '?'})"
