@@ -6,10 +6,12 @@ import os
 import secrets
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -67,6 +69,9 @@ class Processes:
             return cls(0, 1, chosen, (socket.gethostname(),))
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = _own_part(store, rank, world_size)
+        # Its functions take the group that there is at its import as their default, and so would keep this one, with its
+        # threads, until Python ends. PyTorch imports it at odd places, such as the first optimiser.
+        import_module("torch.distributed.nn.functional")
         if not dist.is_initialized():
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.PrefixStore("run", store), rank=rank, world_size=world_size)
@@ -183,13 +188,13 @@ class Processes:
             self.stop()
 
     def stop(self) -> None:
-        """Leave the group."""
+        """Leave the groups; the threads of gloo end with them, which could abort the process at Python's end."""
         self._control = None
         if self.world_size > 1 and dist.is_initialized():
+            group = weakref.ref(dist.group.WORLD)
             dist.destroy_process_group()
-            # Threads of gloo outlive the groups. One that still lets go of a tensor while the interpreter ends would
-            # abort the process; seen twice, and not reproduced at will.
-            time.sleep(0.5)
+            if group() is not None:  # FSDP's, which PyTorch's caches keep: time for its threads to let go of everything
+                time.sleep(0.5)
 
     def _name(self, rank: int) -> str:
         return f"process {rank} of {self.world_size} (host {self.hosts[rank] if self.hosts else '?'})"
