@@ -69,7 +69,7 @@ class Processes:
             return cls(0, 1, chosen, (socket.gethostname(),))
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = _own_part(store, rank, world_size)
-        # Its functions take the group that there is at its import as their default, and so would keep this one, with its
+        # Its functions take the group there is at its import as their default, and so would keep this one, with its
         # threads, until Python ends. PyTorch imports it at odd places, such as the first optimiser.
         import_module("torch.distributed.nn.functional")
         if not dist.is_initialized():
