@@ -422,7 +422,7 @@ def parse(arguments: Sequence[str] | None = None, *, name: str = "train") -> Tra
             raise FileNotFoundError(f"{folder} is no run to resume: it has no config.yaml")
     read = _without_replaced_cuts(yaml_arguments(source), own) if source else []
     listed = "\n".join(f"  {name}: {entry.about}" for name, entry in METHODS.items())
-    return read_settings(
+    config = read_settings(
         TrainConfig,
         own,
         name,
@@ -430,6 +430,16 @@ def parse(arguments: Sequence[str] | None = None, *, name: str = "train") -> Tra
         config=(tyro.conf.FlagConversionOff,),
         description=f"{DESCRIPTION}\n\nMethods:\n{listed}\n\nStrategies: {', '.join(strategy_names())}",
     )
+    method = METHODS[config.method.name]
+    read_by_it = {"name", *method.reads, *(OF_MASKS if method.masks else ())}
+    for option in own:
+        section, _, setting = option.replace("-", "_").partition("method.")
+        if section == "__" and setting not in read_by_it:
+            raise UserError(f"{option} has no effect on {config.method.name}, which does not read it: leave it out")
+    return config
+
+
+OF_MASKS = ("threshold", "top_k", "rate", "donors", "cam_every")  # what a strategy is made with and kept for
 
 
 def _without_replaced_cuts(read: Sequence[str], own: Sequence[str]) -> list[str]:

@@ -328,11 +328,12 @@ class Trainer:
     def _diverged(self, what: str) -> TrainingDiverged:
         config, saved = self.config, checkpoints(self.folder)
         kept = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+        weight = f" or --method.weight {self.method.weight / 3:.2g}" if self.method.weight else ""
         skip = ", or leave single bad batches out, --on-nan skip" if config.on_nan == "stop" else ""
         return TrainingDiverged(
             f"{what} of {self.total_steps}; {kept}; the batch's images are in {self.folder / NOT_FINITE}. Continue "
-            f"with a lower rate or weight, such as --resume {self.folder} --optim.lr {config.optim.lr / 3:.2g} (was "
-            f"{config.optim.lr:g}) or --method.weight {self.method.weight / 3:.2g}{skip}"
+            f"with less, such as --resume {self.folder} --optim.lr {config.optim.lr / 3:.2g} (was {config.optim.lr:g})"
+            f"{weight}{skip}"
         )
 
     def _out_of_memory(self) -> UserError:

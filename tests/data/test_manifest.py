@@ -244,6 +244,12 @@ def test_holdout_depends_on_the_seed_alone():
     assert whole.holdout(20, seed=1) != whole.holdout(20, seed=2)
 
 
+def test_holdout_draws_each_class_by_itself():
+    held = listed(40, 40).holdout(20, seed=1)[1]
+    positions = [int(path.rpartition("/")[2]) % 40 for path in held.paths]
+    assert positions[:10] != positions[10:]
+
+
 @pytest.mark.parametrize("n", [-1, 0, 70, 71])
 def test_impossible_holdout(n):
     with pytest.raises(ValueError, match=f"cannot hold out {n} of 70 images: it must be between 1 and 69"):

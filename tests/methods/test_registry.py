@@ -53,12 +53,27 @@ def test_help_lists_it(capsys):
     assert "smooth: Small logits." in capsys.readouterr().out
 
 
-def test_what_it_does_not_read_is_refused_or_left(change):
+def test_what_it_does_not_read_is_refused(change):
     for wrong in ({"ema_teacher": 0.9}, {"cam_every": 2}):
         with pytest.raises(ValueError, match="smooth has n"):
             change(method={"name": "smooth", **wrong}).validate()
     with pytest.raises(ValueError, match=r"unknown method 'smoth'.*did you mean 'smooth'"):
         change(method={"name": "smoth"}).validate()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--config ft --method.weight 3",
+        "--config kd --method.cam gradcam",
+        "--config object-multi --method.name fd --method.top_k=2",
+        "--config lp --method.strategy object-single",
+    ],
+)
+def test_an_option_without_effect_is_refused(options):
+    with pytest.raises(ValueError, match=r"--method\.\w+(=2)? has no effect on .*leave it out"):
+        parse(options.split())
+    parse(options.split()[:-2] if "=" not in options else options.split()[:-1])
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "smooth"])
