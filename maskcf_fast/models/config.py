@@ -76,7 +76,11 @@ class VisionTransformerConfig:
             if not 1 <= size <= most:
                 raise UserError(f"{name} must be at {'least 1' if size < 1 else f'most {most}'}, got {size}")
         if self.image_size % self.patch_size:
-            raise UserError(f"image_size={self.image_size} does not divide by patch_size={self.patch_size}")
+            below = self.image_size // self.patch_size * self.patch_size
+            near = f"{below} or {below + self.patch_size}" if below else self.patch_size
+            raise UserError(
+                f"image_size={self.image_size} does not divide by patch_size={self.patch_size}: take {near}"
+            )
         if self.width % self.heads:
             raise UserError(f"width={self.width} does not divide into heads={self.heads}")
         for name, known in (("activation", get_args(Activation)), ("pool", ("class", "attention"))):
@@ -94,6 +98,10 @@ class VisionTransformerConfig:
     def feature_dim(self) -> int:
         """Dimension of the feature, ``D``."""
         return self.width if self.output_dim is None else self.output_dim
+
+    def resized(self, image_size: int | None) -> VisionTransformerConfig:
+        """The same for other images; for its own where the size is None."""
+        return self if image_size is None else replace(self, image_size=image_size)
 
     @property
     def matrix_parameters(self) -> int:

@@ -27,6 +27,7 @@ class Naming:
             name lacks.
         leading: Tensors that have dimensions of 1 in front there, by this package's name, and how many.
         transposed: The projection is a Linear layer's ``[output, width]``.
+        antialias: Whether the library smooths the position embeddings that it resamples to a smaller grid.
         ignored: Pattern of the library's names that do not belong to the feature.
     """
 
@@ -36,6 +37,7 @@ class Naming:
     beside: str = ""
     leading: Mapping[str, int] = field(default_factory=dict)
     transposed: bool = False
+    antialias: bool = True
     ignored: str = r"$^"
     inverse: Mapping[str, str] = field(init=False)
 
@@ -150,6 +152,7 @@ HF_CLIP = Naming(
     mark="embeddings.class_embedding",
     beside="vision_model.",
     transposed=True,
+    antialias=False,
     ignored=r"embeddings\.position_ids$",
 )
 HF_SIGLIP = Naming(
@@ -167,6 +170,7 @@ HF_SIGLIP = Naming(
     },
     mark="head.probe",
     leading={"pool.probe": 2},
+    antialias=False,
     ignored=r"embeddings\.position_ids$",
 )
 _HF_VIT = {
@@ -190,6 +194,7 @@ HF_VIT = Naming(
         "blocks.#.proj": "encoder.layer.#.output.dense",
     },
     leading=TOKENS,
+    antialias=False,
     ignored=r"pooler\.|classifier\.|embeddings\.mask_token$",
 )
 HF_DINOV2 = Naming(
@@ -204,6 +209,7 @@ HF_DINOV2 = Naming(
         "blocks.#.scale_2": "encoder.layer.#.layer_scale2.lambda1",
     },
     leading=TOKENS,
+    antialias=False,
     ignored=r"classifier\.|embeddings\.mask_token$",
 )
 TIMM = Naming(

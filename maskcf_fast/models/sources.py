@@ -28,30 +28,31 @@ LIBRARIES = {
 }
 
 
-def load_source(name: str) -> tuple[VisionTransformerConfig, State]:
+def load_source(name: str, image_size: int | None = None) -> tuple[VisionTransformerConfig, State]:
     """The architecture and weights of a vision tower, as its own library defines them.
 
     Args:
         name: ``open_clip:MODEL/PRETRAINED`` (or ``open_clip:hf-hub:ID``, ``open_clip:local-dir:FOLDER``),
             ``hf:ID_OR_FOLDER`` (CLIP, SigLIP, ViT, DINOv2) or ``timm:MODEL.TAG`` (or ``timm:hf-hub:ID``,
             ``timm:local-dir:FOLDER``).
+        image_size: Side of the images in pixels, a multiple of the patch's; by default the model's own.
 
     Returns:
-        The architecture, and the library's tensors as `load_backbone` reads them.
+        The architecture, and the library's tensors as `load_backbone` reads them, which resamples the positions.
 
     Raises:
         ImportError: The library is not installed.
         ValueError: Unknown library or model (the nearest is suggested), a model that the compact vision transformer
-            cannot express (with the reason), or weights that cannot be had.
+            cannot express (with the reason), weights that cannot be had, or a size that the patch does not divide.
     """
     config, state = _call(name, "tower")
     check_holds(config, sum(tensor.numel() for tensor in state.values()), name)
-    return config, state
+    return config.resized(image_size), state
 
 
-def load_named(name: str) -> VisionTransformer:
+def load_named(name: str, image_size: int | None = None) -> VisionTransformer:
     """The vision transformer that ``name`` stands for, with its weights; arguments and errors as `load_source`."""
-    config, state = load_source(name)
+    config, state = load_source(name, image_size)
     return load_backbone(VisionTransformer(config), state)
 
 

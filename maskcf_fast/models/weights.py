@@ -19,6 +19,7 @@ from ..core.files import parse_json, read_json
 from ..core.tensors import LONGEST_HEADER, load_tensors
 from .config import VisionTransformerConfig
 from .naming import NAMINGS, TIMM, State
+from .positions import resample_positions
 from .vit import VisionTransformer
 
 # Under which trainers keep a state dict, beside their epoch and optimiser; the first that is there is read.
@@ -40,7 +41,8 @@ def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, T
     Recognised by their names, whatever a trainer put in front of them: this package's own weights, a Hugging Face
     ``CLIPModel``, ``CLIPVisionModel(WithProjection)``, ``SiglipModel``, ``SiglipVisionModel``, ``ViTModel`` or
     ``Dinov2Model``, an open_clip model or its ``visual`` part, and a timm ViT. Text towers and heads in the same file
-    are passed over. No file is read in a way that could execute code.
+    are passed over. Position embeddings of another image size are resampled, as the library that they come from does.
+    No file is read in a way that could execute code.
 
     Args:
         model: The model to fill, in place.
@@ -206,6 +208,10 @@ def _translate(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> 
     if naming is TIMM:
         tower = _without_head(tower, config)
     tower = naming.to_ours(tower)
+    positions, class_token = tower.get("position_embedding"), int(config.pool == "class")
+    if positions is not None and positions.is_floating_point() and len(positions) != class_token + config.num_patches:
+        side = config.image_size // config.patch_size
+        tower["position_embedding"] = resample_positions(positions, class_token, side, naming.antialias)
     if config.output_dim is None and naming.library != "this package":
         tower.pop("projection", None)
     return tower

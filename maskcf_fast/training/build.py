@@ -75,11 +75,12 @@ def build_model(
 def _architecture(config: ModelConfig) -> tuple[VisionTransformerConfig, State | None]:
     """The architecture, and the weights where they come with it from another library."""
     if config.weights is None and config.name is not None:
-        return load_source(config.name)
+        return load_source(config.name, config.image_size)
     stored = None if config.weights is None else read_architecture(config.weights)
+    stored = stored and stored.resized(config.image_size)
     if config.name is not None:  # a run's own weights, which started from that model
-        return stored or load_source(config.name)[0], None
-    wanted = preset(config.arch)
+        return stored or load_source(config.name, config.image_size)[0], None
+    wanted = preset(config.arch).resized(config.image_size)
     if stored is not None and stored != wanted:
         ours, theirs = dataclasses.asdict(wanted), dataclasses.asdict(stored)
         differing = [f"{k} is {theirs[k]}, not {ours[k]}" for k in ours if ours[k] != theirs[k]]

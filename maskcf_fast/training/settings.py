@@ -42,6 +42,9 @@ class ModelConfig:
     head: Path | None = None
     """Zero-shot head (.safetensors with "weight" [classes, D], as CosineClassifier.from_text makes it). By
     default the head in the weights file, if there is one, or a random one."""
+    image_size: int | None = None
+    """Side of the images in pixels, which are square: a multiple of the patch's, by default the model's own. Position
+    embeddings are resampled as the model's library does it."""
     name: str | None = None
     """In place of arch and weights, a model of another library with its own architecture and weights:
     open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER (CLIP, SigLIP, ViT, DINOv2) or timm:MODEL.TAG. Weights that a run of
@@ -250,7 +253,7 @@ class TrainConfig:
         if self.method.cam_every > 1:
             self._check_masks_can_be_kept()
         if self.model.name is None:
-            self.check_fits(preset(self.model.arch), self.model.arch)
+            self.check_fits(preset(self.model.arch).resized(self.model.image_size), self.model.arch)
         elif self.model.weights is not None and read_architecture(self.model.weights) is None:
             raise UserError("--model.name brings its own weights: leave out --model.weights, or --model.name")
 

@@ -25,13 +25,13 @@ def randomise(model):
     return model.eval()
 
 
-def assert_same_features(name, theirs, mean, std):
+def assert_same_features(name, theirs, mean, std, image_size=None):
     """``theirs`` takes normalised pixels, ours the pixels themselves."""
     torch.manual_seed(1)
-    pixels = torch.rand(2, 3, 32, 32)
+    pixels = torch.rand(2, 3, image_size or 32, image_size or 32)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
     with torch.no_grad():
-        ours, expected = load_named(name)(pixels), theirs((pixels - mean) / std)
+        ours, expected = load_named(name, image_size)(pixels), theirs((pixels - mean) / std)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -307,6 +307,40 @@ def test_timm(tmp_path, name, classes, projects):
         return model(x) if projects else model.forward_head(model.forward_features(x), pre_logits=True)
 
     assert_same_features(f"timm:local-dir:{tmp_path}", features, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+
+
+@pytest.mark.parametrize("image_size", [16, 24, 48])
+@pytest.mark.parametrize("kind", ["CLIPVisionModelWithProjection", "ViTModel", "Dinov2Model", "SiglipVisionModel"])
+def test_hugging_face_at_another_image_size(tmp_path, kind, image_size):
+    theirs = getattr(transformers, kind)
+    theirs = randomise(theirs(theirs.config_class(**SIZES)))
+    theirs.save_pretrained(tmp_path)
+    grows = {} if kind == "Dinov2Model" else {"interpolate_pos_encoding": True}  # DINOv2 does so by itself
+
+    def features(x):
+        out = theirs(pixel_values=x, **grows)
+        if kind == "ViTModel":
+            return out.last_hidden_state[:, 0]
+        return out.image_embeds if kind.endswith("Projection") else out.pooler_output
+
+    config, _ = load_source(f"hf:{tmp_path}")
+    assert_same_features(f"hf:{tmp_path}", features, config.mean, config.std, image_size)
+
+
+@pytest.mark.parametrize("image_size", [16, 24, 48])
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_siglip_224"])
+def test_timm_at_another_image_size(tmp_path, name, image_size):
+    model = timm_folder(tmp_path, name, num_classes=0)
+    model.set_input_size(image_size)  # by timm's own resampling
+    assert_same_features(f"timm:local-dir:{tmp_path}", model, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4), image_size)
+
+
+@pytest.mark.parametrize("image_size", [16, 24, 48])
+def test_open_clip_at_another_image_size(tmp_path, image_size):
+    open_clip_folder(tmp_path)
+    name = f"local-dir:{tmp_path}"
+    theirs = open_clip.create_model(name, force_image_size=image_size).visual.eval()
+    assert_same_features(f"open_clip:{name}", theirs, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4), image_size)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_presets_are_the_published_vision_towers(name, parameters):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"unknown model preset 'ViT-B/23'.*did you mean 'ViT-B/32'"):
         VisionTransformer("ViT-B/23")
-    with pytest.raises(ValueError, match="image_size=30 does not divide by patch_size=8"):
+    with pytest.raises(ValueError, match="image_size=30 does not divide by patch_size=8: take 24 or 32"):
         preset("tiny", image_size=30)
     with pytest.raises(ValueError, match="width=97 does not divide into heads=4"):
         preset("tiny", width=97)

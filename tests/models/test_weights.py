@@ -38,6 +38,10 @@ def test_refusals(tmp_path):
     state = dict(model.state_dict())
     state["ln_pre.weight"] = torch.zeros(3)
     del state["class_embedding"]
+    state["position_embedding"] = torch.zeros(16, 96)  # of the patches alone
+    with pytest.raises(ValueError, match=r"16 positions: without the 1 of .* form no square grid .* square images"):
+        load_backbone(model, state)
+    state["position_embedding"] = torch.zeros(17, 96)
     with pytest.raises(ValueError, match=r"another architecture(?s:.*)missing class_embedding(?s:.*)ln_pre.weight is"):
         load_backbone(model, state)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

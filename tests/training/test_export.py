@@ -163,6 +163,7 @@ def test_the_presets_are_open_clip_models(config, known):
     from maskcf_fast.models.libraries.open_clip import known_name
 
     assert known_name(preset(config)) == known
+    assert known_name(preset(config).resized(448)) == known  # with force_image_size
 
 
 @pytest.mark.parametrize(("changes", "known"), [({"activation": "gelu"}, "ViT-B-16-SigLIP"), ({}, None)])
@@ -270,7 +271,7 @@ def test_export_of_a_run(config, tmp_path, capsys):
 
 
 def test_a_siglip_from_folder_to_folder(image_folders, tmp_path, capsys):
-    """Taken from Hugging Face, fine-tuned and given back by the commands, without a class token anywhere."""
+    """Taken from Hugging Face, fine-tuned and given back by the commands, at another image size."""
     transformers = pytest.importorskip("transformers")
     from maskcf_fast.train import main as train
 
@@ -279,6 +280,7 @@ def test_a_siglip_from_folder_to_folder(image_folders, tmp_path, capsys):
     before = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, intermediate_size=100))
     before.save_pretrained(tmp_path / "siglip")
     command = ["--config", "context-none", "--model.name", f"hf:{tmp_path / 'siglip'}", "--model.head-kind", "linear"]
+    command += ["--model.image-size", "48"]
     command += ["--data.train", str(image_folders["train"]), "--data.id", str(image_folders["id"])]
     command += ["--data.ood", str(image_folders["ood"]), "--data.holdout", "0", "--data.backend", "torch"]
     command += ["--data.threads", "0", "--optim.epochs", "1", "--optim.batch-size", "12", "--optim.lr", "1e-3"]
@@ -290,6 +292,7 @@ def test_a_siglip_from_folder_to_folder(image_folders, tmp_path, capsys):
     assert not torch.equal(after.state_dict()["head.probe"], before.state_dict()["head.probe"])
     model = build_model(ModelConfig(weights=run / "model.safetensors", name=f"hf:{tmp_path / 'siglip'}",
                                     head_kind="linear"), 3, seed=1).eval()  # fmt: skip
+    assert model.backbone.config.image_size == after.config.image_size == 48
     images, normalised = pixels(model.backbone.config)
     features = after(pixel_values=normalised).pooler_output
     assert_same(model.features(images), features)

@@ -164,17 +164,30 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
         name = known_name(config)
         state = OPEN_CLIP.to_theirs(state)
     save_tensors(folder / "model.safetensors", state, PT)
-    create = f'open_clip.create_model("{name}")' if name else "model"
+    size = "" if _size(name) == config.image_size else f", force_image_size={config.image_size}"
+    create = f'open_clip.create_model("{name}"{size})' if name else "model"
     return f'{create}.visual.load_state_dict(safetensors.torch.load_file("{{out}}/model.safetensors"))', False
 
 
 def known_name(config: VisionTransformerConfig) -> str | None:
-    """The shortest of open_clip's names for the architecture, with CLIP's own text tower if there is one."""
+    """The shortest of open_clip's names for the architecture, with CLIP's own text tower if there is one.
+
+    Of another image size only where none has this one: ``force_image_size`` then makes it so.
+    """
     import open_clip
 
     is_it = _is_siglip if config.pool == "attention" else _is_clip
-    names = [name for name in open_clip.list_models() if is_it(open_clip.get_model_config(name), config)]
-    return min(names, key=lambda name: (not name.startswith("ViT-"), len(name)), default=None)
+    names = sorted(
+        open_clip.list_models(),
+        key=lambda name: (_size(name) != config.image_size, not name.startswith("ViT-"), len(name)),
+    )
+    return next((name for name in names if is_it(open_clip.get_model_config(name), config)), None)
+
+
+def _size(name: str | None) -> int | None:
+    import open_clip
+
+    return open_clip.get_model_config(name)["vision_cfg"].get("image_size") if name else None
 
 
 def _is_clip(theirs: dict[str, Any], config: VisionTransformerConfig) -> bool:
@@ -184,11 +197,11 @@ def _is_clip(theirs: dict[str, Any], config: VisionTransformerConfig) -> bool:
         return False
     width = vision["width"]
     return (
-        vision["image_size"], vision["patch_size"], width, vision["layers"], width // vision.get("head_width", 64),
+        vision["patch_size"], width, vision["layers"], width // vision.get("head_width", 64),
         int(width * vision.get("mlp_ratio", 4.0)), theirs["embed_dim"],
         "quick_gelu" if theirs.get("quick_gelu") else "gelu",
     ) == (
-        config.image_size, config.patch_size, config.width, config.depth, config.heads,
+        config.patch_size, config.width, config.depth, config.heads,
         config.mlp_width or 4 * config.width, config.output_dim, config.activation,
     )  # fmt: skip
 
@@ -199,8 +212,11 @@ def _is_siglip(theirs: dict[str, Any], config: VisionTransformerConfig) -> bool:
     vision = theirs["vision_cfg"]
     if (vision.get("timm_pool"), vision.get("timm_proj")) != ("map", "none"):
         return False
-    if (vision["image_size"], theirs["embed_dim"]) != (config.image_size, config.width):
+    if theirs["embed_dim"] != config.width:
         return False
     with torch.device("meta"):
         trunk = timm.create_model(vision["timm_model_name"], num_classes=0)
-    return replace(timm_library.vision_config(trunk), mean=config.mean, std=config.std) == config
+    known = timm_library.vision_config(trunk)
+    if known.patch_size != config.patch_size:  # so that the other size divides
+        return False
+    return replace(known, image_size=config.image_size, mean=config.mean, std=config.std) == config
