@@ -150,18 +150,19 @@ def calls() -> dict[str, Callable[[], Any]]:
         side = size // patch
         cam, mask, several = (torch.zeros(2, side**2, dtype=kind) for kind in (torch.float32, torch.bool, torch.int64))
         tag = f"p{patch}@{size}"
-        out[f"select threshold {tag}"] = partial(ops.select.select_by_threshold, cam, 0.3, "object")
-        out[f"select top-k {tag}"] = partial(ops.select.select_top_k, cam, 20, "object")
+        out[f"select threshold {tag}"] = partial(ops.select.select_patches, cam, 0.3, None, False)
+        out[f"select top-k {tag}"] = partial(ops.select.select_patches, cam, None, 20, False)
         for dtype in (torch.float32, torch.bfloat16, torch.uint8):
             planes = torch.zeros(2, 3, size, size, dtype=dtype)
             pixels = planes.contiguous(memory_format=torch.channels_last)
             for layout, images in (("nchw", planes), ("nhwc", pixels)):
                 name = f"{tag} {str(dtype)[6:]} {layout}"
-                grid = (side, side)
                 if size == 224:
-                    out[f"refill {name}"] = partial(ops.refill.refill_patches, images, mask, donors, grid)
-                    out[f"refill multi {name}"] = partial(ops.refill.refill_patches, images, mask, several, grid)
-                fused = partial(ops.refill.counterfactual_refill, images, cam, donors, region="object", grid=grid)
+                    out[f"refill {name}"] = partial(ops.refill.refill_patches, images, mask, donors, side, side)
+                    out[f"refill multi {name}"] = partial(ops.refill.refill_patches, images, mask, several, side, side)
+                fused = partial(
+                    ops.refill.counterfactual_refill, images, cam, donors, context=False, rows=side, cols=side
+                )
                 out[f"refill fused threshold {name}"] = partial(fused, threshold=0.3, top_k=None)
                 out[f"refill fused top-k {name}"] = partial(fused, threshold=None, top_k=20)
         for dtype in (torch.bfloat16, torch.float32):
@@ -171,14 +172,14 @@ def calls() -> dict[str, Callable[[], Any]]:
             out[f"patchify refill {name}"] = partial(
                 ops.patchify.patchify, images, patch, MEAN, STD, dtype, mask, donors
             )
-    out["select top-k L=4096"] = partial(ops.select.select_top_k, torch.zeros(2, 4096), 20, "object")
+    out["select top-k L=4096"] = partial(ops.select.select_patches, torch.zeros(2, 4096), None, 20, False)
     for width in (768, 1024):
         for dtype in (torch.bfloat16, torch.float32):
             tokens, mask = torch.zeros(2, 50, width, dtype=dtype), torch.zeros(2, 49, dtype=torch.bool)
             for fill, which in (("single", donors), ("multi", torch.zeros(2, 49, dtype=torch.int64))):
                 name = f"{fill} {width} {str(dtype)[6:]}"
-                out[f"gather {name}"] = partial(ops.gather.gather, tokens, mask, which)
-                out[f"gather backward {name}"] = partial(ops.gather.gather_backward, tokens, mask, which)
+                out[f"gather {name}"] = partial(ops.gather.gather_tokens, tokens, mask, which)
+                out[f"gather backward {name}"] = partial(ops.gather.gather_tokens_backward, tokens, mask, which)
     for d in (16, 24, 32, 48, 64, 72, 80, 128):
         for dtype in (torch.bfloat16, torch.float32):
             for queries in (50, 1):

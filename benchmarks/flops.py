@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module, util
-from typing import Any
-
 import torch
 from torch.utils.flop_counter import (
     flop_registry,
@@ -14,17 +11,12 @@ from torch.utils.flop_counter import (
 )
 
 from maskcf_fast.models import VisionTransformerConfig
-from maskcf_fast.ops import extension
 
 
 def complete_flop_counter() -> None:
     """Tell the FLOP counter about what it does not know: the relevance kernels, and fused attention on a CPU."""
     aten = torch.ops.aten
-    kernels: list[Any] = [] if extension.loading_error() else [torch.ops.maskcf.attention_relevance]
-    if util.find_spec("triton") is not None:
-        import_module("maskcf_fast.ops.relevance.triton")  # registers the op
-        kernels.append(torch.ops.maskcf_fast_triton.attention_relevance)
-    for kernel in kernels:
+    for kernel in (torch.ops.maskcf.attention_relevance, torch.ops.maskcf_triton.attention_relevance):
         if kernel not in flop_registry:
             register_flop_formula(kernel)(relevance_flops)
     if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from maskcf_fast.models import PRESETS
-from maskcf_fast.ops.dispatch import DEVICES, MODULES, resolve, why_not
+from maskcf_fast.ops.dispatch import DEVICES, IMPLEMENTATIONS, resolve, why_not
 
 from . import measure as m
 from .cases import CASES, OPS, SIZES, Case, make_case
@@ -134,7 +134,7 @@ def measure_case(case: Case, device: torch.device, seconds: float, compiled: boo
         if isinstance(function, str):
             variants[name] = {"unavailable": function}
             continue
-        tolerance = case.tolerance if name in MODULES else case.eager_tolerance or case.tolerance
+        tolerance = case.tolerance if name in IMPLEMENTATIONS else case.eager_tolerance or case.tolerance
         try:
             variants[name] = {"check": compare(case.call(function), expected, tolerance)}
         except torch.OutOfMemoryError:
@@ -169,7 +169,7 @@ def measure_case(case: Case, device: torch.device, seconds: float, compiled: boo
 def candidates(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[..., Any] | str]:
     """Every variant by name: a function of the case's arguments, or why there is none."""
     found: dict[str, Callable[..., Any] | str] = {}
-    for impl in MODULES:
+    for impl in IMPLEMENTATIONS:
         reason = why_not(case.package, impl, device, case.limits)
         if reason is None and impl not in DEVICES[device.type]:
             reason = "runs under Triton's interpreter only, whose speed means nothing"
@@ -210,7 +210,7 @@ def figures(samples: dict[str, list[float]], name: str, moved: int) -> Row:
         "copy_share": m.ratio(samples["copy"], times),
         "bandwidth_share": m.ratio(samples["copy in place"], times),
     }
-    if name in MODULES:
+    if name in IMPLEMENTATIONS:
         others = [other for other in ("paper", "eager", "compiled") if samples.get(other)]
         found["times_as_fast"] = {other: m.ratio(samples[other], times) for other in others}
     return found

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from maskcf_fast.ops.dispatch import MODULES
+from maskcf_fast.ops.dispatch import IMPLEMENTATIONS
 
 from .cases import CASES, make_case
 from .measure import resolve_device, synchronize
 from .ops import candidates, compare
 
 
-@pytest.mark.parametrize("variant", [*MODULES, "paper", "eager"])
+@pytest.mark.parametrize("variant", [*IMPLEMENTATIONS, "paper", "eager"])
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_op(benchmark: Any, request: pytest.FixtureRequest, op: str, case: str, variant: str) -> None:
     device = resolve_device(request.config.getoption("--device"))
@@ -26,7 +26,7 @@ def test_op(benchmark: Any, request: pytest.FixtureRequest, op: str, case: str, 
     if isinstance(function, str):
         pytest.skip(function)
     expected = made.expected()
-    tolerance = made.tolerance if variant in MODULES else made.eager_tolerance or made.tolerance
+    tolerance = made.tolerance if variant in IMPLEMENTATIONS else made.eager_tolerance or made.tolerance
     assert compare(made.call(function), expected, tolerance) == "ok"
     benchmark.group = f"{op}: {case}, {size}, N={n}, {device}"
     benchmark.extra_info["moved_bytes"] = made.moved(expected)

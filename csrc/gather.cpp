@@ -7,9 +7,7 @@
 namespace maskcf {
 namespace {
 
-Tensor gather_tokens(const Tensor& tokens,    // [N, T, D]
-                     const Tensor& mask,      // [N, L] bool
-                     const Tensor& donors) {  // [N] or [N, L] int64
+Tensor gather_tokens(Tensor tokens, Tensor mask, Tensor donors) {
   check_tokens(tokens, mask, donors);
   check_donor_values(donors, tokens.size(0));
   const int64_t n = tokens.size(0), t = tokens.size(1), patches = t - 1;
@@ -75,9 +73,7 @@ void sum_rows(const T* grad, int64_t stride, const int64_t* images, int64_t coun
   }
 }
 
-Tensor gather_tokens_backward(const Tensor& grad_out,  // [N, T, D]
-                              const Tensor& mask,      // [N, L] bool
-                              const Tensor& donors) {  // [N] or [N, L] int64
+Tensor gather_tokens_backward(Tensor grad_out, Tensor mask, Tensor donors) {
   check_tokens(grad_out, mask, donors);
   check_donor_values(donors, grad_out.size(0));
   const int64_t n = grad_out.size(0), t = grad_out.size(1), width = grad_out.size(2), patches = t - 1;

@@ -5,7 +5,7 @@
 namespace maskcf {
 namespace {
 
-GatherArgs gather_args(const Tensor& tokens, const Tensor& mask, const Tensor& donors) {
+GatherArgs gather_args(Tensor& tokens, Tensor& mask, Tensor& donors) {
   check_tokens(tokens, mask, donors);
   check_same_device(tokens, mask);
   check_same_device(tokens, donors);
@@ -17,9 +17,7 @@ unsigned warps(const GatherArgs& args) {
   return blocks((args.images * args.tokens + kWarps - 1) / kWarps);
 }
 
-Tensor gather_tokens(const Tensor& tokens,    // [N, T, D]
-                     const Tensor& mask,      // [N, L] bool
-                     const Tensor& donors) {  // [N] or [N, L] int64
+Tensor gather_tokens(Tensor tokens, Tensor mask, Tensor donors) {
   const GatherArgs args = gather_args(tokens, mask, donors);
   const Launcher launch(tokens);
   Tensor out = torch::stable::empty_like(tokens);
@@ -32,9 +30,7 @@ Tensor gather_tokens(const Tensor& tokens,    // [N, T, D]
   return out;
 }
 
-Tensor gather_tokens_backward(const Tensor& grad_out,  // [N, T, D]
-                              const Tensor& mask,      // [N, L] bool
-                              const Tensor& donors) {  // [N] or [N, L] int64
+Tensor gather_tokens_backward(Tensor grad_out, Tensor mask, Tensor donors) {
   const GatherArgs args = gather_args(grad_out, mask, donors);
   const Launcher launch(grad_out);
   const int64_t patches = args.tokens - 1, width = grad_out.size(2);

@@ -1,4 +1,5 @@
 // What the implementations of an op for the CPU and for CUDA share: checked arguments, outputs, dispatch on dtypes.
+// An op's arguments are those of its contract, maskcf_fast/ops/<op>/reference.py. N images, L patches, T tokens.
 #pragma once
 
 #include <cstdint>
@@ -52,22 +53,29 @@ void for_wide_type(ScalarType dtype, const char* name, const F& f) {
   }
 }
 
-inline void check_cam(const Tensor& cam) {  // [N, L]
-  STD_TORCH_CHECK(cam.dim() == 2, "cam must have shape [N, L]");
-  STD_TORCH_CHECK(cam.is_contiguous(), "cam must be contiguous");
-  STD_TORCH_CHECK(cam.size(1) < (int64_t(1) << 31), "cam has too many patches");
+// The kernels take rows in memory one after another: the checks of arguments see to it, where it costs a copy.
+inline void make_dense(Tensor& t) {
+  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
 }
 
-inline void check_donors(const Tensor& donors, int64_t n, int64_t patches) {  // [N] or [N, L]
+inline void check_cam(Tensor& cam, std::optional<double> threshold, std::optional<int64_t> top_k) {  // [N, L]
+  STD_TORCH_CHECK(cam.dim() == 2, "cam must have shape [N, L]");
+  STD_TORCH_CHECK(cam.size(1) < (int64_t(1) << 31), "cam has too many patches");
+  STD_TORCH_CHECK(threshold.has_value() != top_k.has_value(), "exactly one of threshold and top_k must be given");
+  STD_TORCH_CHECK(!top_k || (*top_k >= 0 && *top_k <= cam.size(1)), "top_k must lie between 0 and L");
+  make_dense(cam);
+}
+
+inline void check_donors(Tensor& donors, int64_t n, int64_t patches) {  // [N] or [N, L]
   STD_TORCH_CHECK(donors.scalar_type() == ScalarType::Long, "donors must be int64");
   STD_TORCH_CHECK(has_shape(donors, {n}) || has_shape(donors, {n, patches}), "donors must have shape [N] or [N, L]");
-  STD_TORCH_CHECK(donors.is_contiguous(), "donors must be contiguous");
+  make_dense(donors);
 }
 
-inline void check_mask(const Tensor& mask, int64_t n, int64_t patches) {  // [N, L]
+inline void check_mask(Tensor& mask, int64_t n, int64_t patches) {  // [N, L]
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "mask must be bool");
   STD_TORCH_CHECK(has_shape(mask, {n, patches}), "mask must have shape [N, L]");
-  STD_TORCH_CHECK(mask.is_contiguous(), "mask must be contiguous");
+  make_dense(mask);
 }
 
 // As PyTorch sees it: the stride of a dimension of one says nothing.
@@ -80,11 +88,11 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-// The patch grid of contiguous or channels-last images [N, C, H, W].
-inline PatchGrid patch_grid(const Tensor& images, int64_t rows, int64_t cols) {
+// The patch grid of images [N, C, H, W], which become contiguous unless they are channels-last.
+inline PatchGrid patch_grid(Tensor& images, int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(images.dim() == 4, "images must have shape [N, C, H, W]");
+  if (!is_channels_last(images)) make_dense(images);
   const bool contiguous = images.is_contiguous();
-  STD_TORCH_CHECK(contiguous || is_channels_last(images), "images must be contiguous or channels-last");
   const int64_t c = images.size(1), h = images.size(2), w = images.size(3);
   STD_TORCH_CHECK(rows > 0 && cols > 0 && h % rows == 0 && w % cols == 0, "images must divide into the patch grid");
   const int64_t pixel = int64_t(images.element_size()) * (contiguous ? 1 : c);
@@ -102,8 +110,8 @@ inline const int64_t* donor_data(const Tensor& donors) { return static_cast<cons
 inline const bool* mask_data(const Tensor& mask) { return static_cast<const bool*>(mask.const_data_ptr()); }
 
 template <class T>
-Selection<T> selection(std::optional<double> threshold, int64_t k, bool context) {
-  return {threshold.has_value(), context, T(threshold.value_or(0.0)), k};
+Selection<T> selection(std::optional<double> threshold, std::optional<int64_t> top_k, bool context) {
+  return {threshold.has_value(), context, T(threshold.value_or(0.0)), top_k.value_or(0)};
 }
 
 // Checked arguments of patchify.
@@ -129,26 +137,27 @@ inline PatchifyShape patchify_shape(const Tensor& images, int64_t p, size_t mean
           bytes};
 }
 
-inline void check_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& donors) {
+inline void check_tokens(Tensor& tokens, Tensor& mask, Tensor& donors) {
   STD_TORCH_CHECK(tokens.dim() == 3, "tokens must have shape [N, 1 + L, D]");
-  STD_TORCH_CHECK(tokens.is_contiguous(), "tokens must be contiguous");
+  make_dense(tokens);
   check_mask(mask, tokens.size(0), tokens.size(1) - 1);
   check_donors(donors, tokens.size(0), tokens.size(1) - 1);
 }
 
-inline void check_relevance(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& grad_out,
-                            const Tensor& relevance) {
+inline void check_relevance(Tensor& q, Tensor& k, Tensor& v, Tensor& grad_out, Tensor& relevance) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must have shape [N, H, T, d]");
   const int64_t n = q.size(0), h = q.size(1), tq = q.size(2), t = k.size(2), d = q.size(3);
   STD_TORCH_CHECK(has_shape(k, {n, h, t, d}) && has_shape(v, {n, h, t, d}), "k and v must have shape [N, H, T, d]");
   STD_TORCH_CHECK(has_shape(grad_out, {n, h, tq, d}), "grad_out must be like q");
   STD_TORCH_CHECK(tq == 1 || tq == t, "q must have T queries or 1");
-  STD_TORCH_CHECK(has_shape(relevance, {n, t}) && relevance.is_contiguous(), "relevance must be [N, T], contiguous");
+  STD_TORCH_CHECK(has_shape(relevance, {n, t}), "relevance must have shape [N, T]");
   const ScalarType wide = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(relevance.scalar_type() == wide, "relevance must be float32, or float64 with float64 q");
-  for (const Tensor* x : {&q, &k, &v, &grad_out}) {
+  make_dense(relevance);
+  for (Tensor* x : {&q, &k, &v, &grad_out}) {
     STD_TORCH_CHECK(x->scalar_type() == q.scalar_type(), "q, k, v and grad_out must have one dtype");
-    STD_TORCH_CHECK(x->stride(3) == 1 || d == 1, "rows of q, k, v and grad_out must be contiguous");
+    // Any layout will do as long as a token's head is contiguous, which a view of a packed projection is.
+    if (x->stride(3) != 1) make_dense(*x);
   }
 }
 

@@ -54,10 +54,8 @@ void patchify_rows(const PatchifyShape& s, const In* in, Out* out,  // out [N, L
   });
 }
 
-Tensor patchify(const Tensor& images,  // [N, H, W, C] uint8 or [N, C, H, W] float, any strides
-                int64_t patch_size, const std::vector<double>& mean, const std::vector<double>& std, ScalarType dtype,
-                const std::optional<Tensor>& mask,      // [N, L] bool
-                const std::optional<Tensor>& donors) {  // [N] or [N, L] int64
+Tensor patchify(Tensor images, int64_t patch_size, std::vector<double> mean, std::vector<double> std, ScalarType dtype,
+                std::optional<Tensor> mask, std::optional<Tensor> donors) {
   const PatchifyShape s = patchify_shape(images, patch_size, mean.size(), std.size());
   STD_TORCH_CHECK(mask.has_value() == donors.has_value(), "mask and donors must be given together");
   const int64_t patches = s.rows * s.cols;

@@ -57,10 +57,7 @@ void refill(const PatchGrid& grid, const Tensor& images, const Tensor& donors, T
   });
 }
 
-Tensor refill_patches(const Tensor& images,  // [N, C, H, W]
-                      const Tensor& mask,    // [N, L] bool
-                      const Tensor& donors,  // [N] or [N, L] int64
-                      int64_t rows, int64_t cols) {
+Tensor refill_patches(Tensor images, Tensor mask, Tensor donors, int64_t rows, int64_t cols) {
   const PatchGrid grid = patch_grid(images, rows, cols);
   check_mask(mask, grid.images, grid.patches());
   check_donors(donors, grid.images, grid.patches());
@@ -93,15 +90,12 @@ struct LazyMask {
   }
 };
 
-std::tuple<Tensor, Tensor> counterfactual_refill(const Tensor& images,  // [N, C, H, W]
-                                                 const Tensor& cam,     // [N, L] float32 or float64
-                                                 const Tensor& donors,  // [N] or [N, L] int64
-                                                 std::optional<double> threshold, int64_t top_k, bool context,
-                                                 int64_t rows, int64_t cols) {
+std::tuple<Tensor, Tensor> counterfactual_refill(Tensor images, Tensor cam, Tensor donors,
+                                                 std::optional<double> threshold, std::optional<int64_t> top_k,
+                                                 bool context, int64_t rows, int64_t cols) {
   const PatchGrid grid = patch_grid(images, rows, cols);
-  check_cam(cam);
+  check_cam(cam, threshold, top_k);
   STD_TORCH_CHECK(has_shape(cam, {grid.images, grid.patches()}), "cam must have shape [N, rows * cols]");
-  STD_TORCH_CHECK(threshold.has_value() || (top_k >= 0 && top_k <= grid.patches()), "top_k must lie between 0 and L");
   check_donors(donors, grid.images, grid.patches());
   check_donor_values(donors, grid.images);
   Tensor out = torch::stable::empty_like(images);

@@ -35,10 +35,7 @@ void refill(const Launcher& launch, const PatchGrid& grid, const Tensor& images,
   });
 }
 
-Tensor refill_patches(const Tensor& images,  // [N, C, H, W]
-                      const Tensor& mask,    // [N, L] bool
-                      const Tensor& donors,  // [N] or [N, L] int64
-                      int64_t rows, int64_t cols) {
+Tensor refill_patches(Tensor images, Tensor mask, Tensor donors, int64_t rows, int64_t cols) {
   const PatchGrid grid = patch_grid(images, rows, cols);
   check_mask(mask, grid.images, grid.patches());
   check_donors(donors, grid.images, grid.patches());
@@ -50,15 +47,12 @@ Tensor refill_patches(const Tensor& images,  // [N, C, H, W]
   return out;
 }
 
-std::tuple<Tensor, Tensor> counterfactual_refill(const Tensor& images,  // [N, C, H, W]
-                                                 const Tensor& cam,     // [N, L] float32 or float64
-                                                 const Tensor& donors,  // [N] or [N, L] int64
-                                                 std::optional<double> threshold, int64_t top_k, bool context,
-                                                 int64_t rows, int64_t cols) {
+std::tuple<Tensor, Tensor> counterfactual_refill(Tensor images, Tensor cam, Tensor donors,
+                                                 std::optional<double> threshold, std::optional<int64_t> top_k,
+                                                 bool context, int64_t rows, int64_t cols) {
   const PatchGrid grid = patch_grid(images, rows, cols);
-  check_cam(cam);
+  check_cam(cam, threshold, top_k);
   STD_TORCH_CHECK(has_shape(cam, {grid.images, grid.patches()}), "cam must have shape [N, rows * cols]");
-  STD_TORCH_CHECK(threshold.has_value() || (top_k >= 0 && top_k <= grid.patches()), "top_k must lie between 0 and L");
   check_donors(donors, grid.images, grid.patches());
   check_same_device(images, cam);
   check_same_device(images, donors);

@@ -33,12 +33,7 @@ const void* head_data(const Tensor& x, int64_t n, int64_t h) {
          (n * x.stride(0) + h * x.stride(1)) * int64_t(x.element_size());
 }
 
-Tensor attention_relevance(const Tensor& q,         // [N, H, Tq, d]
-                           const Tensor& k,         // [N, H, T, d]
-                           const Tensor& v,         // [N, H, T, d]
-                           const Tensor& grad_out,  // [N, H, Tq, d]
-                           const Tensor& relevance,  // [N, T] float32 (float64 with float64)
-                           double scale) {
+Tensor attention_relevance(Tensor q, Tensor k, Tensor v, Tensor grad_out, Tensor relevance, double scale) {
   check_relevance(q, k, v, grad_out, relevance);
   const RelevanceKernel kernel = best_kernel();
   const int64_t n = q.size(0), heads = q.size(1), tq = q.size(2), t = k.size(2), d = q.size(3);

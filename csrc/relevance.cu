@@ -27,12 +27,7 @@ void run_kernels(const Launcher& launch, const RelevanceArgs<T>& args, float* lo
   launch(columns_kernel<T, kCount>, count, kRelevanceThreads, 4 * tile, args);
 }
 
-Tensor attention_relevance(const Tensor& q,          // [N, H, Tq, d] float32, float16 or bfloat16
-                           const Tensor& k,          // [N, H, T, d]
-                           const Tensor& v,          // [N, H, T, d]
-                           const Tensor& grad_out,   // [N, H, Tq, d]
-                           const Tensor& relevance,  // [N, T] float32
-                           double scale) {
+Tensor attention_relevance(Tensor q, Tensor k, Tensor v, Tensor grad_out, Tensor relevance, double scale) {
   check_relevance(q, k, v, grad_out, relevance);
   const int64_t n = q.size(0), heads = q.size(1), tq = q.size(2), t = k.size(2), d = q.size(3);
   STD_TORCH_CHECK(d <= kMaxWidth, "heads may be up to 128 wide");

@@ -58,8 +58,8 @@ def test_the_wrong_device(impl, monkeypatch):
 
 def test_an_extension_that_is_not_built(monkeypatch):
     """Without it, "auto" goes on to the next; to ask for it is an error that says what to do."""
-    monkeypatch.setattr(extension, "why_not", lambda impl: "the extension is not built: python -m maskcf_fast.build")
-    with pytest.raises(RuntimeError, match=r"impl='cpu' on cpu: the extension is not built: python -m maskcf_fast.b"):
+    monkeypatch.setattr(extension, "why_not", lambda impl, op: "the extension is not built: run the build")
+    with pytest.raises(RuntimeError, match=r"impl='cpu' on cpu: the extension is not built: run the build"):
         mf.select_patches(CAM, threshold=0.3, impl="cpu")
     assert resolve("maskcf_fast.ops.select", "auto", torch.device("cpu")) == "reference"
     assert mf.select_patches(CAM, threshold=0.3).dtype == torch.bool
@@ -70,16 +70,16 @@ def test_without_triton(monkeypatch):
     monkeypatch.setattr(dispatch.util, "find_spec", lambda name: None if name == "triton" else real(name))
     package, gpu = "maskcf_fast.ops.refill", torch.device("cuda")
     assert why_not(package, "triton", gpu) == "triton is not installed"
-    monkeypatch.setattr(extension, "why_not", lambda impl: "not built")
+    monkeypatch.setattr(extension, "why_not", lambda impl, op: "not built")
     assert resolve(package, "auto", gpu) == "reference"
 
 
 def test_a_size_that_a_kernel_lacks(monkeypatch):
     """Named when asked for; "auto" takes what can."""
     package, gpu = "maskcf_fast.ops.relevance", torch.device("cuda")
-    lacks = import_module(f"{package}.triton").lacks
+    lacks = import_module(package).lacks
     assert "float64" in lacks("triton", gpu, torch.float64, 64)
     assert lacks("triton", gpu, torch.float16, 64) is None
-    monkeypatch.setattr(extension, "why_not", lambda impl: "not built")
+    monkeypatch.setattr(extension, "why_not", lambda impl, op: "not built")
     assert resolve(package, "auto", gpu, (torch.float64, 64)) == "reference"
     assert resolve(package, "auto", gpu, (torch.float16, 64)) == "triton"

@@ -1,4 +1,4 @@
-"""What the Triton implementations share: registering an op, and copying tensors as wide integers."""
+"""What the Triton implementations share: the GPU to launch on, and copying tensors as wide integers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-# Each op is a `torch.library.custom_op` in this namespace: opaque to torch.compile, so it traces whole, and it is
-# the same op under Triton's interpreter.
-NAMESPACE = "maskcf_fast_triton"
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 VECTOR_BYTES = 16  # the widest access of one GPU thread
 

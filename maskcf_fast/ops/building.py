@@ -70,7 +70,7 @@ def source_folder() -> Path:
     """The C++ sources: inside an installed package, or beside it in a source tree."""
     installed = PACKAGE / "_csrc"
     folder = installed if installed.is_dir() else PACKAGE.parent / "csrc"
-    if not (folder / "schema.cpp").is_file():
+    if not (folder / "ops.h").is_file():
         raise Absent(f"the C++ sources are not at {folder}")
     return folder
 

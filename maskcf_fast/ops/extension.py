@@ -30,7 +30,7 @@ def facts() -> dict[str, Any]:
 
 @functools.cache
 def loading_error() -> str | None:
-    """Load the library, once. Why it could not be, or None: then ``torch.ops.maskcf`` holds the ops."""
+    """Load the library, once. Why it could not be, or None: then the ops of ``torch.ops.maskcf`` have its kernels."""
     path = library_path()
     if os.environ.get("MASKCF_NATIVE", "1") == "0":
         return "the extension is switched off (MASKCF_NATIVE=0)"
@@ -55,25 +55,14 @@ def emulated() -> bool:
     return bool(facts().get("emulated"))
 
 
-def why_not(part: str) -> str | None:
-    """Why the extension's ``"cpu"`` or ``"cuda"`` kernels cannot be used; None if they can."""
+def why_not(part: str, op: str = "select_patches") -> str | None:
+    """Why the extension's ``"cpu"`` or ``"cuda"`` kernel of an op cannot be used; None if it can."""
     if error := loading_error():
         return error
     if part == "cpu" and emulated():
         return "the extension holds the CUDA kernels on a CPU, for tests"
     key = "CUDA" if part == "cuda" and not emulated() else "CPU"
-    if torch._C._dispatch_has_kernel_for_dispatch_key("maskcf::select_top_k", key):
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"maskcf::{op}", key):
         return None
     reason = facts().get(f"why_no_{part}")
     return f"the extension was built without {key} kernels ({reason or REMEDY})"
-
-
-def ops() -> Any:
-    """The extension's ops, ``torch.ops.maskcf``.
-
-    Raises:
-        RuntimeError: The extension is absent or cannot be loaded; says why.
-    """
-    if error := loading_error():
-        raise RuntimeError(error)
-    return torch.ops.maskcf

@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 import torch
 
 from . import extension
-from .dispatch import DEVICES, MODULES, resolve, why_not
+from .dispatch import DEVICES, IMPLEMENTATIONS, resolve, why_not
 
 OPS = [module.name for module in iter_modules([str(Path(__file__).parent)]) if module.ispkg]
 
@@ -58,7 +58,7 @@ def table(device: str) -> list[str]:
             name: resolve(package, "auto", there, dtype=dtype)
             for name, dtype in (("float32", torch.float32), ("half precision", torch.bfloat16))
         }
-        for impl in MODULES:
+        for impl in IMPLEMENTATIONS:
             if impl not in DEVICES[device]:
                 continue
             reason = why_not(package, impl, there)

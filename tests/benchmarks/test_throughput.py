@@ -114,7 +114,7 @@ def test_the_phases_make_up_the_step(measured):
     assert sum(phase["ms"] for phase in phases) < 3 * measured["breakdown"]["whole_ms"]
 
 
-@pytest.mark.parametrize("op", ["maskcf_fast_triton", "maskcf"])
+@pytest.mark.parametrize("op", ["maskcf_triton", "maskcf"])
 def test_both_relevance_kernels_have_a_flop_formula(op):
     flops.complete_flop_counter()
     formula = flops.flop_registry[getattr(torch.ops, op).attention_relevance]

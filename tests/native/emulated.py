@@ -35,7 +35,7 @@ def build(
     """
     source, torch = source or building.source_folder(), building.torch_folder()
     compiler = building.find_compiler("CXX", *building.COMPILERS)
-    files = [source / "schema.cpp", HERE / "emulator.cpp", *sorted(source.glob("*.cu"))]
+    files = [HERE / "emulator.cpp", *sorted(source.glob("*.cu"))]
     with tempfile.TemporaryDirectory() as scratch:
         into = objects or Path(scratch)
         into.mkdir(exist_ok=True)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 import maskcf_fast as mf
-from maskcf_fast.ops import extension
-from maskcf_fast.ops.dispatch import implementation
+from maskcf_fast.ops import dispatch, extension
 
 GPU = torch.cuda.is_available()
 EMULATED = extension.emulated()  # the CUDA kernels run on the CPU: tests/native
@@ -220,7 +219,7 @@ def test_relevance_errs_at_most_twice_as_much_as_torch(name, mode, impl):
 @pytest.mark.parametrize("limit", [64 << 10, 99 << 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_relevance_knows_what_shared_memory_cuda_takes(limit, dtype, monkeypatch):
-    from maskcf_fast.ops.relevance.native import lacks_shared
+    from maskcf_fast.ops.relevance.limits import lacks_shared
 
     monkeypatch.setenv("MASKCF_EMULATOR_SHARED", str(limit))
     for d in range(1, 129, 7):
@@ -280,10 +279,9 @@ def opcheck_arguments(device: str) -> dict[str, tuple]:
     cam = cases.random_cam(5, 16)
     pixels = cases.PATCHIFY_CASES["multi"]()
     found = {
-        "select_by_threshold": (cam, 0.3, False),
-        "select_top_k": (cam, 4, True),
+        "select_patches": (cam, 0.3, None, False),
         "refill_patches": (images.nan_to_num(), mask, donors, *grid),
-        "counterfactual_refill": (images.nan_to_num(), cam, donors, 0.3, 0, False, *grid),
+        "counterfactual_refill": (images.nan_to_num(), cam, donors, 0.3, None, False, *grid),
         "patchify": (pixels["images"], 4, pixels["mean"], pixels["std"], torch.float32, pixels["mask"],
                      pixels["donors"]),
         "gather_tokens": (tokens.requires_grad_(), token_mask, token_donors),
@@ -296,12 +294,11 @@ def opcheck_arguments(device: str) -> dict[str, tuple]:
     }
 
 
-@pytest.mark.parametrize("impl", IMPLS[1:3])
+@pytest.mark.parametrize("impl", IMPLS[1:])
 @pytest.mark.parametrize("op", opcheck_arguments("cpu"))
 def test_opcheck(op, impl):
-    for package in ("select", "refill", "patchify", "gather", "relevance"):
-        implementation(f"maskcf_fast.ops.{package}", impl, torch.device(device_of(impl)))
-    torch.library.opcheck(getattr(torch.ops.maskcf, op), opcheck_arguments(device_of(impl))[op])
+    namespace = getattr(torch.ops, dispatch.NAMESPACES[impl])
+    torch.library.opcheck(getattr(namespace, op), opcheck_arguments(device_of(impl))[op])
 
 
 @pytest.mark.skipif(extension.why_not("cpu") is not None, reason="extension not built")

@@ -1,11 +1,10 @@
-from importlib import import_module
-
 import pytest
 import torch
 
 import maskcf_fast as mf
 from maskcf_fast.ops import dispatch, extension
 from maskcf_fast.ops.dispatch import resolve
+from maskcf_fast.ops.relevance import limits
 
 
 def make(n=3, h=2, t=10, d=8, tq=None, dtype=torch.float64):
@@ -77,18 +76,16 @@ def test_half_precision_inputs_are_computed_in_float32(dtype):
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(extension.loading_error() is not None, reason="extension not built")
 def test_heads_that_a_gpu_has_no_shared_memory_for(monkeypatch):
     """Compute capability 8.6 gives a block 99 KiB: too little for float32 heads of more than 80."""
-    native = import_module("maskcf_fast.ops.relevance.native")
-    monkeypatch.setattr(native, "shared_limit", lambda device: 99 << 10)
+    monkeypatch.setattr(limits, "shared_limit", lambda device: 99 << 10)
     gpu = torch.device("cuda")
-    assert native.lacks("cuda", gpu, torch.float32, 80) is None
-    assert "take 102400 bytes of shared memory per block, and the GPU has 101376" in native.lacks(
+    assert limits.lacks("cuda", gpu, torch.float32, 80) is None
+    assert "take 102400 bytes of shared memory per block, and the GPU has 101376" in limits.lacks(
         "cuda", gpu, torch.float32, 81
     )
-    assert native.lacks("cuda", gpu, torch.bfloat16, 128) is None
-    monkeypatch.setattr(extension, "why_not", lambda part: None)
+    assert limits.lacks("cuda", gpu, torch.bfloat16, 128) is None
+    monkeypatch.setattr(extension, "why_not", lambda part, op: None)
     assert dispatch.why_not("maskcf_fast.ops.relevance", "cuda", gpu, (torch.float32, 64)) is None
     assert resolve("maskcf_fast.ops.relevance", "auto", gpu, (torch.float32, 96)) != "cuda"
 

@@ -15,7 +15,7 @@ GPU = torch.device("cuda")
 @pytest.fixture
 def gpu(monkeypatch):
     """Behave as on a GPU of some compute capability, with the whole extension."""
-    monkeypatch.setattr(extension, "why_not", lambda part: None)
+    monkeypatch.setattr(extension, "why_not", lambda part, op: None)
     return lambda *capability: monkeypatch.setattr(tuning, "capability", lambda device: capability)
 
 
@@ -44,7 +44,7 @@ def test_info_names_what_is_taken_by_dtype(gpu):
 
 def test_auto_goes_on_to_what_can_run(gpu, monkeypatch):
     gpu(8, 0)
-    monkeypatch.setattr(extension, "why_not", lambda part: "not built")
+    monkeypatch.setattr(extension, "why_not", lambda part, op: "not built")
     assert resolve("maskcf_fast.ops.relevance", "auto", GPU, dtype=torch.float32) == "triton"
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...core.checks import FLOATS, check_batch, check_donors, check_tensor
-from ..dispatch import implementation
+from ..dispatch import NAMESPACES, define, implementation
+from . import reference
+
+_FORWARD, _BACKWARD = define(reference.gather_tokens), define(reference.gather_tokens_backward)
 
 
 def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "auto") -> Tensor:
@@ -14,7 +19,8 @@ def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "
 
     Patch embedding, position embedding and a LayerNorm act on each patch alone, and a donor patch keeps its
     position; so for a vision transformer, gathering embedded tokens equals refilling the pixels and embedding
-    the result, without the second embedding. Differentiable in ``tokens``.
+    the result, without the second embedding. Differentiable in ``tokens`` (by `torch.func`, too, with
+    ``impl="reference"``).
 
     Args:
         tokens: ``[N, 1 + L, D]``, any float dtype; token 0 is the class token and stays.
@@ -36,4 +42,21 @@ def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "
     check_tensor("mask", mask, [n, num_patches], dtypes=[torch.bool], device=tokens.device)
     check_batch("mask", mask)
     check_donors(donors, n, num_patches, tokens.device)
-    return implementation(__name__, impl, tokens.device, dtype=tokens.dtype).gather_tokens(tokens, mask, donors)
+    run = implementation(reference.gather_tokens, impl, tokens.device, dtype=tokens.dtype)
+    return run(tokens, mask, donors)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _differentiate(op: Any, transpose: Any) -> None:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return transpose(grad, *ctx.saved_tensors), None, None
+
+    torch.library.register_autograd(op, backward, setup_context=_keep)
+
+
+for _namespace in set(NAMESPACES.values()):  # linear, and each other's transposes
+    _differentiate(_FORWARD[_namespace], _BACKWARD[_namespace])
+    _differentiate(_BACKWARD[_namespace], _FORWARD[_namespace])

@@ -12,10 +12,27 @@ def gather_tokens(
     donors: Tensor,  # [N] or [N, L] int64
 ) -> Tensor:  # [N, 1 + L, D]
     """``out[n, 0] = tokens[n, 0]``; ``out[n, 1 + p] = tokens[donor if mask[n, p] else n, 1 + p]``."""
-    n, t, d = tokens.shape
-    own = torch.arange(n, device=tokens.device)[:, None]
-    donor = donors if donors.ndim == 2 else donors[:, None]
-    source = torch.cat([own, torch.where(mask, donor, own)], dim=1)  # [N, T], the CLS token stays
-    rows = source * t + torch.arange(t, device=tokens.device)
     # index_select rather than fancy indexing: its backward (index_add) is many times faster on a CPU.
-    return tokens.reshape(n * t, d).index_select(0, rows.flatten()).view(n, t, d)
+    return tokens.flatten(0, 1).index_select(0, source_rows(mask, donors)).view(tokens.shape)
+
+
+def gather_tokens_backward(
+    grad_out: Tensor,  # [N, 1 + L, D]
+    mask: Tensor,  # [N, L] bool
+    donors: Tensor,  # [N] or [N, L] int64
+) -> Tensor:  # [N, 1 + L, D]
+    """The transpose: every token's gradient goes to where the token came from."""
+    grads = grad_out.flatten(0, 1)
+    return torch.zeros_like(grads).index_add(0, source_rows(mask, donors), grads).view(grad_out.shape)
+
+
+def source_rows(
+    mask: Tensor,  # [N, L] bool
+    donors: Tensor,  # [N] or [N, L] int64
+) -> Tensor:  # [N * T] int64
+    """Where each token comes from, counted through the batch."""
+    n, t = len(mask), 1 + mask.shape[1]
+    own = torch.arange(n, device=mask.device)[:, None]
+    donor = donors if donors.ndim == 2 else donors[:, None]
+    source = torch.cat([own, torch.where(mask, donor, own)], dim=1)  # [N, T], the class token stays
+    return (source * t + torch.arange(t, device=mask.device)).flatten()

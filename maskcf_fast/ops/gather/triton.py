@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from .._triton import NAMESPACE, VECTOR_BYTES, alignment, as_words, on_device_of, power_of_two_in
-from . import gradient
+from .._triton import VECTOR_BYTES, alignment, as_words, on_device_of, power_of_two_in
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -92,12 +91,12 @@ def receivers_of(
     return receivers, torch.searchsorted(rows, bounds.expand(*rows.shape[:-1], -1).contiguous())
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gather_tokens", mutates_args=())
-def gather(
+def gather_tokens(
     tokens: Tensor,  # [N, 1 + L, D]
     mask: Tensor,  # [N, L] bool
     donors: Tensor,  # [N] or [N, L] int64
 ) -> Tensor:  # [N, 1 + L, D]
+    """As the contract."""
     n, t, d = tokens.shape
     tokens = tokens.contiguous()
     out = torch.empty_like(tokens)
@@ -124,12 +123,12 @@ def gather(
     return out
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gather_tokens_backward", mutates_args=())
-def gather_backward(
+def gather_tokens_backward(
     grad_out: Tensor,  # [N, 1 + L, D]
     mask: Tensor,  # [N, L] bool
     donors: Tensor,  # [N] or [N, L] int64
 ) -> Tensor:  # [N, 1 + L, D]
+    """As the contract, in a fixed order."""
     n, t, d = grad_out.shape
     grad_out = grad_out.contiguous()
     grad = torch.empty_like(grad_out)
@@ -153,15 +152,3 @@ def gather_backward(
             num_warps=min(max(block * grad.element_size() // 512, 1), most["num_warps"]),
         )
     return grad
-
-
-gradient.register(NAMESPACE)
-
-
-def gather_tokens(
-    tokens: Tensor,  # [N, 1 + L, D]
-    mask: Tensor,  # [N, L] bool
-    donors: Tensor,  # [N] or [N, L] int64
-) -> Tensor:  # [N, 1 + L, D]
-    """``out[n, 0] = tokens[n, 0]``; ``out[n, 1 + p] = tokens[donor if mask[n, p] else n, 1 + p]``."""
-    return gather(tokens, mask, donors)

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from ...core.checks import FLOATS, check_batch, check_donors, check_tensor
-from ..dispatch import implementation
+from ..dispatch import define, implementation
+from . import reference
+
+define(reference.patchify)
 
 
 def patchify(
@@ -66,5 +69,5 @@ def patchify(
         n, num_patches = images.shape[0], height // patch_size * (width // patch_size)
         check_tensor("mask", mask, [n, num_patches], dtypes=[torch.bool], device=images.device)
         check_donors(donors, n, num_patches, images.device)
-    run = implementation(__name__, impl, images.device, dtype=images.dtype)
-    return run.patchify(images, patch_size, tuple(mean), tuple(std), dtype, mask, donors)
+    run = implementation(reference.patchify, impl, images.device, dtype=images.dtype)
+    return run(images.detach(), patch_size, list(mean), list(std), dtype, mask, donors)

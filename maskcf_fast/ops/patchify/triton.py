@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from .._triton import NAMESPACE, on_device_of
+from .._triton import on_device_of
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -73,8 +73,7 @@ def maskcf_patchify(
     tl.store(rows + n * (L * C * P * P) + at, value.to(rows.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::patchify", mutates_args=())
-def patchify_op(
+def patchify(
     images: Tensor,  # [N, H, W, C] uint8, or [N, C, H, W] float in [0, 1]
     patch_size: int,
     mean: list[float],
@@ -83,6 +82,7 @@ def patchify_op(
     mask: Tensor | None,  # [N, L] bool
     donors: Tensor | None,  # [N] or [N, L] int64
 ) -> Tensor:  # [N, L, C * P * P]
+    """As the contract."""
     pixels = images.permute(0, 3, 1, 2) if images.dtype == torch.uint8 else images
     n, c, h, w = pixels.shape
     cols = w // patch_size
@@ -112,31 +112,3 @@ def patchify_op(
             **options,
         )
     return rows
-
-
-@patchify_op.register_fake
-def _(
-    images: Tensor,
-    patch_size: int,
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-    mask: Tensor | None,
-    donors: Tensor | None,
-) -> Tensor:
-    height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
-    num_patches = (height // patch_size) * (width // patch_size)
-    return images.new_empty(images.shape[0], num_patches, len(mean) * patch_size**2, dtype=dtype)
-
-
-def patchify(
-    images: Tensor,  # [N, H, W, C] uint8, or [N, C, H, W] float in [0, 1]
-    patch_size: int,
-    mean: tuple[float, ...],  # C values
-    std: tuple[float, ...],  # C values
-    dtype: torch.dtype,
-    mask: Tensor | None,  # [N, L] bool
-    donors: Tensor | None,  # [N] or [N, L] int64
-) -> Tensor:  # [N, L, C * P * P]
-    """``(pixel - mean) / std``, cut into patches; a row has the layout of a convolution weight (C, P, P)."""
-    return patchify_op(images, patch_size, list(mean), list(std), dtype, mask, donors)

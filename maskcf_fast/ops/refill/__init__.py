@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from ...core.checks import FLOATS, check_batch, check_divisible, check_donors, check_tensor, resolve_grid
-from ..dispatch import implementation
-from ..select import check_cam, check_selection
+from ..dispatch import define, implementation
+from ..select import check_cam, check_selection, widened
+from . import reference
+
+define(reference.refill_patches)
+define(reference.counterfactual_refill)
 
 PIXELS = (*FLOATS, torch.uint8)
 
@@ -47,9 +51,8 @@ def refill_patches(
     grid = resolve_grid(mask.shape[1], grid)
     check_divisible(images.shape[2], images.shape[3], grid)
     check_donors(donors, images.shape[0], mask.shape[1], images.device)
-    return implementation(__name__, impl, images.device, dtype=images.dtype).refill_patches(
-        images.detach(), mask, donors, grid
-    )
+    run = implementation(reference.refill_patches, impl, images.device, dtype=images.dtype)
+    return run(images.detach(), mask, donors, *grid)
 
 
 def counterfactual_refill(
@@ -78,9 +81,8 @@ def counterfactual_refill(
     grid = resolve_grid(cam.shape[1], grid)
     check_divisible(images.shape[2], images.shape[3], grid)
     check_donors(donors, images.shape[0], cam.shape[1], images.device)
-    cam = cam if cam.dtype == torch.float64 else cam.float()
-    run = implementation(__name__, impl, images.device, dtype=images.dtype)
-    return run.counterfactual_refill(images.detach(), cam.detach(), donors, threshold, top_k, region, grid)
+    run = implementation(reference.counterfactual_refill, impl, images.device, dtype=images.dtype)
+    return run(images.detach(), widened(cam), donors, threshold, top_k, region == "context", *grid)
 
 
 def check_images(images: Tensor) -> None:

@@ -12,35 +12,32 @@ def refill_patches(
     images: Tensor,  # [N, C, H, W] any dtype
     mask: Tensor,  # [N, L] bool
     donors: Tensor,  # [N] or [N, L] int64
-    grid: tuple[int, int],
+    rows: int,
+    cols: int,
 ) -> Tensor:  # like images, same memory format
     """Every masked patch takes the pixels of the same position in its donor image."""
     n, c, h, w = images.shape
-    rows, cols = grid
     own = torch.arange(n, device=images.device)[:, None]
     source = torch.where(mask, donors if donors.ndim == 2 else donors[:, None], own)  # [N, L]
     patches = images.reshape(n, c, rows, h // rows, cols, w // cols)
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # [N, L, C, h, w]
     position = torch.arange(rows * cols, device=images.device)
     refilled = patches[source, position]  # [N, L, C, h, w]
-    refilled = refilled.unflatten(1, grid).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
+    refilled = refilled.unflatten(1, (rows, cols)).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
     channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     return refilled.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def counterfactual_refill(
     images: Tensor,  # [N, C, H, W] any dtype
-    cam: Tensor,  # [N, L] float
+    cam: Tensor,  # [N, L] float32 or float64
     donors: Tensor,  # [N] or [N, L] int64
     threshold: float | None,
     top_k: int | None,
-    region: str,
-    grid: tuple[int, int],
+    context: bool,
+    rows: int,
+    cols: int,
 ) -> tuple[Tensor, Tensor]:  # like images, and the mask [N, L] bool
     """Selection, then refill."""
-    if threshold is not None:
-        mask = select.select_by_threshold(cam, threshold, region)
-    else:
-        assert top_k is not None
-        mask = select.select_top_k(cam, top_k, region)
-    return refill_patches(images, mask, donors, grid), mask
+    mask = select.select_patches(cam, threshold, top_k, context)
+    return refill_patches(images, mask, donors, rows, cols), mask

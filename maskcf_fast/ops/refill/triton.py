@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from .._triton import NAMESPACE, VECTOR_BYTES, alignment, as_words, bits_of, on_device_of, power_of_two_in
+from .._triton import VECTOR_BYTES, alignment, as_words, bits_of, on_device_of, power_of_two_in
 from ..select.triton import is_selected, row_rule
 
 
@@ -146,13 +146,14 @@ def maskcf_refill(
 def geometry(
     images: Tensor,  # [N, C, H, W], contiguous or channels-last
     out: Tensor,
-    grid: list[int],
+    rows: int,
+    cols: int,
 ) -> tuple[int, dict[str, int]]:
     """Bytes of a word, and the kernel's constants that follow from the layout."""
     _, c, h, w = images.shape
     planes, values = (c, w) if images.is_contiguous() else (1, w * c)
     line = values * images.element_size()
-    segment = line // grid[1]
+    segment = line // cols
     unit = power_of_two_in(line, alignment(images), alignment(out), limit=VECTOR_BYTES)
     while unit > segment:  # a unit may straddle two segments, not three
         unit //= 2
@@ -162,11 +163,11 @@ def geometry(
         "LINE": line // word,
         "HEIGHT": h,
         "SEGMENT": segment // word,
-        "PATCH_LINES": h // grid[0],
-        "COLS": grid[1],
-        "L": grid[0] * grid[1],
+        "PATCH_LINES": h // rows,
+        "COLS": cols,
+        "L": rows * cols,
         "VEC": unit // word,
-        "BLOCK_L": triton.next_power_of_2(grid[0] * grid[1]),
+        "BLOCK_L": triton.next_power_of_2(rows * cols),
     }
     if constants["IMAGE"] >= 2**31:
         raise RuntimeError(f"impl='triton' takes images of less than 2**31 words, got {constants['IMAGE']}")
@@ -180,15 +181,16 @@ def launch(
     donors: Tensor,  # [N] or [N, L] int64
     threshold: float | None,
     top_k: int | None,
-    region: str,
-    grid: list[int],
+    context: bool,
+    rows: int,
+    cols: int,
 ) -> Tensor:  # like images
     """Refill into a new tensor, in one launch."""
     last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     images = images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     out = torch.empty_like(images)
-    word, constants = geometry(images, out, grid)
-    rows = (0, 2, 3, 1) if last else (0, 1, 2, 3)  # dimensions in the order of memory
+    word, constants = geometry(images, out, rows, cols)
+    order = (0, 2, 3, 1) if last else (0, 1, 2, 3)  # dimensions as they lie in memory
     options: dict[str, Any] = tuning.tiles("refill", images.device)
     if cam is None:
         options["STEPS"] = 1  # there is no selection to find
@@ -197,8 +199,8 @@ def launch(
     tiles = triton.cdiv(constants["IMAGE"] // constants["VEC"], options["UNITS"] * options["STEPS"])
     with on_device_of(images):
         maskcf_refill[(images.shape[0] * tiles,)](
-            as_words(images.permute(rows), word),
-            as_words(out.permute(rows), word),
+            as_words(images.permute(order), word),
+            as_words(out.permute(order), word),
             mask if cam is None else cam.contiguous(),
             mask.view(torch.uint8),
             donors.contiguous(),
@@ -207,7 +209,7 @@ def launch(
             bits_of(threshold or 0.0),
             SELECT=cam is not None,
             TOP_K=top_k is not None,
-            OBJECT=region == "object",
+            OBJECT=not context,
             MULTI=donors.ndim == 2,
             **constants,
             **options,
@@ -215,72 +217,27 @@ def launch(
     return out
 
 
-@torch.library.custom_op(f"{NAMESPACE}::refill", mutates_args=())
-def refill(
-    images: Tensor,  # [N, C, H, W]
-    mask: Tensor,  # [N, L] bool
-    donors: Tensor,  # [N] or [N, L] int64
-    grid: list[int],
-) -> Tensor:
-    return launch(images, mask.contiguous(), None, donors, None, None, "object", grid)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::select_and_refill", mutates_args=())
-def select_and_refill(
-    images: Tensor,  # [N, C, H, W]
-    cam: Tensor,  # [N, L] float
-    donors: Tensor,  # [N] or [N, L] int64
-    threshold: float | None,
-    top_k: int | None,
-    region: str,
-    grid: list[int],
-) -> tuple[Tensor, Tensor]:
-    mask = torch.empty(cam.shape, dtype=torch.bool, device=cam.device)
-    return launch(images, mask, cam, donors, threshold, top_k, region, grid), mask
-
-
-def like(images: Tensor) -> Tensor:
-    """An empty tensor in the memory format of the result."""
-    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    return torch.empty_like(images, memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-@refill.register_fake
-def _(images: Tensor, mask: Tensor, donors: Tensor, grid: list[int]) -> Tensor:
-    return like(images)
-
-
-@select_and_refill.register_fake
-def _(
-    images: Tensor,
-    cam: Tensor,
-    donors: Tensor,
-    threshold: float | None,
-    top_k: int | None,
-    region: str,
-    grid: list[int],
-) -> tuple[Tensor, Tensor]:
-    return like(images), torch.empty(cam.shape, dtype=torch.bool, device=cam.device)
-
-
 def refill_patches(
-    images: Tensor,  # [N, C, H, W] any dtype
+    images: Tensor,  # [N, C, H, W]
     mask: Tensor,  # [N, L] bool
     donors: Tensor,  # [N] or [N, L] int64
-    grid: tuple[int, int],
-) -> Tensor:  # like images, same memory format
-    """Every masked patch takes the pixels of the same position in its donor image."""
-    return refill(images, mask, donors, list(grid))
+    rows: int,
+    cols: int,
+) -> Tensor:  # like images
+    """As the contract."""
+    return launch(images, mask.contiguous(), None, donors, None, None, False, rows, cols)
 
 
 def counterfactual_refill(
-    images: Tensor,  # [N, C, H, W] any dtype
-    cam: Tensor,  # [N, L] float
+    images: Tensor,  # [N, C, H, W]
+    cam: Tensor,  # [N, L] float32 or float64
     donors: Tensor,  # [N] or [N, L] int64
     threshold: float | None,
     top_k: int | None,
-    region: str,
-    grid: tuple[int, int],
+    context: bool,
+    rows: int,
+    cols: int,
 ) -> tuple[Tensor, Tensor]:  # like images, and the mask [N, L] bool
-    """Selection, then refill."""
-    return select_and_refill(images, cam, donors, threshold, top_k, region, list(grid))
+    """As the contract."""
+    mask = torch.empty(cam.shape, dtype=torch.bool, device=cam.device)
+    return launch(images, mask, cam, donors, threshold, top_k, context, rows, cols), mask

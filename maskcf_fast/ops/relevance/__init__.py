@@ -9,8 +9,11 @@ from torch import Tensor
 
 from ...core.checks import FLOATS, check_batch, check_tensor
 from ...core.precision import no_autocast
-from ..dispatch import implementation
+from ..dispatch import define, implementation
 from . import reference
+from .limits import lacks as lacks
+
+define(reference.attention_relevance)
 
 
 def attention_relevance(
@@ -69,12 +72,10 @@ def attention_relevance(
     scale = d**-0.5 if scale is None else float(scale)
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale must be finite, got {scale}")
-    run = implementation(__name__, impl, q.device, (q.dtype, d), dtype=q.dtype)
+    run = implementation(reference.attention_relevance, impl, q.device, (q.dtype, d), dtype=q.dtype)
     q, k, v, grad_out, relevance = (x.detach() for x in (q, k, v, grad_out, relevance.to(wide)))
-    if run is reference:  # the kernels widen what they read, tile by tile
-        q, k, v, grad_out = (x.to(wide) for x in (q, k, v, grad_out))
     with no_autocast(q.device):
-        return run.attention_relevance(q, k, v, grad_out, relevance, scale)
+        return run(q, k, v, grad_out, relevance, scale)
 
 
 def relevance_cam(

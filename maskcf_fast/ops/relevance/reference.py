@@ -7,16 +7,18 @@ from torch import Tensor
 
 
 def attention_relevance(
-    q: Tensor,  # [N, H, Tq, d], Tq = T or 1
+    q: Tensor,  # [N, H, Tq, d], Tq = T or 1; one float dtype for q, k, v and grad_out
     k: Tensor,  # [N, H, T, d]
     v: Tensor,  # [N, H, T, d]
     grad_out: Tensor,  # [N, H, Tq, d]
-    relevance: Tensor,  # [N, T]
+    relevance: Tensor,  # [N, T] float32, or float64 with float64
     scale: float,
 ) -> Tensor:  # [N, T]
     """``r + r A`` with ``A = mean over heads of max(0, P * dP)``, ``P = softmax(q kT)``, ``dP = dO vT``."""
     queries = relevance[:, None, : q.shape[2]]  # [N, 1, Tq]
-    return relevance + (queries @ attention_weights(q, k, v, grad_out, scale)).squeeze(1)
+    q, k, v, grad_out = (x.to(relevance.dtype) for x in (q, k, v, grad_out))
+    weights = attention_weights(q, k, v, grad_out, scale)
+    return relevance + (queries @ weights).squeeze(1)
 
 
 def attention_weights(

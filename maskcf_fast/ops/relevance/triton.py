@@ -23,10 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from .._triton import NAMESPACE, VECTOR_BYTES, on_device_of, power_of_two_in
+from .._triton import VECTOR_BYTES, on_device_of, power_of_two_in
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_WIDTH = 128  # of a head
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)  # finite, so that times a scale of 0 it is 0
 LOG2_E = 1.0 / math.log(2.0)
 
@@ -278,30 +276,15 @@ def reachable(
     return x if x.stride(3) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
-def lacks(
-    impl: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,  # d
-) -> str | None:
-    """Why this implementation cannot take heads of this dtype and width (on any device); None if it can."""
-    if dtype not in DTYPES:
-        return f"it has no kernel for {str(dtype).removeprefix('torch.')}"
-    if width > MAX_WIDTH:
-        return f"it takes heads up to {MAX_WIDTH} wide, got d={width}"
-    return None
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attention_relevance", mutates_args=())
-def relevance_op(
+def attention_relevance(
     q: Tensor,  # [N, H, Tq, d], Tq = T or 1
     k: Tensor,  # [N, H, T, d]
     v: Tensor,  # [N, H, T, d]
     grad_out: Tensor,  # [N, H, Tq, d]
     relevance: Tensor,  # [N, T] float32
     scale: float,
-    splits: int | None = None,  # None: as `head_splits` says
 ) -> Tensor:  # [N, T] float32
+    """As the contract."""
     if scale < 0:
         q, scale = -q, -scale
     q, k, v, grad_out = (reachable(x) for x in (q, k, v, grad_out))
@@ -316,7 +299,7 @@ def relevance_op(
     else:
         tiles = tuning.tiles("relevance", q.device, half=q.dtype != torch.float32, width=shape["BLOCK_D"])
     key_blocks = triton.cdiv(t, tiles["BLOCK_K"])
-    splits = splits or head_splits(n * key_blocks, h, q.device)
+    splits = head_splits(n * key_blocks, h, q.device)
     maximum, weight = torch.empty(2, n, h, tq, dtype=torch.float32, device=q.device)
     out = torch.empty(splits, n, t, dtype=torch.float32, device=q.device)
     (q_n, q_h, q_t), (k_n, k_h, k_t), (v_n, v_h, v_t), (g_n, g_h, g_t) = ([s // unit for s in row] for row in strides)
@@ -345,24 +328,3 @@ def relevance_op(
                 **tiles,
             )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
-
-
-@relevance_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, relevance: Tensor, scale: float, splits: int | None = None
-) -> Tensor:
-    return torch.empty_like(relevance, memory_format=torch.contiguous_format)
-
-
-def attention_relevance(
-    q: Tensor,  # [N, H, Tq, d], Tq = T or 1
-    k: Tensor,  # [N, H, T, d]
-    v: Tensor,  # [N, H, T, d]
-    grad_out: Tensor,  # [N, H, Tq, d]
-    relevance: Tensor,  # [N, T]
-    scale: float,
-) -> Tensor:  # [N, T]
-    """``r + r A`` with ``A = mean over heads of max(0, P * dP)``, ``P = softmax(q kT)``, ``dP = dO vT``."""
-    if reason := lacks("triton", q.device, q.dtype, q.shape[3]):
-        raise RuntimeError(f"attention_relevance cannot run with impl='triton': {reason}")
-    return relevance_op(q, k, v, grad_out, relevance.float(), scale)

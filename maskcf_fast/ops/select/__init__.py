@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from ...core.checks import FLOATS, check_batch, check_tensor, debug_enabled, value_checks
-from ..dispatch import implementation
+from ..dispatch import define, implementation
+from . import reference
+
+define(reference.select_patches)
 
 REGIONS = ("object", "context")
 
@@ -48,11 +51,13 @@ def select_patches(
     """
     check_cam(cam)
     check_selection(cam.shape[1], threshold, top_k, region)
-    wide = cam if cam.dtype == torch.float64 else cam.float()
-    run = implementation(__name__, impl, cam.device, dtype=cam.dtype)
-    if threshold is not None:
-        return run.select_by_threshold(wide, float(threshold), region)
-    return run.select_top_k(wide, top_k, region)
+    run = implementation(reference.select_patches, impl, cam.device, dtype=cam.dtype)
+    return run(widened(cam), threshold, top_k, region == "context")
+
+
+def widened(cam: Tensor) -> Tensor:
+    """The map in the dtype of its scores, cut off from the graph."""
+    return cam.detach() if cam.dtype == torch.float64 else cam.detach().float()
 
 
 def check_cam(cam: Tensor) -> None:

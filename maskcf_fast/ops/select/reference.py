@@ -13,25 +13,20 @@ def usable_rows(
     return torch.where(cam.isfinite().all(dim=1, keepdim=True), cam, torch.zeros_like(cam))
 
 
-def select_by_threshold(
-    cam: Tensor,  # [N, L] float
-    threshold: float,
-    region: str,
+def select_patches(
+    cam: Tensor,  # [N, L] float32 or float64
+    threshold: float | None,
+    top_k: int | None,
+    context: bool,
 ) -> Tensor:  # [N, L] bool
-    """Object: ``cam / (row maximum + 1e-8) > threshold``; context: its complement."""
-    cam = usable_rows(cam)
-    score = cam / (cam.amax(dim=1, keepdim=True) + 1e-8)
-    selected = score > threshold
-    return selected if region == "object" else ~selected
+    """By ``threshold``, ``cam / (row maximum + 1e-8) > threshold`` (context: the complement).
 
-
-def select_top_k(
-    cam: Tensor,  # [N, L] float
-    k: int,
-    region: str,
-) -> Tensor:  # [N, L] bool
-    """Object: the ``k`` highest patches; context: the ``k`` lowest; ties go to the lower patch index."""
+    By ``top_k``, the highest (context: the lowest) patches; ties go to the lower patch index.
+    """
     cam = usable_rows(cam)
-    order = torch.argsort(cam, dim=1, descending=region == "object", stable=True)
+    if threshold is not None:
+        selected = cam / (cam.amax(dim=1, keepdim=True) + 1e-8) > threshold
+        return ~selected if context else selected
+    chosen = torch.argsort(cam, dim=1, descending=not context, stable=True)[:, :top_k]
     mask = torch.zeros(cam.shape, dtype=torch.bool, device=cam.device)
-    return mask.scatter(1, order[:, :k], torch.ones_like(order[:, :k], dtype=torch.bool))
+    return mask.scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool))

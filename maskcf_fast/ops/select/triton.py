@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from .._triton import NAMESPACE, bits_of, on_device_of
+from .._triton import bits_of, on_device_of
 
 
 @triton.jit
@@ -131,13 +131,13 @@ def maskcf_select(
     tl.store(mask + n * num_patches + index, selected.to(tl.uint8), mask=inside)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())
-def select(
+def select_patches(
     cam: Tensor,  # [N, L] float32 or float64
     threshold: float | None,
     top_k: int | None,
-    region: str,
+    context: bool,
 ) -> Tensor:  # [N, L] bool
+    """As the contract."""
     n, num_patches = cam.shape
     mask = torch.empty(n, num_patches, dtype=torch.bool, device=cam.device)
     block = triton.next_power_of_2(num_patches)
@@ -151,30 +151,7 @@ def select(
             bits_of(threshold or 0.0),
             BLOCK=block,
             TOP_K=top_k is not None,
-            OBJECT=region == "object",
+            OBJECT=not context,
             num_warps=min(max(block // most["WARP_PATCHES"], 1), most["num_warps"]),
         )
     return mask
-
-
-@select.register_fake
-def _(cam: Tensor, threshold: float | None, top_k: int | None, region: str) -> Tensor:
-    return cam.new_empty(cam.shape, dtype=torch.bool)
-
-
-def select_by_threshold(
-    cam: Tensor,  # [N, L] float
-    threshold: float,
-    region: str,
-) -> Tensor:  # [N, L] bool
-    """Object: ``cam / (row maximum + 1e-8) > threshold``; context: its complement."""
-    return select(cam, threshold, None, region)
-
-
-def select_top_k(
-    cam: Tensor,  # [N, L] float
-    k: int,
-    region: str,
-) -> Tensor:  # [N, L] bool
-    """Object: the ``k`` highest patches; context: the ``k`` lowest; ties go to the lower patch index."""
-    return select(cam, None, k, region)
