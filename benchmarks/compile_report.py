@@ -178,8 +178,8 @@ def calls() -> dict[str, Callable[[], Any]]:
             tokens, mask = torch.zeros(2, 50, width, dtype=dtype), torch.zeros(2, 49, dtype=torch.bool)
             for fill, which in (("single", donors), ("multi", torch.zeros(2, 49, dtype=torch.int64))):
                 name = f"{fill} {width} {str(dtype)[6:]}"
-                out[f"gather {name}"] = partial(ops.gather.gather_tokens, tokens, mask, which)
-                out[f"gather backward {name}"] = partial(ops.gather.gather_tokens_backward, tokens, mask, which)
+                out[f"gather {name}"] = partial(ops.gather.gather_tokens, tokens, mask, which, 1)
+                out[f"gather backward {name}"] = partial(ops.gather.gather_tokens_backward, tokens, mask, which, 1)
     for d in (16, 24, 32, 48, 64, 72, 80, 128):
         for dtype in (torch.bfloat16, torch.float32):
             for queries in (50, 1):

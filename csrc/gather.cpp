@@ -7,10 +7,10 @@
 namespace maskcf {
 namespace {
 
-Tensor gather_tokens(Tensor tokens, Tensor mask, Tensor donors) {
-  check_tokens(tokens, mask, donors);
+Tensor gather_tokens(Tensor tokens, Tensor mask, Tensor donors, int64_t prefix) {
+  check_tokens(tokens, mask, donors, prefix);
   check_donor_values(donors, tokens.size(0));
-  const int64_t n = tokens.size(0), t = tokens.size(1), patches = t - 1;
+  const int64_t n = tokens.size(0), t = tokens.size(1), patches = t - prefix;
   const int64_t bytes = tokens.size(2) * int64_t(tokens.element_size());
   Tensor out = torch::stable::empty_like(tokens);
   prefer_large_pages(out.mutable_data_ptr(), n * t * bytes);
@@ -21,10 +21,10 @@ Tensor gather_tokens(Tensor tokens, Tensor mask, Tensor donors) {
   const bool per_patch = donors.dim() == 2;
   torch::stable::parallel_for(0, n * t, 1 + (1 << 18) / (bytes + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t image = row / t, p = row % t - 1;  // p = -1 is the class token: it stays
+      const int64_t image = row / t, p = row % t - prefix;  // below 0 stays
       const int64_t source =
           p < 0 ? image : source_of(image, p, patches, masked[image * patches + p], donor, per_patch);
-      std::memcpy(to + row * bytes, in + (source * t + p + 1) * bytes, size_t(bytes));
+      std::memcpy(to + row * bytes, in + (source * t + row % t) * bytes, size_t(bytes));
     }
   });
   return out;
@@ -73,10 +73,10 @@ void sum_rows(const T* grad, int64_t stride, const int64_t* images, int64_t coun
   }
 }
 
-Tensor gather_tokens_backward(Tensor grad_out, Tensor mask, Tensor donors) {
-  check_tokens(grad_out, mask, donors);
+Tensor gather_tokens_backward(Tensor grad_out, Tensor mask, Tensor donors, int64_t prefix) {
+  check_tokens(grad_out, mask, donors, prefix);
   check_donor_values(donors, grad_out.size(0));
-  const int64_t n = grad_out.size(0), t = grad_out.size(1), width = grad_out.size(2), patches = t - 1;
+  const int64_t n = grad_out.size(0), t = grad_out.size(1), width = grad_out.size(2), patches = t - prefix;
   Tensor out = torch::stable::empty_like(grad_out);
   prefer_large_pages(out.mutable_data_ptr(), n * t * width * int64_t(grad_out.element_size()));
   const bool* masked = mask_data(mask);
@@ -91,7 +91,7 @@ Tensor gather_tokens_backward(Tensor grad_out, Tensor mask, Tensor donors) {
       Receivers receivers(n);
       for (int64_t token = begin; token < end; ++token) {
         receivers.find(n, [&](int64_t image) {
-          const int64_t p = token - 1;
+          const int64_t p = token - prefix;
           if (p < 0) return image;
           return source_of(image, p, patches, masked[image * patches + p], donor, per_patch);
         });

@@ -10,15 +10,15 @@ namespace maskcf {
 constexpr int kGatherThreads = 256;
 
 struct GatherArgs {
-  int64_t images, tokens;  // N, T = 1 + L
+  int64_t images, tokens, prefix;  // N, T = prefix + L
   const bool* mask;        // [N, L]
   const int64_t* donors;   // [N] or [N, L]
   bool donor_per_patch;
 
-  // The image that token `t` of image `n` comes from; the class token stays.
+  // The image that token `t` of image `n` comes from.
   __device__ int64_t source(int64_t n, int64_t t) const {
-    if (t == 0) return n;
-    const int64_t patches = tokens - 1, p = t - 1;
+    if (t < prefix) return n;
+    const int64_t patches = tokens - prefix, p = t - prefix;
     const int64_t image = source_of(n, p, patches, mask[n * patches + p], donors, donor_per_patch);
     if (uint64_t(image) >= uint64_t(images)) fail();
     return image;
@@ -58,7 +58,7 @@ static __global__ void receivers_kernel(int* __restrict__ source, int* __restric
   const int n = int(args.images);
   const int64_t offset = int64_t(blockIdx.x) * n;
   for (int i = int(threadIdx.x); i < n; i += int(blockDim.x)) {
-    source[offset + i] = int(args.source(i, int64_t(blockIdx.x) + 1));
+    source[offset + i] = int(args.source(i, args.prefix + int64_t(blockIdx.x)));
   }
   __syncthreads();
   for (int i = int(threadIdx.x); i < n; i += int(blockDim.x)) {
@@ -79,21 +79,22 @@ struct alignas(sizeof(T) * kCount) TokenPack {
 // kCount consecutive values per access; `width` counts accesses.
 template <class T, int kCount>
 __global__ void __launch_bounds__(kGatherThreads)
-    gather_backward_kernel(const T* __restrict__ grad, T* __restrict__ out, int width, int64_t images, int64_t tokens,
+    gather_backward_kernel(const T* __restrict__ grad, T* __restrict__ out, int width, GatherArgs args,
                            const int* __restrict__ head, const int* __restrict__ next) {
   using W = typename Wide<T>::type;
   using P = TokenPack<T, kCount>;
   const int64_t token = warp_index();
-  if (token >= images * tokens) return;
-  const int64_t n = token / tokens, t = token % tokens;
-  const int64_t offset = (t - 1) * images;
+  if (token >= args.images * args.tokens) return;
+  const int64_t n = token / args.tokens, t = token % args.tokens;
+  const bool stays = t < args.prefix;
+  const int64_t offset = (t - args.prefix) * args.images;
   const P* rows = reinterpret_cast<const P*>(grad);
   P* to = reinterpret_cast<P*>(out) + token * width;
-  const int64_t first = t == 0 ? n : head[offset + n];
+  const int64_t first = stays ? n : head[offset + n];
   for (int x = int(threadIdx.x % 32); x < width; x += 32) {
     W sum[kCount] = {};
-    for (int64_t image = first; image >= 0; image = t == 0 ? -1 : next[offset + image]) {
-      const P row = rows[(image * tokens + t) * width + x];
+    for (int64_t image = first; image >= 0; image = stays ? -1 : next[offset + image]) {
+      const P row = rows[(image * args.tokens + t) * width + x];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) sum[i] = image == first ? W(row.value[i]) : sum[i] + W(row.value[i]);
     }

@@ -137,11 +137,12 @@ inline PatchifyShape patchify_shape(const Tensor& images, int64_t p, size_t mean
           bytes};
 }
 
-inline void check_tokens(Tensor& tokens, Tensor& mask, Tensor& donors) {
-  STD_TORCH_CHECK(tokens.dim() == 3, "tokens must have shape [N, 1 + L, D]");
+inline void check_tokens(Tensor& tokens, Tensor& mask, Tensor& donors, int64_t prefix) {
+  STD_TORCH_CHECK(tokens.dim() == 3, "tokens must have shape [N, T, D]");
   make_dense(tokens);
-  check_mask(mask, tokens.size(0), tokens.size(1) - 1);
-  check_donors(donors, tokens.size(0), tokens.size(1) - 1);
+  STD_TORCH_CHECK(prefix >= 0 && prefix < tokens.size(1), "prefix must lie between 0 and T - 1");
+  check_mask(mask, tokens.size(0), tokens.size(1) - prefix);
+  check_donors(donors, tokens.size(0), tokens.size(1) - prefix);
 }
 
 inline void check_relevance(Tensor& q, Tensor& k, Tensor& v, Tensor& grad_out, Tensor& relevance) {

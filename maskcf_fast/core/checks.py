@@ -58,6 +58,26 @@ def check_batch(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
 
 
+def check_int(name: str, value: int, low: int, high: int | None = None, symbol: str = "") -> None:
+    """Raise unless ``value`` is an int from ``low`` to ``high``, which the message may give a ``symbol``."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if high is None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    if high is not None and not low <= value <= high:
+        raise ValueError(f"{name} must lie between {low} and {symbol and symbol + '='}{high}, got {value}")
+
+
+def check_tokens(tokens: Tensor, mask: Tensor, prefix: int) -> tuple[int, int]:
+    """Raise unless ``tokens`` are ``[N, prefix + L, D]`` and ``mask`` bool ``[N, L]``; N and L."""
+    check_tensor("tokens", tokens, ["N", "T", "D"], dtypes=FLOATS)
+    check_batch("tokens", tokens)
+    check_int("prefix", prefix, 0, tokens.shape[1] - 1, "T - 1")
+    n, num_patches = tokens.shape[0], tokens.shape[1] - prefix
+    check_tensor("mask", mask, [n, num_patches], dtypes=[torch.bool], device=tokens.device)
+    return n, num_patches
+
+
 def check_donors(donors: Tensor, n: int, num_patches: int, device: torch.device) -> None:
     """Raise unless ``donors`` is int64 ``[N]`` or ``[N, L]`` with every index in ``[0, N)``."""
     if isinstance(donors, Tensor) and donors.ndim == 2:

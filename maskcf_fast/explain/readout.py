@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..core.checks import FLOATS, check_tensor
 from ..core.errors import UserError
-from ..ops import attention_relevance
-from ..ops.relevance import pool_row
+from ..ops.relevance import carried
 from .calls import Call
 
 ReadOut = Literal["class", "mean", "class+mean", "attention"]
@@ -79,24 +78,15 @@ def chain_relevance(
     grads = list(torch.autograd.grad(score, edges, retain_graph=True))
 
     start = _start(layers[-1], grads[-1], prefix, readout)  # [T]
-    row = start.expand(len(logits), -1)  # [N, T]
-    if pooled:
-        pool = layers[-1]
-        row = pool_row(pool.q, *_key_values(pool), grads.pop(), pool.scale)
-        start = torch.zeros_like(start)  # the learned query is no token, and hands over only what it attends to
-        used = used[:-1]
-    for call, grad in zip(reversed(used), reversed(grads), strict=True):
-        q, (k, v) = call.q, _key_values(call)
-        if call is layers[-1] and readout == "class":
-            q, grad = q[:, :, :1], grad[:, :, :1]  # the row is zero elsewhere
-        row = attention_relevance(q, k, v, grad, row.contiguous(), scale=call.scale)
-    return (row - start)[:, prefix:]
 
+    def steps() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, float | None]]:
+        for call, grad in zip(reversed(used), reversed(grads), strict=True):
+            # Each query's head has keys and values of its own.
+            k, v = (x.repeat_interleave(call.q.shape[1] // x.shape[1], dim=1) for x in (call.k, call.v))
+            rows = slice(1 if call is layers[-1] and readout == "class" else None)  # the row is zero elsewhere
+            yield call.q[:, :, rows], k, v, grad[:, :, rows], call.scale
 
-def _key_values(call: Call) -> tuple[Tensor, Tensor]:
-    """Keys and values with as many heads as the queries, ``[N, H, T, d]`` each."""
-    k, v = (x.repeat_interleave(call.q.shape[1] // x.shape[1], dim=1) for x in (call.k, call.v))
-    return k, v
+    return carried(steps(), None if pooled else start)[:, prefix:]
 
 
 def _start(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tensor | None) -> Tensor:

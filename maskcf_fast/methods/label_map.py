@@ -58,9 +58,8 @@ class LabelMap:
     def from_gradients(self, taps: Sequence[Tap], grads: Sequence[Tensor]) -> Tensor:
         """The map from the gradients of what was `read`."""
         with no_autocast(grads[0].device):
-            pooled = isinstance(taps[-1], PoolTap)
+            prefix, readout = (0, "attention") if isinstance(taps[-1], PoolTap) else (1, "class")
             if self.kind == "relevance":
-                return relevance_cam(taps[self.start_layer :], grads, pooled=pooled)
+                return relevance_cam(taps[self.start_layer :], grads, prefix=prefix, readout=readout)
             activations, channels = taps[-1].x.detach().float(), grads[0].float().sum(dim=1)
-            patches = activations if pooled else activations[:, 1:]
-            return (patches @ channels[:, :, None])[..., 0].clamp(min=0)
+            return (activations[:, prefix:] @ channels[:, :, None])[..., 0].clamp(min=0)

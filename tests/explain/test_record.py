@@ -1,7 +1,6 @@
 """What is recorded, when, and what is refused, on a transformer small enough to be bent in every way."""
 
 import contextlib
-import functools
 import subprocess
 import sys
 import threading
@@ -151,8 +150,12 @@ def test_transformer_encoder_with_its_fast_path(train, requires_grad):
 
 def test_inside_after_and_repeated(monkeypatch):
     """Also where relevance itself is computed by functions that the context would see."""
-    reference = functools.partial(mf.attention_relevance, impl="reference")
-    monkeypatch.setattr(sys.modules["maskcf_fast.explain.readout"], "attention_relevance", reference)
+    original = mf.attention_relevance
+    monkeypatch.setattr(
+        sys.modules["maskcf_fast.ops.relevance"],
+        "attention_relevance",
+        lambda *layer, scale, impl: original(*layer, scale=scale, impl="reference"),
+    )
     model = Toy()
     with record_attention() as record:
         logits = model(IMAGES)

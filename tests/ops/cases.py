@@ -353,14 +353,16 @@ def gather_case(
     dtype: torch.dtype = torch.float32,
     fill: str = "single",
     rate: float = 0.5,
+    prefix: int = 1,
     change: Callable[[Tensor], Tensor] = lambda tokens: tokens,
 ) -> Case:
     """Arguments of ``gather_tokens``."""
 
     def make() -> dict[str, Any]:
-        tokens = torch.randn(n, 1 + num_patches, dim, generator=generator(5)).to(dtype)
+        tokens = torch.randn(n, prefix + num_patches, dim, generator=generator(5)).to(dtype)
         donors = random_donors(n, num_patches, fill)
-        return {"tokens": change(tokens), "mask": random_mask(n, num_patches, rate), "donors": donors}
+        mask = random_mask(n, num_patches, rate)
+        return {"tokens": change(tokens), "mask": mask, "donors": donors, "prefix": prefix}
 
     return make
 
@@ -371,6 +373,12 @@ GATHER_CASES: dict[str, Case] = {
         for fill in ("single", "multi", "repeated", "self")
         for dtype in FLOATS
     },
+    **{
+        f"prefix_{prefix}-{fill}": gather_case(prefix=prefix, fill=fill, dtype=dtype)
+        for prefix, dtype in ((0, torch.float32), (5, torch.bfloat16))
+        for fill in ("single", "multi", "repeated")
+    },
+    "prefix_0-one_patch": gather_case(num_patches=1, prefix=0),
     "mask_none": gather_case(rate=0.0),
     "mask_all": gather_case(rate=1.0),
     "mask_all_repeated": gather_case(rate=1.0, fill="repeated"),
@@ -387,21 +395,21 @@ GATHER_CASES: dict[str, Case] = {
 }
 
 
-def true_gather(tokens: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
+def true_gather(tokens: Tensor, mask: Tensor, donors: Tensor, prefix: int) -> Tensor:
     """Token by token."""
     out = tokens.clone()
     for n, p in mask.nonzero().tolist():
-        out[n, 1 + p] = tokens[donors[n] if donors.ndim == 1 else donors[n, p], 1 + p]
+        out[n, prefix + p] = tokens[donors[n] if donors.ndim == 1 else donors[n, p], prefix + p]
     return out
 
 
-def true_gather_grad(grad_out: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
+def true_gather_grad(grad_out: Tensor, mask: Tensor, donors: Tensor, prefix: int) -> Tensor:
     """Gradient for ``tokens``, summed in float64: what a masked token passes on goes to its donor."""
     grad = grad_out.to(torch.float64, copy=True)
     for n, p in mask.nonzero().tolist():
-        grad[n, 1 + p] = 0
+        grad[n, prefix + p] = 0
     for n, p in mask.nonzero().tolist():
-        grad[donors[n] if donors.ndim == 1 else donors[n, p], 1 + p] += grad_out[n, 1 + p].double()
+        grad[donors[n] if donors.ndim == 1 else donors[n, p], prefix + p] += grad_out[n, prefix + p].double()
     return grad
 
 

@@ -150,11 +150,12 @@ def test_patchify(impl, data):
 def test_gather(impl, data):
     draw = data.draw
     n, num_patches, dim = draw(st.integers(1, 6)), draw(st.integers(1, 20)), draw(st.integers(1, 70))
-    dtype = draw(FLOATS)
-    tokens = laid_out(draw, tensor(draw, (n, 1 + num_patches, dim), dtype)).detach().requires_grad_()
+    dtype, prefix = draw(FLOATS), draw(st.integers(0, 5))
+    tokens = laid_out(draw, tensor(draw, (n, prefix + num_patches, dim), dtype)).detach().requires_grad_()
     chosen = {
         "mask": cases.random_mask(n, num_patches, draw(st.sampled_from([0.0, 0.5, 1.0]))),
         "donors": cases.random_donors(n, num_patches, draw(FILLS)),
+        "prefix": prefix,
     }
     out = run(mf.gather_tokens, impl, "eager", {"tokens": tokens} | chosen)
     assert same_bits(out.detach(), cases.true_gather(tokens.detach(), **chosen))

@@ -152,7 +152,10 @@ def test_patchify_is_exact(name, mode, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("name", "mode"), grid_of(cases.GATHER_CASES, {"single-float32", "multi-bfloat16"}))
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    grid_of(cases.GATHER_CASES, {"single-float32", "multi-bfloat16", "prefix_0-multi", "prefix_5-single"}),
+)
 def test_gather_is_exact_and_so_is_its_gradient(name, mode, impl):
     arguments = cases.GATHER_CASES[name]()
     tokens = arguments["tokens"].detach().requires_grad_()
@@ -160,7 +163,7 @@ def test_gather_is_exact_and_so_is_its_gradient(name, mode, impl):
     assert same_bits(out, cases.true_gather(**arguments))
     grad_out = torch.randn(out.shape, generator=cases.generator(3)).to(out.dtype)
     out.backward(grad_out)
-    exact = cases.true_gather_grad(grad_out, arguments["mask"], arguments["donors"])
+    exact = cases.true_gather_grad(grad_out, **{name: arguments[name] for name in ("mask", "donors", "prefix")})
     # Sums of up to N values: in the gradient's dtype for the reference, in float32 or better and then rounded once for
     # the kernels (the interpreter cuts bfloat16 off).
     eps, size = torch.finfo(out.dtype).eps, exact.abs().max().clamp(min=1)
@@ -177,14 +180,14 @@ def test_gather_is_exact_and_so_is_its_gradient(name, mode, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS[1:])
-@pytest.mark.parametrize("fill", ["single", "multi", "repeated"])
-def test_gather_twice_differentiable(fill, impl):
-    tokens, mask, donors = cases.gather_case(4, 5, 3, torch.float64, fill)().values()
+@pytest.mark.parametrize(("fill", "prefix"), [("single", 1), ("multi", 0), ("repeated", 5)])
+def test_gather_twice_differentiable(fill, prefix, impl):
+    tokens, mask, donors, _ = cases.gather_case(4, 5, 3, torch.float64, fill, prefix=prefix)().values()
     device = device_of(impl)
     inputs = tokens.to(device).requires_grad_()
 
     def op(t):
-        return mf.gather_tokens(t, mask.to(device), donors.to(device), impl=impl)
+        return mf.gather_tokens(t, mask.to(device), donors.to(device), prefix=prefix, impl=impl)
 
     assert torch.autograd.gradcheck(op, inputs)
     assert torch.autograd.gradgradcheck(op, inputs)
@@ -274,7 +277,7 @@ def test_relevance_does_not_depend_on_the_number_of_threads(impl):
 def opcheck_arguments(device: str) -> dict[str, tuple]:
     """Arguments of each registered op."""
     images, mask, donors, grid = cases.refill_case()().values()
-    tokens, token_mask, token_donors = cases.gather_case()().values()
+    tokens, token_mask, token_donors, _ = cases.gather_case(prefix=2)().values()
     q, k, v, grad_out, row, _ = cases.relevance_case()().values()
     cam = cases.random_cam(5, 16)
     pixels = cases.PATCHIFY_CASES["multi"]()
@@ -284,8 +287,8 @@ def opcheck_arguments(device: str) -> dict[str, tuple]:
         "counterfactual_refill": (images.nan_to_num(), cam, donors, 0.3, None, False, *grid),
         "patchify": (pixels["images"], 4, pixels["mean"], pixels["std"], torch.float32, pixels["mask"],
                      pixels["donors"]),
-        "gather_tokens": (tokens.requires_grad_(), token_mask, token_donors),
-        "gather_tokens_backward": (tokens.detach().requires_grad_(), token_mask, token_donors),
+        "gather_tokens": (tokens.requires_grad_(), token_mask, token_donors, 2),
+        "gather_tokens_backward": (tokens.detach().requires_grad_(), token_mask, token_donors, 2),
         "attention_relevance": (q, k, v, grad_out, row, 0.3),
     }  # fmt: skip
     return {

@@ -28,31 +28,28 @@ def test_a_layer_equals_autograd_through_the_map():
 
 
 @pytest.mark.parametrize("start_layer", [0, 2, -1])
-def test_row_recurrence_equals_full_products(start_layer):
-    layers = [make() for _ in range(4)]
-    layers = [tuple(x + i for x in layer) for i, layer in enumerate(layers)]  # no two layers alike
+@pytest.mark.parametrize(
+    ("prefix", "readout"),
+    [(1, "class"), (5, "class"), (0, "mean"), (1, "mean"), (0, "attention"), (1, "attention"), (1, torch.rand(10))],
+)
+def test_row_recurrence_equals_full_products(prefix, readout, start_layer):
+    """A pool's query is no token: the row is what it takes, times the product of the layers before it."""
+    layers = [tuple(x + i for x in make()) for i in range(4)]  # no two layers alike
+    pool = [make(tq=1)] if readout == "attention" else []
     full = torch.eye(10, dtype=torch.float64).expand(3, 10, 10)
-    for q, k, v, grad in layers[start_layer:]:
-        attention = torch.softmax(q @ k.mT * 8**-0.5, dim=-1)
-        full = full + (attention * (grad @ v.mT)).clamp(min=0).mean(dim=1) @ full
-    cam = mf.relevance_cam([x[:3] for x in layers], [x[3] for x in layers], start_layer=start_layer)
-    torch.testing.assert_close(cam, full[:, 0, 1:])
-
-
-@pytest.mark.parametrize("start_layer", [0, 2])
-def test_a_pools_row_equals_full_products(start_layer):
-    """Its query is no token: what it takes, times the product of the layers before it, without an identity."""
-    layers = [tuple(x + i for x in make()) for i in range(3)]
-    pool = make(tq=1)
-    full = torch.eye(10, dtype=torch.float64).expand(3, 10, 10)
-    for q, k, v, grad in layers[start_layer:]:
-        full = full + weights(q, k, v, grad) @ full
-    taps, grads = [x[:3] for x in (*layers, pool)], [x[3] for x in (*layers, pool)]
-    cam = mf.relevance_cam(taps, grads, start_layer=start_layer, pooled=True)
-    torch.testing.assert_close(cam, (weights(*pool) @ full)[:, 0])
-    half = mf.relevance_cam(
-        [[x.half() for x in tap] for tap in taps], [g.half() for g in grads], start_layer=start_layer, pooled=True
-    )
+    for layer in layers[start_layer if start_layer >= 0 or not pool else len(layers) :]:
+        full = full + weights(*layer) @ full
+    if pool:
+        expected = (weights(*pool[0]) @ full)[:, 0]
+    else:
+        mean = torch.zeros(10).index_fill(0, torch.arange(prefix, 10), 1 / (10 - prefix))
+        start = readout if isinstance(readout, torch.Tensor) else {"class": torch.eye(10)[0], "mean": mean}[readout]
+        expected = start.double() @ (full - torch.eye(10))
+    taps, grads = [x[:3] for x in layers + pool], [x[3] for x in layers + pool]
+    arguments = {"start_layer": start_layer, "prefix": prefix, "readout": readout}
+    cam = mf.relevance_cam(taps, grads, **arguments)
+    torch.testing.assert_close(cam, expected[:, prefix:])
+    half = mf.relevance_cam([[x.half() for x in tap] for tap in taps], [g.half() for g in grads], **arguments)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half.double(), cam, rtol=2e-2, atol=1e-3)
 
@@ -114,13 +111,21 @@ def test_bad_arguments(change, error, message):
         mf.attention_relevance(**arguments)
 
 
-def test_bad_layers():
-    q, k, v, grad = make()
-    with pytest.raises(ValueError, match="got 0 and 0"):
-        mf.relevance_cam([], [])
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        mf.relevance_cam([(q, k, v)] * 2, [grad])
-    with pytest.raises(ValueError, match=r"start_layer must lie in \[-1, 0\], got 1"):
-        mf.relevance_cam([(q, k, v)], [grad], start_layer=1)
-    with pytest.raises(ValueError, match="an attention pool has one query, got Tq=10"):
-        mf.relevance_cam([(q, k, v)], [grad], pooled=True)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"taps": [], "grads": []}, ValueError, "got 0 and 0"),
+        ({"taps": [make()[:3]] * 2}, ValueError, "got 2 and 1"),
+        ({"taps": [make()[:2]]}, ValueError, "taps must hold q, k and v of each layer, got 2 tensors in layer 0"),
+        ({"start_layer": 1}, ValueError, "start_layer must lie between -1 and 0, got 1"),
+        ({"start_layer": "0"}, TypeError, "start_layer must be an int, got '0'"),
+        ({"prefix": 10}, ValueError, "prefix must lie between 0 and T - 1=9, got 10"),
+        ({"prefix": 0}, ValueError, 'readout="class" needs a class token, but prefix=0: all tokens are patches'),
+        ({"readout": "map"}, ValueError, "readout must be 'class', 'mean', 'attention' or weights, got 'map'"),
+        ({"readout": torch.ones(9)}, ValueError, r"readout must have shape \[10\], got \[9\]"),
+        ({"readout": "attention"}, ValueError, "an attention pool has one query, got Tq=10"),
+    ],
+)
+def test_bad_layers(arguments, error, message):
+    with pytest.raises(error, match=message):
+        mf.relevance_cam(**({"taps": [make()[:3]], "grads": [make()[3]]} | arguments))

@@ -6,84 +6,110 @@ import torch.nn.functional as F
 
 import maskcf_fast as mf
 
+PREFIXES = [0, 1, 5]
 
-def make(n=4, num_patches=9, dim=5, fill="single", dtype=torch.float64):
+
+def make(n=4, num_patches=9, dim=5, fill="single", dtype=torch.float64, prefix=1):
     g = torch.Generator().manual_seed(1)
-    tokens = torch.randn(n, 1 + num_patches, dim, generator=g, dtype=dtype)
+    tokens = torch.randn(n, prefix + num_patches, dim, generator=g, dtype=dtype)
     mask = torch.rand(n, num_patches, generator=g) < 0.5
     return tokens, mask, mf.sample_donors(n, num_patches if fill == "multi" else None, generator=g)
 
 
+@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("fill", ["single", "multi"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_gather_is_a_loop(fill, dtype):
-    tokens, mask, donors = make(fill=fill, dtype=dtype)
-    out = mf.gather_tokens(tokens, mask, donors)
+def test_gather_is_a_loop_and_its_gradient_the_transpose(fill, prefix):
+    tokens, mask, donors = make(fill=fill, prefix=prefix)
+    out = mf.gather_tokens(tokens, mask, donors, prefix=prefix)
     for n in range(4):
-        assert torch.equal(out[n, 0], tokens[n, 0])
+        assert torch.equal(out[n, :prefix], tokens[n, :prefix])
         for p in range(9):
             donor = donors[n] if fill == "single" else donors[n, p]
-            assert torch.equal(out[n, 1 + p], tokens[donor if mask[n, p] else n, 1 + p])
-
-
-@pytest.mark.parametrize("fill", ["single", "multi"])
-def test_gather_gradient(fill):
-    tokens, mask, donors = make(fill=fill)
-    assert torch.autograd.gradcheck(lambda t: mf.gather_tokens(t, mask, donors), tokens.requires_grad_())
+            assert torch.equal(out[n, prefix + p], tokens[donor if mask[n, p] else n, prefix + p])
+    assert torch.autograd.gradcheck(lambda t: mf.gather_tokens(t, mask, donors, prefix=prefix), tokens.requires_grad_())
 
 
 def test_gather_bad_arguments():
     tokens, mask, donors = make()
     with pytest.raises(ValueError, match="0 to 3, got 4"):
         mf.gather_tokens(tokens, mask, donors + 1)
-    with pytest.raises(ValueError, match=r"mask must have shape \[4, 9\], got \[4, 8\]"):
-        mf.gather_tokens(tokens, mask[:, :8], donors)
     with pytest.raises(TypeError, match="tokens must have dtype"):
         mf.gather_tokens(tokens.long(), mask, donors)
 
 
-def test_drop_keeps_the_order_and_pads():
+@pytest.mark.parametrize(
+    "op", [lambda *x, **o: mf.gather_tokens(*x, torch.arange(4), **o), mf.drop_tokens, mf.pack_tokens]
+)
+def test_bad_masks_and_prefixes(op):
     tokens, mask, _ = make()
-    packed, visible = mf.drop_tokens(tokens, mask)
-    kept = [tokens[n, 1:][~mask[n]] for n in range(4)]
-    assert packed.shape[1] == 1 + max(map(len, kept))
+    with pytest.raises(ValueError, match=r"mask must have shape \[4, 9\], got \[4, 8\]"):
+        op(tokens, mask[:, :8])
+    with pytest.raises(ValueError, match=r"mask must have shape \[4, 5\], got \[4, 9\]"):
+        op(tokens, mask, prefix=5)
+    with pytest.raises(TypeError, match="mask must have dtype bool, got int64"):
+        op(tokens, mask.long())
+    for prefix in (-1, 10):
+        with pytest.raises(ValueError, match=f"prefix must lie between 0 and T - 1=9, got {prefix}"):
+            op(tokens, mask, prefix=prefix)
+    for prefix in (1.0, True, "1", None):
+        with pytest.raises(TypeError, match=f"prefix must be an int, got {prefix!r}"):
+            op(tokens, mask, prefix=prefix)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_drop_keeps_the_order_and_pads(prefix):
+    tokens, mask, _ = make(prefix=prefix)
+    packed, visible = mf.drop_tokens(tokens, mask, prefix=prefix)
+    kept = [torch.cat([tokens[n, :prefix], tokens[n, prefix:][~mask[n]]]) for n in range(4)]
+    assert packed.shape[1] == max(map(len, kept))
     for n in range(4):
-        count = 1 + len(kept[n])
-        assert torch.equal(packed[n, 1:count], kept[n])
-        assert visible[n].tolist() == [True] * count + [False] * (packed.shape[1] - count)
+        assert torch.equal(packed[n, : len(kept[n])], kept[n])
+        assert visible[n].tolist() == [True] * len(kept[n]) + [False] * (packed.shape[1] - len(kept[n]))
 
 
-def test_drop_of_equal_counts_needs_no_key_mask():
-    tokens, _, _ = make()
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_drop_of_equal_counts_needs_no_key_mask(prefix):
+    tokens, _, _ = make(prefix=prefix)
     mask = mf.select_patches(torch.rand(4, 9), top_k=6)
-    packed, visible = mf.drop_tokens(tokens, mask, dropped=6)
+    packed, visible = mf.drop_tokens(tokens, mask, dropped=6, prefix=prefix)
     assert visible is None
-    assert torch.equal(packed[:, 1:], tokens[:, 1:][~mask].view(4, 3, -1))
-    with pytest.raises(ValueError, match=r"dropped=5, but the mask leaves out \[6, 6, 6, 6\] patches"):
-        mf.drop_tokens(tokens, mask, dropped=5)
-    assert mf.drop_tokens(tokens, torch.ones_like(mask))[0].shape == (4, 1, 5)
+    assert torch.equal(packed[:, :prefix], tokens[:, :prefix])
+    assert torch.equal(packed[:, prefix:], tokens[:, prefix:][~mask].view(4, 3, -1))
+    assert mf.drop_tokens(tokens, torch.ones_like(mask), prefix=prefix)[0].shape == (4, prefix, 5)
 
 
-def test_packed_tokens_are_the_kept_ones_in_order():
-    tokens, mask, _ = make()
-    mask[1], mask[2] = True, False
-    rows, packing = mf.pack_tokens(tokens, mask)
-    kept = [torch.cat([tokens[n, :1], tokens[n, 1:][~mask[n]]]) for n in range(4)]
+@pytest.mark.parametrize(
+    ("dropped", "error", "message"),
+    [
+        (5, ValueError, r"dropped=5, but the mask leaves out \[6, 6, 6, 6\] patches"),
+        (10, ValueError, "dropped must lie between 0 and L=9, got 10"),
+        ("3", TypeError, "dropped must be an int, got '3'"),
+    ],
+)
+def test_drop_bad_counts(dropped, error, message):
+    with pytest.raises(error, match=message):
+        mf.drop_tokens(make()[0], mf.select_patches(torch.rand(4, 9), top_k=6), dropped=dropped)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_packed_tokens_are_the_kept_ones_in_order(prefix):
+    tokens, mask, _ = make(prefix=prefix)
+    mask[1], mask[2], mask[3] = True, False, prefix == 0  # with no prefix, nothing is left of two images
+    rows, packing = mf.pack_tokens(tokens, mask, prefix=prefix)
+    kept = [torch.cat([tokens[n, :prefix], tokens[n, prefix:][~mask[n]]]) for n in range(4)]
     assert len({len(k) for k in kept}) > 2
     assert torch.equal(rows, torch.cat(kept))
     padded = packing.pad(rows)
     assert packing.visible.sum(dim=1).tolist() == list(map(len, kept))
     for n in range(4):
         assert torch.equal(padded[n, : len(kept[n])], kept[n])
-        assert (padded[n, len(kept[n]) :] == kept[n][0]).all()
+        assert len(kept[n]) == 0 or (padded[n, len(kept[n]) :] == kept[n][0]).all()
     assert torch.equal(packing.pack(padded), rows)
-    nothing, whole = mf.pack_tokens(tokens, torch.ones_like(mask)), mf.pack_tokens(tokens, torch.zeros_like(mask))
-    assert torch.equal(nothing[0], tokens[:, 0])
-    assert torch.equal(whole[0], tokens.flatten(0, 1))
-    with pytest.raises(ValueError, match="mask"):
-        mf.pack_tokens(tokens, mask[:, :8])
-    with pytest.raises(TypeError, match="mask must have dtype"):
-        mf.pack_tokens(tokens, mask.long())
+    whole = mf.pack_tokens(tokens, torch.zeros_like(mask), prefix=prefix)[0]
+    assert torch.equal(whole, tokens.flatten(0, 1))
+    nothing, packing = mf.pack_tokens(tokens, torch.ones_like(mask), prefix=prefix)
+    assert torch.equal(nothing, tokens[:, :prefix].flatten(0, 1))
+    assert torch.equal(packing.pad(nothing), tokens[:, :prefix])
 
 
 @pytest.mark.parametrize("patch", [4, 8, 14])

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_batch, check_donors, check_tensor
+from ...core.checks import check_donors, check_tokens
 from ..dispatch import NAMESPACES, define, implementation
 from . import reference
 
 _FORWARD, _BACKWARD = define(reference.gather_tokens), define(reference.gather_tokens_backward)
 
 
-def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "auto") -> Tensor:
+def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, prefix: int = 1, impl: str = "auto") -> Tensor:
     """Refill embedded patches instead of pixels.
 
     Patch embedding, position embedding and a LayerNorm act on each patch alone, and a donor patch keeps its
@@ -23,9 +23,10 @@ def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "
     ``impl="reference"``).
 
     Args:
-        tokens: ``[N, 1 + L, D]``, any float dtype; token 0 is the class token and stays.
+        tokens: ``[N, T, D]``, any float dtype, ``T = prefix + L``.
         mask: ``[N, L]`` bool, True where the token is replaced.
         donors: int64 ``[N]`` (single-fill) or ``[N, L]`` (multi-fill), indices into the batch.
+        prefix: Tokens before the patches, which stay: class token and registers, 0 if there are none.
         impl: ``"auto"``, or the name of an implementation.
 
     Returns:
@@ -33,26 +34,23 @@ def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor, *, impl: str = "
 
     Raises:
         TypeError: An argument is no tensor or has the wrong dtype.
-        ValueError: Wrong shapes or devices, an empty batch, or a donor outside the batch (read on the CPU,
-            and on a GPU under ``MASKCF_DEBUG=1``).
+        ValueError: Wrong shapes or devices, an empty batch, a ``prefix`` that leaves no patch, or a donor outside the
+            batch (read on the CPU, and on a GPU under ``MASKCF_DEBUG=1``).
     """
-    check_tensor("tokens", tokens, ["N", "1 + L", "D"], dtypes=FLOATS)
-    check_batch("tokens", tokens)
-    n, num_patches = tokens.shape[0], tokens.shape[1] - 1
-    check_tensor("mask", mask, [n, num_patches], dtypes=[torch.bool], device=tokens.device)
-    check_batch("mask", mask)
+    n, num_patches = check_tokens(tokens, mask, prefix)
     check_donors(donors, n, num_patches, tokens.device)
     run = implementation(reference.gather_tokens, impl, tokens.device, dtype=tokens.dtype)
-    return run(tokens, mask, donors)
+    return run(tokens, mask, donors, prefix)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.prefix = inputs[3]
 
 
 def _differentiate(op: Any, transpose: Any) -> None:
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return transpose(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return transpose(grad, *ctx.saved_tensors, ctx.prefix), None, None, None
 
     torch.library.register_autograd(op, backward, setup_context=_keep)
 

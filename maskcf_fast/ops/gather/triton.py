@@ -22,22 +22,23 @@ from .._triton import VECTOR_BYTES, alignment, as_words, on_device_of, power_of_
 
 @triton.jit(do_not_specialize=["tiles"])
 def maskcf_gather(
-    tokens,  # [N, 1 + L, ROW] integers
-    out,  # [N, 1 + L, ROW]
+    tokens,  # [N, T, ROW] integers
+    out,  # [N, T, ROW]
     mask,  # [N, L] uint8
     donors,  # [N] or, with MULTI, [N, L] int64
     tiles,  # programs per image
     L: tl.constexpr,
+    PREFIX: tl.constexpr,  # T - L
     ROW: tl.constexpr,  # words of a token
     VEC: tl.constexpr,  # words of a unit
     UNITS: tl.constexpr,
     MULTI: tl.constexpr,
 ):
     n = (tl.program_id(0) // tiles).to(tl.int64)
-    IMAGE: tl.constexpr = (1 + L) * ROW
+    IMAGE: tl.constexpr = (PREFIX + L) * ROW
     unit = tl.program_id(0) % tiles * UNITS + tl.arange(0, UNITS)
     inside = unit < IMAGE // VEC
-    patch = unit // (ROW // VEC) - 1  # -1 is the class token, which stays
+    patch = unit // (ROW // VEC) - PREFIX  # below 0 stays
     is_patch = inside & (patch >= 0)
     replaced = tl.load(mask + n * L + patch, mask=is_patch, other=0) != 0
     donor = tl.load(donors + n * L + patch, mask=replaced, other=0) if MULTI else tl.load(donors + n)
@@ -47,25 +48,26 @@ def maskcf_gather(
     tl.store(out + n * IMAGE + word, words, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["num_images", "num_patches"])
+@triton.jit(do_not_specialize=["num_images", "num_patches", "prefix"])
 def maskcf_gather_backward(
-    grad_out,  # [N, 1 + L, D]
-    grad,  # [N, 1 + L, D]
+    grad_out,  # [N, T, D]
+    grad,  # [N, T, D]
     mask,  # [N, L] uint8
     receivers,  # [N] or, with MULTI, [N, L]: images in the order of their donors
     starts,  # [N + 1] or, with MULTI, [L, N + 1]: where each donor's receivers begin
     num_images,
     num_patches,
+    prefix,
     width,  # D
-    stride_n,  # (1 + L) * D
+    stride_n,  # T * D
     BLOCK: tl.constexpr,
     MULTI: tl.constexpr,
 ):
-    donor = (tl.program_id(0) // (num_patches + 1)).to(tl.int64)
-    patch = tl.program_id(0) % (num_patches + 1) - 1
+    donor = (tl.program_id(0) // (prefix + num_patches)).to(tl.int64)
+    patch = tl.program_id(0) % (prefix + num_patches) - prefix
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    at = (patch + 1).to(tl.int64) * width + column
+    at = (patch + prefix).to(tl.int64) * width + column
     stays = True
     if patch >= 0:
         stays = tl.load(mask + donor * num_patches + patch) == 0
@@ -92,10 +94,11 @@ def receivers_of(
 
 
 def gather_tokens(
-    tokens: Tensor,  # [N, 1 + L, D]
+    tokens: Tensor,  # [N, T, D]
     mask: Tensor,  # [N, L] bool
     donors: Tensor,  # [N] or [N, L] int64
-) -> Tensor:  # [N, 1 + L, D]
+    prefix: int,  # T - L
+) -> Tensor:  # [N, T, D]
     """As the contract."""
     n, t, d = tokens.shape
     tokens = tokens.contiguous()
@@ -114,7 +117,8 @@ def gather_tokens(
             mask.contiguous().view(torch.uint8),
             donors.contiguous(),
             tiles,
-            L=t - 1,
+            L=t - prefix,
+            PREFIX=prefix,
             ROW=row // word,
             VEC=unit // word,
             MULTI=donors.ndim == 2,
@@ -124,10 +128,11 @@ def gather_tokens(
 
 
 def gather_tokens_backward(
-    grad_out: Tensor,  # [N, 1 + L, D]
+    grad_out: Tensor,  # [N, T, D]
     mask: Tensor,  # [N, L] bool
     donors: Tensor,  # [N] or [N, L] int64
-) -> Tensor:  # [N, 1 + L, D]
+    prefix: int,  # T - L
+) -> Tensor:  # [N, T, D]
     """As the contract, in a fixed order."""
     n, t, d = grad_out.shape
     grad_out = grad_out.contiguous()
@@ -143,7 +148,8 @@ def gather_tokens_backward(
             receivers.contiguous(),
             starts,
             n,
-            t - 1,
+            t - prefix,
+            prefix,
             d,
             t * d,
             BLOCK=block,

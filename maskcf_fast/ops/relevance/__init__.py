@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_batch, check_tensor
+from ...core.checks import FLOATS, check_batch, check_int, check_tensor
 from ...core.precision import no_autocast
 from ..dispatch import define, implementation
 from . import reference
@@ -84,7 +84,8 @@ def relevance_cam(
     *,
     start_layer: int = 0,
     scale: float | None = None,
-    pooled: bool = False,
+    prefix: int = 1,
+    readout: str | Tensor = "class",
     impl: str = "auto",
 ) -> Tensor:
     """The relevance of every patch for what is read out, from all layers of a transformer.
@@ -95,32 +96,70 @@ def relevance_cam(
         grads: Gradient of the explained score at each layer's attention output, same order.
         start_layer: First layer that counts, 0 for all; negative counts from the end, as in indexing.
         scale: Softmax scale; ``d ** -0.5`` when None.
-        pooled: The last entry is an attention pool, and all tokens are patches. Its one query is no token: the row
-            starts as what the query takes from each patch, instead of at the class token.
+        prefix: Tokens before the patches: class token and registers, 0 if there are none.
+        readout: Where the row starts. ``"class"``: at token 0. ``"mean"``: at all patches alike. ``"attention"``: the
+            last entry is an attention pool, whose one query is no token; what it takes from each is the row. Or
+            weights ``[T]``: at the tokens by these.
         impl: ``"auto"``, or the name of an implementation.
 
     Returns:
-        ``[N, L]`` float32, ``L = T - 1`` (the class token's own relevance is left out), or T where ``pooled``. Not
-        normalised.
+        ``[N, L]`` float32 (float64 when ``q`` is float64), ``L = T - prefix``: what the layers hand on to each patch,
+        without what the row started with. Not normalised.
 
     Raises:
-        ValueError: No layers, unequal counts, a ``start_layer`` outside the model, or a pool of several queries; and
-            as `attention_relevance`.
+        TypeError: ``start_layer`` or ``prefix`` is no int; and as `attention_relevance`.
+        ValueError: No layers, unequal counts, a ``start_layer`` outside the model, a ``prefix`` that leaves no patch or
+            no class token to read, an unknown ``readout``, or a pool of several queries; and as `attention_relevance`.
     """
     depth = len(taps)
     if depth == 0 or depth != len(grads):
         raise ValueError(f"taps and grads must have one entry per layer, got {depth} and {len(grads)}")
-    if not -depth <= start_layer < depth:
-        raise ValueError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
+    for layer, tap in enumerate(taps):
+        if len(tap) < 3:
+            raise ValueError(f"taps must hold q, k and v of each layer, got {len(tap)} tensors in layer {layer}")
+    check_int("start_layer", start_layer, -depth, depth - 1)
+    k = taps[-1][1]
+    check_tensor("k", k, ["N", "H", "T", "d"], dtypes=FLOATS)
+    t = k.shape[2]
+    check_int("prefix", prefix, 0, t - 1, "T - 1")
+    weights = torch.zeros(t, device=k.device)
+    if isinstance(readout, Tensor):
+        check_tensor("readout", readout, [t], dtypes=FLOATS, device=k.device)
+        weights = readout
+    elif readout == "class":
+        if prefix == 0:
+            raise ValueError('readout="class" needs a class token, but prefix=0: all tokens are patches')
+        weights[0] = 1
+    elif readout == "mean":
+        weights[prefix:] = 1 / (t - prefix)
+    elif readout != "attention":
+        raise ValueError(f"readout must be 'class', 'mean', 'attention' or weights, got {readout!r}")
+    layers = [(tap[0], tap[1], tap[2], grad, scale) for tap, grad in zip(taps, grads, strict=True)]
+    start = weights if isinstance(readout, Tensor) or readout != "attention" else None
+    return carried(reversed(layers[start_layer % depth :]), start, impl)[:, prefix:]
+
+
+def carried(
+    layers: Iterable[tuple[Tensor, Tensor, Tensor, Tensor, float | None]], start: Tensor | None, impl: str = "auto"
+) -> Tensor:
+    """What layers hand on to each token, ``[N, T]``: the row, without what it started with.
+
+    Args:
+        layers: ``q, k, v, grad_out, scale`` of each, the last layer first.
+        start: ``[T]``, weights by which the read-out takes the last layer's tokens. None for an attention pool, which
+            is then the first of ``layers``.
+        impl: As for `attention_relevance`.
+    """
     row: Tensor | None = None
-    for layer in reversed(range(start_layer % depth, depth)):
-        q, k, v = taps[layer][:3]
-        if pooled and row is None:
-            row = pool_row(q, k, v, grads[layer], scale)
+    for q, k, v, grad_out, scale in layers:
+        if row is not None:
+            row = attention_relevance(q, k, v, grad_out, row, scale=scale, impl=impl)
+        elif start is not None:
+            row = attention_relevance(q, k, v, grad_out, start.expand(len(q), -1), scale=scale, impl=impl)
         else:
-            row = attention_relevance(q, k, v, grads[layer], row, scale=scale, impl=impl)
-    assert row is not None  # depth > 0
-    return row if pooled else row[:, 1:]
+            row = pool_row(q, k, v, grad_out, scale)
+    assert row is not None  # there is a layer
+    return row if start is None else row - start.to(row.dtype)
 
 
 def pool_row(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float | None) -> Tensor:
