@@ -180,9 +180,9 @@ def test_gather_is_exact_and_so_is_its_gradient(name, mode, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS[1:])
-@pytest.mark.parametrize(("fill", "prefix"), [("single", 1), ("multi", 0), ("repeated", 5)])
+@pytest.mark.parametrize(("fill", "prefix"), [("single", 1), ("multi", 0), ("repeated", 2)])
 def test_gather_twice_differentiable(fill, prefix, impl):
-    tokens, mask, donors, _ = cases.gather_case(4, 5, 3, torch.float64, fill, prefix=prefix)().values()
+    tokens, mask, donors, _ = cases.gather_case(3, 3, 2, torch.float64, fill, prefix=prefix)().values()
     device = device_of(impl)
     inputs = tokens.to(device).requires_grad_()
 
