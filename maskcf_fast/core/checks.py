@@ -61,11 +61,37 @@ def check_batch(name: str, tensor: Tensor) -> None:
 def check_int(name: str, value: int, low: int, high: int | None = None, symbol: str = "") -> None:
     """Raise unless ``value`` is an int from ``low`` to ``high``, which the message may give a ``symbol``."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     if high is None and value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
     if high is not None and not low <= value <= high:
         raise ValueError(f"{name} must lie between {low} and {symbol and symbol + '='}{high}, got {value}")
+
+
+def check_number(name: str, value: float) -> float:
+    """The value as a float; raise unless it is a number."""
+    if isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    if value != value:
+        raise ValueError(f"{name} must be a number, got NaN")
+    return float(value)
+
+
+def check_numbers(name: str, values: Sequence[float]) -> list[float]:
+    """The values as floats; raise unless they are numbers."""
+    check_sequence(name, values)
+    return [check_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def check_sequence(name: str, values: object) -> None:
+    """Raise unless ``values`` is a list, a tuple or the like."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence, got {shown(values)}")
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it."""
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def check_tokens(tokens: Tensor, mask: Tensor, prefix: int) -> tuple[int, int]:
@@ -99,10 +125,12 @@ def resolve_grid(num_patches: int, grid: tuple[int, int] | None) -> tuple[int, i
             raise ValueError(f"L={num_patches} patches are no square grid: pass grid=(rows, columns)")
         return side, side
     if not isinstance(grid, tuple | list) or len(grid) != 2:
-        raise ValueError(f"grid must be (rows, columns), got {grid!r}")
-    if grid[0] < 1 or grid[1] < 1 or grid[0] * grid[1] != num_patches:
+        raise ValueError(f"grid must be (rows, columns), got {shown(grid)}")
+    for i, size in enumerate(grid):
+        check_int(f"grid[{i}]", size, 1)
+    if grid[0] * grid[1] != num_patches:
         raise ValueError(f"grid={tuple(grid)} does not hold L={num_patches} patches (rows × columns = L)")
-    return int(grid[0]), int(grid[1])
+    return grid[0], grid[1]
 
 
 def check_divisible(height: int, width: int, grid: tuple[int, int]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.checks import check_int, shown
+
 
 def sample_donors(
     n: int,
@@ -34,8 +36,9 @@ def sample_donors(
         ValueError: An empty batch, or a batch of one (no other image to draw from) with multi-fill or
             ``exclude_self``.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    check_int("n", n, 1)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {shown(generator)}")
     if device is None and generator is not None:
         device = generator.device
     if num_patches is None:
@@ -45,8 +48,7 @@ def sample_donors(
         if n == 1:
             raise ValueError("exclude_self needs at least 2 images in the batch, got 1: there is no other to draw from")
         return torch.empty_like(order).scatter_(0, order, order.roll(1))
-    if num_patches < 1:
-        raise ValueError(f"num_patches must be at least 1, got {num_patches}")
+    check_int("num_patches", num_patches, 1)
     if n == 1:
         raise ValueError("multi-fill needs at least 2 images in the batch, got 1: there is no other to draw from")
     shift = torch.randint(1, n, (n, num_patches), generator=generator, device=device)

@@ -179,7 +179,7 @@ def test_gather_is_exact_and_so_is_its_gradient(name, mode, impl):
     assert same_bits(tokens.grad, again.grad), "not deterministic"
 
 
-@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("fill", "prefix"), [("single", 1), ("multi", 0), ("repeated", 2)])
 def test_gather_twice_differentiable(fill, prefix, impl):
     tokens, mask, donors, _ = cases.gather_case(3, 3, 2, torch.float64, fill, prefix=prefix)().values()

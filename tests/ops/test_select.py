@@ -64,26 +64,3 @@ def test_nan_is_an_error_in_debug_mode(monkeypatch):
     monkeypatch.setenv("MASKCF_DEBUG", "1")
     with pytest.raises(ValueError, match=r"cam holds NaN or infinity in row 2 \(1 of 3 rows\)"):
         mf.select_patches(cam, threshold=0.3)
-
-
-@pytest.mark.parametrize(
-    ("cam", "arguments", "error", "message"),
-    [
-        (torch.rand(2, 9), {}, ValueError, "exactly one of threshold and top_k.*threshold=None, top_k=None"),
-        (torch.rand(2, 9), {"threshold": 0.3, "top_k": 2}, ValueError, "threshold=0.3, top_k=2"),
-        (torch.rand(2, 9), {"threshold": "x"}, TypeError, "threshold must be a number, got 'x'"),
-        (torch.rand(2, 9), {"top_k": 10}, ValueError, "between 0 and L=9, got 10"),
-        (torch.rand(2, 9), {"top_k": -1}, ValueError, "got -1"),
-        (torch.rand(2, 9), {"top_k": 2.0}, TypeError, "top_k must be an int, got 2.0"),
-        (torch.rand(2, 9), {"threshold": float("nan")}, ValueError, "NaN"),
-        (torch.rand(2, 9), {"threshold": 0.3, "region": "objects"}, ValueError, "'objects'"),
-        (torch.rand(2, 9), {"threshold": 0.3, "impl": "refrence"}, ValueError, "did you mean 'reference'"),
-        (torch.rand(9), {"threshold": 0.3}, ValueError, r"cam must have shape \[N, L\], got \[9\]"),
-        (torch.rand(0, 9), {"threshold": 0.3}, ValueError, "must not be empty"),
-        (torch.ones(2, 9, dtype=torch.int64), {"threshold": 0.3}, TypeError, "got int64"),
-        ([[1.0]], {"threshold": 0.3}, TypeError, "must be a torch.Tensor, got list"),
-    ],
-)
-def test_bad_arguments(cam, arguments, error, message):
-    with pytest.raises(error, match=message):
-        mf.select_patches(cam, **arguments)

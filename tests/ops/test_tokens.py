@@ -17,46 +17,6 @@ def make(n=4, num_patches=9, dim=5, fill="single", dtype=torch.float64, prefix=1
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("fill", ["single", "multi"])
-def test_gather_is_a_loop_and_its_gradient_the_transpose(fill, prefix):
-    tokens, mask, donors = make(fill=fill, prefix=prefix)
-    out = mf.gather_tokens(tokens, mask, donors, prefix=prefix)
-    for n in range(4):
-        assert torch.equal(out[n, :prefix], tokens[n, :prefix])
-        for p in range(9):
-            donor = donors[n] if fill == "single" else donors[n, p]
-            assert torch.equal(out[n, prefix + p], tokens[donor if mask[n, p] else n, prefix + p])
-    assert torch.autograd.gradcheck(lambda t: mf.gather_tokens(t, mask, donors, prefix=prefix), tokens.requires_grad_())
-
-
-def test_gather_bad_arguments():
-    tokens, mask, donors = make()
-    with pytest.raises(ValueError, match="0 to 3, got 4"):
-        mf.gather_tokens(tokens, mask, donors + 1)
-    with pytest.raises(TypeError, match="tokens must have dtype"):
-        mf.gather_tokens(tokens.long(), mask, donors)
-
-
-@pytest.mark.parametrize(
-    "op", [lambda *x, **o: mf.gather_tokens(*x, torch.arange(4), **o), mf.drop_tokens, mf.pack_tokens]
-)
-def test_bad_masks_and_prefixes(op):
-    tokens, mask, _ = make()
-    with pytest.raises(ValueError, match=r"mask must have shape \[4, 9\], got \[4, 8\]"):
-        op(tokens, mask[:, :8])
-    with pytest.raises(ValueError, match=r"mask must have shape \[4, 5\], got \[4, 9\]"):
-        op(tokens, mask, prefix=5)
-    with pytest.raises(TypeError, match="mask must have dtype bool, got int64"):
-        op(tokens, mask.long())
-    for prefix in (-1, 10):
-        with pytest.raises(ValueError, match=f"prefix must lie between 0 and T - 1=9, got {prefix}"):
-            op(tokens, mask, prefix=prefix)
-    for prefix in (1.0, True, "1", None):
-        with pytest.raises(TypeError, match=f"prefix must be an int, got {prefix!r}"):
-            op(tokens, mask, prefix=prefix)
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
 def test_drop_keeps_the_order_and_pads(prefix):
     tokens, mask, _ = make(prefix=prefix)
     packed, visible = mf.drop_tokens(tokens, mask, prefix=prefix)
@@ -76,19 +36,6 @@ def test_drop_of_equal_counts_needs_no_key_mask(prefix):
     assert torch.equal(packed[:, :prefix], tokens[:, :prefix])
     assert torch.equal(packed[:, prefix:], tokens[:, prefix:][~mask].view(4, 3, -1))
     assert mf.drop_tokens(tokens, torch.ones_like(mask), prefix=prefix)[0].shape == (4, prefix, 5)
-
-
-@pytest.mark.parametrize(
-    ("dropped", "error", "message"),
-    [
-        (5, ValueError, r"dropped=5, but the mask leaves out \[6, 6, 6, 6\] patches"),
-        (10, ValueError, "dropped must lie between 0 and L=9, got 10"),
-        ("3", TypeError, "dropped must be an int, got '3'"),
-    ],
-)
-def test_drop_bad_counts(dropped, error, message):
-    with pytest.raises(error, match=message):
-        mf.drop_tokens(make()[0], mf.select_patches(torch.rand(4, 9), top_k=6), dropped=dropped)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -136,22 +83,12 @@ def test_patchify_refills_on_the_way_in(fill):
     )
 
 
-def test_patchify_bad_arguments():
-    images = torch.zeros(2, 30, 30, 3, dtype=torch.uint8)
-    ones = (1.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match="30×30 pixels do not divide by patch_size=4"):
-        mf.patchify(images, 4, mean=ones, std=ones)
-    with pytest.raises(ValueError, match="std must hold 3 positive values"):
-        mf.patchify(images, 5, mean=ones, std=(1.0, 0.0, 1.0))
-    with pytest.raises(ValueError, match="mask and donors must be given together"):
-        mf.patchify(images, 5, mean=ones, std=ones, mask=torch.ones(2, 36, dtype=torch.bool))
-
-
 def test_single_fill_draws_a_permutation():
     g = torch.Generator().manual_seed(0)
     draws = torch.stack([mf.sample_donors(6, generator=g) for _ in range(300)])
     assert torch.equal(draws.sort(dim=1).values, torch.arange(6).expand(300, 6))
     assert (draws == torch.arange(6)).any()  # an image may draw itself
+    assert mf.sample_donors(1).tolist() == [0]
     assert {tuple(row) for row in draws.tolist()}.__len__() > 200
 
 
@@ -163,11 +100,3 @@ def test_multi_fill_draws_uniformly_from_the_others():
         assert counts[n] == 0
         others = counts[torch.arange(4) != n]
         assert ((others - 10_000).abs() < 400).all()  # 5 standard deviations
-
-
-def test_donor_errors():
-    with pytest.raises(ValueError, match="at least 2 images in the batch, got 1"):
-        mf.sample_donors(1, 16)
-    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
-        mf.sample_donors(0)
-    assert mf.sample_donors(1).tolist() == [0]

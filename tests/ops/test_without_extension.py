@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_reference_implementations():
-    names = ["ops/test_select.py", "ops/test_refill.py", "ops/test_relevance.py", "ops/test_tokens.py", "methods"]
+    names = ["ops/test_select.py", "ops/test_relevance.py", "ops/test_tokens.py", "ops/test_arguments.py", "methods"]
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-x", *(ROOT / "tests" / name for name in names)]
     done = subprocess.run(command, env=os.environ | {"MASKCF_NATIVE": "0"}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

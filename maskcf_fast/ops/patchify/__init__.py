@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_batch, check_donors, check_tensor
+from ...core.checks import FLOATS, check_batch, check_donors, check_int, check_numbers, check_tensor
 from ..dispatch import define, implementation
 from . import reference
 
@@ -50,19 +50,21 @@ def patchify(
     """
     if (mask is None) != (donors is None):
         raise ValueError("mask and donors must be given together")
+    means, stds = check_numbers("mean", mean), check_numbers("std", std)
+    if not means:
+        raise ValueError("mean must hold a value per channel, got none")
     if isinstance(images, Tensor) and images.dtype == torch.uint8:
-        check_tensor("images", images, ["N", "H", "W", len(mean)])
+        check_tensor("images", images, ["N", "H", "W", len(means)])
         height, width = images.shape[1:3]
     else:
-        check_tensor("images", images, ["N", len(mean), "H", "W"], dtypes=(*FLOATS, torch.uint8))
+        check_tensor("images", images, ["N", len(means), "H", "W"], dtypes=(*FLOATS, torch.uint8))
         height, width = images.shape[2:]
     check_batch("images", images)
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be positive, got {patch_size}")
+    check_int("patch_size", patch_size, 1)
     if height % patch_size or width % patch_size:
         raise ValueError(f"images of {height}×{width} pixels do not divide by patch_size={patch_size}")
-    if len(std) != len(mean) or not all(0 < s < float("inf") for s in std):
-        raise ValueError(f"std must hold {len(mean)} positive values, got {tuple(std)}")
+    if len(stds) != len(means) or not all(0 < s < float("inf") for s in stds):
+        raise ValueError(f"std must hold {len(means)} positive values, got {tuple(stds)}")
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
     if mask is not None and donors is not None:
@@ -70,4 +72,4 @@ def patchify(
         check_tensor("mask", mask, [n, num_patches], dtypes=[torch.bool], device=images.device)
         check_donors(donors, n, num_patches, images.device)
     run = implementation(reference.patchify, impl, images.device, dtype=images.dtype)
-    return run(images.detach(), patch_size, list(mean), list(std), dtype, mask, donors)
+    return run(images.detach(), patch_size, means, stds, dtype, mask, donors)

@@ -77,12 +77,12 @@ def counterfactual_refill(
     check_images(images)
     check_tensor("cam", cam, [images.shape[0], "L"], dtypes=FLOATS, device=images.device)
     check_cam(cam)
-    check_selection(cam.shape[1], threshold, top_k, region)
+    selection = check_selection(cam.shape[1], threshold, top_k, region)
     grid = resolve_grid(cam.shape[1], grid)
     check_divisible(images.shape[2], images.shape[3], grid)
     check_donors(donors, images.shape[0], cam.shape[1], images.device)
     run = implementation(reference.counterfactual_refill, impl, images.device, dtype=images.dtype)
-    return run(images.detach(), widened(cam), donors, threshold, top_k, region == "context", *grid)
+    return run(images.detach(), widened(cam), donors, *selection, *grid)
 
 
 def check_images(images: Tensor) -> None:

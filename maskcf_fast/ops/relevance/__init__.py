@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_batch, check_int, check_tensor
+from ...core.checks import FLOATS, check_batch, check_int, check_number, check_sequence, check_tensor, shown
 from ...core.precision import no_autocast
 from ..dispatch import define, implementation
 from . import reference
@@ -69,7 +69,7 @@ def attention_relevance(
         relevance = torch.zeros(n, t, dtype=wide, device=q.device)
         relevance[:, 0] = 1
     check_tensor("relevance", relevance, [n, t], dtypes=FLOATS, device=q.device)
-    scale = d**-0.5 if scale is None else float(scale)
+    scale = d**-0.5 if scale is None else check_number("scale", scale)
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale must be finite, got {scale}")
     run = implementation(reference.attention_relevance, impl, q.device, (q.dtype, d), dtype=q.dtype)
@@ -111,15 +111,20 @@ def relevance_cam(
         ValueError: No layers, unequal counts, a ``start_layer`` outside the model, a ``prefix`` that leaves no patch or
             no class token to read, an unknown ``readout``, or a pool of several queries; and as `attention_relevance`.
     """
+    check_sequence("taps", taps)
+    check_sequence("grads", grads)
     depth = len(taps)
     if depth == 0 or depth != len(grads):
         raise ValueError(f"taps and grads must have one entry per layer, got {depth} and {len(grads)}")
-    for layer, tap in enumerate(taps):
+    for layer, (tap, grad) in enumerate(zip(taps, grads, strict=True)):
+        check_sequence(f"taps[{layer}]", tap)
         if len(tap) < 3:
-            raise ValueError(f"taps must hold q, k and v of each layer, got {len(tap)} tensors in layer {layer}")
+            raise ValueError(f"taps[{layer}] must begin with q, k and v, got {len(tap)} entries")
+        names = (f"taps[{layer}][0]", f"taps[{layer}][1]", f"taps[{layer}][2]", f"grads[{layer}]")
+        for name, x in zip(names, (*tap[:3], grad), strict=True):
+            check_tensor(name, x, ["N", "H", "T", "d"], dtypes=FLOATS)
     check_int("start_layer", start_layer, -depth, depth - 1)
     k = taps[-1][1]
-    check_tensor("k", k, ["N", "H", "T", "d"], dtypes=FLOATS)
     t = k.shape[2]
     check_int("prefix", prefix, 0, t - 1, "T - 1")
     weights = torch.zeros(t, device=k.device)
@@ -133,7 +138,7 @@ def relevance_cam(
     elif readout == "mean":
         weights[prefix:] = 1 / (t - prefix)
     elif readout != "attention":
-        raise ValueError(f"readout must be 'class', 'mean', 'attention' or weights, got {readout!r}")
+        raise ValueError(f"readout must be 'class', 'mean', 'attention' or weights, got {shown(readout)}")
     layers = [(tap[0], tap[1], tap[2], grad, scale) for tap, grad in zip(taps, grads, strict=True)]
     start = weights if isinstance(readout, Tensor) or readout != "attention" else None
     return carried(reversed(layers[start_layer % depth :]), start, impl)[:, prefix:]

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_batch, check_tensor, debug_enabled, value_checks
+from ...core.checks import (
+    FLOATS,
+    check_batch,
+    check_int,
+    check_number,
+    check_tensor,
+    debug_enabled,
+    shown,
+    value_checks,
+)
 from ..dispatch import define, implementation
 from . import reference
 
@@ -50,9 +59,9 @@ def select_patches(
             range, an unknown region or implementation, or (debug) a non-finite map.
     """
     check_cam(cam)
-    check_selection(cam.shape[1], threshold, top_k, region)
+    selection = check_selection(cam.shape[1], threshold, top_k, region)
     run = implementation(reference.select_patches, impl, cam.device, dtype=cam.dtype)
-    return run(widened(cam), threshold, top_k, region == "context")
+    return run(widened(cam), *selection)
 
 
 def widened(cam: Tensor) -> Tensor:
@@ -70,19 +79,18 @@ def check_cam(cam: Tensor) -> None:
             raise ValueError(f"cam holds NaN or infinity in row {bad[0]} ({len(bad)} of {len(cam)} rows)")
 
 
-def check_selection(num_patches: int, threshold: float | None, top_k: int | None, region: str) -> None:
-    """Raise unless exactly one of ``threshold`` and ``top_k`` is given, in range, with a known region."""
+def check_selection(
+    num_patches: int, threshold: float | None, top_k: int | None, region: str
+) -> tuple[float | None, int | None, bool]:
+    """Threshold, top-k and whether the region is the context, as the contract takes them.
+
+    Raises unless exactly one of ``threshold`` and ``top_k`` is given, in range, with a known region.
+    """
     if region not in REGIONS:
-        raise ValueError(f"region must be 'object' or 'context', got {region!r}")
+        raise ValueError(f"region must be 'object' or 'context', got {shown(region)}")
     if (threshold is None) == (top_k is None):
-        raise ValueError(f"exactly one of threshold and top_k must be given, got threshold={threshold}, top_k={top_k}")
-    if threshold is not None:
-        if not isinstance(threshold, float | int) and not hasattr(threshold, "__float__"):
-            raise TypeError(f"threshold must be a number, got {threshold!r}")
-        if threshold != threshold:
-            raise ValueError("threshold must be a number, got NaN")
+        given = f"threshold={shown(threshold)}, top_k={shown(top_k)}"
+        raise ValueError(f"exactly one of threshold and top_k must be given, got {given}")
     if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, int):
-            raise TypeError(f"top_k must be an int, got {top_k!r}")
-        if not 0 <= top_k <= num_patches:
-            raise ValueError(f"top_k must lie between 0 and L={num_patches}, got {top_k}")
+        check_int("top_k", top_k, 0, num_patches, "L")
+    return None if threshold is None else check_number("threshold", threshold), top_k, region == "context"
