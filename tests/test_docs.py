@@ -28,6 +28,7 @@ TOOLS = {
     ".ci/audit",
     ".ci/gpu",
     ".ci/run",
+    "apt-get",
     "git",
     "lint-imports",
     "mkdocs",

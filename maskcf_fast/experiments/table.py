@@ -46,9 +46,9 @@ class TableConfig:
     """Fine-tune with every method and compare accuracy in and out of distribution."""
 
     methods: tuple[str, ...] = METHODS
-    """Rows: trained ones are presets of maskcf_fast.train (lp-ft is lp, then ft from its head); wise-ft (weights
-    between zero-shot and ft), ensemble (their mean probabilities) and soup (the mean weights of ft's seeds) train
-    nothing but ft."""
+    """Rows: trained ones are presets of maskcf_fast.train, or YAML files of your own (lp-ft is lp, then ft from its
+    head); wise-ft (weights between zero-shot and ft), ensemble (their mean probabilities) and soup (the mean weights of
+    ft's seeds) train nothing but ft. fd:4 is fd with --method.weight 4; several weights of a method make a curve."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to fine-tune with."""
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
@@ -83,9 +83,12 @@ class TableConfig:
             ValueError: An unknown method (the nearest is suggested), no seed, one twice, no α or one outside [0, 1],
                 or a setting that the demo does not take.
         """
-        for name in self.methods:
-            if name not in METHODS:
+        for text in self.methods:
+            name, weight = parse_row(text)
+            if name not in METHODS and not Path(name).is_file():
                 raise unknown("method", name, METHODS)
+            if weight is not None and not ("weight" in registry.METHODS[_section(name).name].reads and weight >= 0):
+                raise UserError(f"--methods {text}: {name} takes no weight {weight:g}")
         for option, values in {"methods": self.methods, "seeds": self.seeds}.items():
             if not values or len(set(values)) < len(values):
                 raise UserError(f"--{option} needs at least one, and none twice")
@@ -118,6 +121,7 @@ class TableRow:
     method: str
     seed: int | None  # None: of all seeds together
     accuracy: dict[str, float]
+    per_class: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # images, and how many are right
 
     def shifted(self, id: str) -> float:
         """Mean accuracy over the test sets but ``id``, each counting the same."""
@@ -179,7 +183,8 @@ class Table:
         rows = []
         for name, model in self._soup() if seed is None else self._models(method, seed):
             found = self.suite.measure(model, self.base.precision, f"{title} {name}", model=name, seed=seed)
-            rows.append(TableRow(name, seed, {data: result.top1 for data, result in found.items()}))
+            accuracy = {data: result.top1 for data, result in found.items()}
+            rows.append(TableRow(name, seed, accuracy, {data: result.per_class for data, result in found.items()}))
         return rows
 
     def _models(self, method: str, seed: int) -> Iterator[tuple[str, nn.Module]]:
@@ -194,7 +199,7 @@ class Table:
                 if alpha is not None:
                     yield f"wise-ft α {alpha:g}", model
         else:
-            yield method, self._trained(method, seed).tuned()
+            yield row_name(method), self._trained(method, seed).tuned()
 
     def _soup(self) -> Iterator[tuple[str, nn.Module]]:
         runs = [self._trained("ft", seed) for seed in self.config.seeds]
@@ -216,15 +221,39 @@ class Table:
 
     def settings(self, method: str, seed: int) -> TrainConfig:
         """The run of a method: its preset's method section, on the table's data, model and optimiser."""
-        config = dataclasses.replace(self.base, seed=seed, out=self.config.out / f"{method}-seed{seed}")
+        name, weight = parse_row(method)
+        config = dataclasses.replace(self.base, seed=seed, out=self.config.out / f"{row_name(method, '-')}-seed{seed}")
         if method == "lp-ft":  # Kumar et al., "Fine-tuning can distort pretrained features", ICLR 2022
             probe = self.config.out / f"lp-seed{seed}" / "model.safetensors"
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=probe, head=None))
-        section = yaml.safe_load(find_yaml("ft" if method == "lp-ft" else method).read_text())["method"]
-        chosen = MethodConfig(**section)
-        if self.config.demo and registry.METHODS[chosen.name].distils:
-            chosen = dataclasses.replace(chosen, weight=DEMO_WEIGHT)
+        chosen = _section(name)
+        if weight is None and self.config.demo and registry.METHODS[chosen.name].distils:
+            weight = DEMO_WEIGHT
+        if weight is not None:
+            chosen = dataclasses.replace(chosen, weight=weight)
         return dataclasses.replace(config, method=chosen)
+
+
+def parse_row(text: str) -> tuple[str, float | None]:
+    """A method, or preset of one's own, and its weight where one is given, from NAME or NAME:WEIGHT."""
+    name, colon, weight = text.rpartition(":")
+    try:
+        return (name, float(weight)) if colon else (text, None)
+    except ValueError:
+        raise UserError(f"--methods {text!r} is neither NAME nor NAME:WEIGHT, such as fd:4") from None
+
+
+def row_name(text: str, between: str = " ") -> str:
+    """What a row is called: ``fd 4``."""
+    name, weight = parse_row(text)
+    return Path(name).stem + (f"{between}{weight:g}" if weight is not None else "")
+
+
+def _section(name: str) -> MethodConfig:
+    """The method section of a preset, or of a file of one's own; lp-ft is ft, and what trains nothing stands on it."""
+    if name in DERIVED or name == "lp-ft":
+        name = "ft"
+    return MethodConfig(**yaml.safe_load(find_yaml(name).read_text())["method"])
 
 
 def grouped(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:

@@ -224,11 +224,12 @@ def scan(config: DataConfig, processes: Processes, seed: int) -> tuple[Manifest,
     """
     options: dict[str, Any] = {"on_bad_image": config.on_bad_image, "verify": config.verify, "upright": config.exif}
     options["progress"] = processes.main
+    chosen = {} if config.val is None else {"holdout": config.val}
     found: dict[str, Manifest] = {}
 
     def look() -> None:
         assert config.train is not None
-        for name, folder in {"train": config.train, **named_test_sets(config)}.items():
+        for name, folder in {"train": config.train, **chosen, **named_test_sets(config)}.items():
             found[name] = scan_images(folder, **options)
             found["train"].require_same_classes(found[name])
 

@@ -68,6 +68,8 @@ class DataConfig:
     """Training images held out, stratified by class, to choose the best epoch (the paper: 10240 of ImageNet)."""
     holdout_seed: int | None = None
     """Which images are held out: by default others for each --seed, as the paper; with a number always the same."""
+    val: Path | None = None
+    """Validation images that choose the best epoch, in place of training images that are held out."""
     augment: Literal["none", "crop-flip"] = "none"
     """none: resize and centre crop, as the paper; crop-flip: random-resized crop and horizontal flip."""
     backend: Literal["auto", "dali", "torch"] = "auto"
@@ -237,6 +239,11 @@ class TrainConfig:
         for name, value in not_negative.items():
             if not 0 <= value < float("inf"):
                 raise UserError(f"{name} must {'not be negative' if value < 0 else 'be finite'}, got {value}")
+        if self.data.val is not None and self.data.holdout:
+            raise UserError(
+                f"data.val={self.data.val} chooses the epoch, data.holdout={self.data.holdout} images need not: "
+                "--data.holdout 0, or no --data.val"
+            )
         if self.seed > MOST_SEED:
             raise UserError(f"seed must be at most {MOST_SEED}, got {self.seed}")
         if not 0 <= self.optim.warmup < 1:
@@ -301,8 +308,9 @@ def to_yaml(config: TrainConfig) -> str:
 
 # The images are told by their fingerprint, not by where they lie. The rest changes no weight.
 FREE = {
-    "out", "resume", "data.train", "data.id", "data.ood", "data.threads", "data.cache", "log_every", "checkpoint_every",
-    "checkpoint_minutes", "keep", "elastic", "on_nan", "compile", "cuda_graph", "parallel", "recompute"
+    "out", "resume", "data.train", "data.val", "data.id", "data.ood", "data.threads", "data.cache", "log_every",
+    "checkpoint_every", "checkpoint_minutes", "keep", "elastic", "on_nan", "compile", "cuda_graph", "parallel",
+    "recompute",
 }  # fmt: skip
 
 

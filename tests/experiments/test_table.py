@@ -73,6 +73,26 @@ def test_runs_are_reused_and_derived_rows_agree(line, tmp_path):
     assert (found["zero-shot"], found["ft"]) == (by_step[0], by_step[-1])  # as the trainer measured them
 
 
+def test_weights_and_presets_of_ones_own(line, tmp_path, capsys):
+    own = tmp_path / "teacher-map.yaml"
+    own.write_text("method:\n  strategy: object-single\n  cam_source: teacher\n")
+    assert main([*line, "--methods", "fd:0.5", "fd:2", str(own), f"{own}:3", "--seeds", "0"]) == 0
+    rows = json.loads((tmp_path / "table/table.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["fd 0.5", "fd 2", "teacher-map", "teacher-map 3"]
+    methods = [read_run(tmp_path / f"table/{row['method'].replace(' ', '-')}-seed0").config.method for row in rows]
+    assert [(m.name, m.cam_source, m.weight) for m in methods] == [
+        ("fd", "student", 0.5), ("fd", "student", 2.0),
+        ("counterfactual", "teacher", None), ("counterfactual", "teacher", 3.0),
+    ]  # fmt: skip
+    for row in rows:
+        for name, counts in row["per_class"].items():
+            images, right = map(sum, zip(*counts.values(), strict=True))
+            assert row["accuracy"][name] == pytest.approx(100 * right / images)
+    for wrong, message in (("fd:heavy", "NAME:WEIGHT"), ("wise-ft:1", "takes no weight"), ("fd:-1", "takes no weight")):
+        assert main([*line, "--methods", wrong]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_several_processes(line, tmp_path):
     """They train and measure together; one process measures the same on the runs that they leave."""
     chosen = ["--methods", "lp-ft", "ft", "wise-ft", "soup", "--seeds", "0"]

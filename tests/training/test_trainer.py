@@ -19,6 +19,7 @@ from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import trainer as trainer_module
 from maskcf_fast.training.build import build_method
 from maskcf_fast.training.checkpoint import ALONE, save_checkpoint
+from maskcf_fast.training.runs import read_run
 from maskcf_fast.training.settings import MethodConfig
 
 METHODS = [{"name": n} for n in ("ft", "lp", "fd", "kd")] + [{"strategy": name} for name in strategy_names()]
@@ -175,6 +176,20 @@ def test_held_out_images_are_drawn_for_each_seed(change, image_folders, tmp_path
         assert held_out(seed=seed, data={"holdout": 9}) == everything.holdout(9, seed)[1].paths
         assert held_out(seed=seed, data={"holdout": 9, "holdout_seed": 5}) == everything.holdout(9, 5)[1].paths
     assert everything.holdout(9, 0) != everything.holdout(9, 3)
+
+
+def test_validation_images_choose_the_best_epoch(change, image_folders):
+    """As held-out images do, of a folder of their own."""
+    trainer = Trainer(change(data={"val": image_folders["ood"]}, method={"name": "ft"}), quiet=True)
+    everything = len(scan_images(image_folders["train"]))
+    assert len(trainer.loader) == everything // trainer.config.optim.batch_size  # none of them is held out
+    trainer.run()
+    logged = [line for line in metrics(trainer.folder) if "accuracy/holdout" in line]
+    assert [line["accuracy/holdout"] for line in logged] == [line["accuracy/ood"] for line in logged]
+    assert trainer.best == max(line["accuracy/holdout"] for line in logged[1:])
+    assert read_run(trainer.folder).weights.name == "best.safetensors"
+    with pytest.raises(UserError, match=r"--data\.holdout 0"):
+        change(data={"val": image_folders["ood"], "holdout": 3}).validate()
 
 
 def test_holdout_chooses_the_best_epoch(change):

@@ -1,0 +1,1 @@
+"""Real photographs and a really pre-trained model: what each method does to a spurious background."""
