@@ -91,8 +91,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise DamagedFile(f"{path} is no complete safetensors file ({error}): convert or download it again") from error
 
 
-def check_digest(path: str | os.PathLike[str]) -> None:
-    """Raise unless a safetensors file's contents are those that were written. Other libraries' files carry no digest.
+def check_digest(path: str | os.PathLike[str], own: bool = False) -> None:
+    """Raise unless a safetensors file's contents are those that were written.
+
+    Args:
+        path: The file.
+        own: It is this package's, and so must carry a digest. Other libraries' files carry none.
 
     Raises:
         FileNotFoundError: No such file.
@@ -101,16 +105,15 @@ def check_digest(path: str | os.PathLike[str]) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     stat = os.stat(path)
-    _check_digest(os.fspath(path), stat.st_size, stat.st_mtime_ns)
+    _check_digest(os.fspath(path), own, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)  # a model's file is read for its backbone, and again for its head
-def _check_digest(path: str, size: int, time: int) -> None:
+def _check_digest(path: str, own: bool, size: int, time: int) -> None:
     with open(path, "rb") as file:
         head = file.read(8)
         head += file.read(min(int.from_bytes(head, "little"), LONGEST_HEADER))
-        ours = b'"maskcf_fast"' in head or b'"sha256"' in head
-        if not ours:
+        if not own and b'"maskcf_fast"' not in head and b'"sha256"' not in head:
             return
         found = FIELD.search(head)
         digest = hashlib.sha256(b"" if found is None else _without_digest(head, found))

@@ -198,7 +198,7 @@ def read_checkpoint(folder: Path, part: tuple[int, int] = (0, 1)) -> Checkpoint:
         index = values.pop("tensors")
         files = sorted({row[0] for tensor in index.values() for row in tensor["rows"]})
         for name in files[part[0] :: part[1]]:
-            check_digest(folder / name)
+            check_digest(folder / name, own=True)
         return Checkpoint(folder, _from_json(values), index)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFile(str(error) if isinstance(error, UserError | OSError) else f"{folder}: {error!r}") from error

@@ -63,6 +63,8 @@ def test_files_of_other_libraries_carry_no_digest(tmp_path):
     safetensors.torch.save_file(STATE | {"matrix": torch.ones(2)}, path, {"format": "pt"})
     check_digest(path)
     assert load_tensors(path)["scalar"] == 7
+    with pytest.raises(DamagedFile, match=str(path)):
+        check_digest(path, own=True)
     with pytest.raises(FileNotFoundError, match=r"no file .*absent"):
         load_tensors(tmp_path / "absent")
 

@@ -12,9 +12,15 @@ def bench(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [breaking.killed_at_a_point, breaking.asked_to_end, breaking.bit_flipped, breaking.disk_full, breaking.two_at_once],
-    ids=lambda fault: fault.__name__,
+    ("fault", "trial"),
+    [
+        (breaking.killed_at_a_point, 5),
+        (breaking.asked_to_end, 0),
+        (breaking.disk_full, 0),
+        (breaking.bit_flipped, 0),
+        (breaking.model_flipped, 0),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_the_same_run_in_the_end(bench, fault):
-    fault(bench, random.Random(0))
+def test_the_same_run_in_the_end(bench, fault, trial):
+    fault(bench, random.Random(0), trial)
