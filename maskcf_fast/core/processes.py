@@ -183,6 +183,7 @@ class Processes:
                 raise UserError(text) from None
             if isinstance(error, UserError):
                 raise type(error)(f"{self.name}: {error}") from error
+            error.add_note(f"in {self.name}")
             raise
         finally:
             self.stop()

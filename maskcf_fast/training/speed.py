@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -24,15 +25,13 @@ def compile_pointwise(method: Method, device: torch.device) -> str | None:
         backbone.compile_pointwise()
     try:  # compilers report what they lack when first used
         for backbone in backbones:
-            width = backbone.config.width
-            x = torch.zeros(1, 2, width, device=device, requires_grad=True)
-            backbone.blocks[0](x)[0].sum().backward()
+            block = copy.deepcopy(backbone.blocks[0]).to_empty(device=device)  # the model may be on the meta device yet
+            x = torch.zeros(1, 2, backbone.config.width, device=device, requires_grad=True)
+            block(x)[0].sum().backward()
     except Exception as error:
         for backbone in backbones:
             backbone.compile_pointwise(False)
         return f"--compile is left out, the compiler failed: {str(error).strip().splitlines()[0]}"
-    finally:
-        method.zero_grad(set_to_none=True)
     return None
 
 

@@ -6,6 +6,7 @@ import socket
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +48,7 @@ def failing(rank, port, path, fails):
                 fails()
             processes.barrier()
     except Exception as error:
-        (path / str(rank)).write_text(f"{type(error).__name__}: {error}")
+        (path / str(rank)).write_text(" ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
 
 
 def by_itself():
@@ -89,7 +90,11 @@ def first_gradient(rank, port, config, path):
 
 def whole_run(rank, port, config, died_at):
     processes = join(rank, port)
+    if config.compile:
+        torch.compile = partial(torch.compile, backend="aot_eager")
     trainer = Trainer(config, processes, quiet=True)
+    compiled = hasattr(trainer.method.student.backbone.blocks[0].pointwise[0], "_torchdynamo_orig_callable")
+    assert compiled == config.compile
     if died_at is not None:
         real = trainer._optimizer_step
         trainer._optimizer_step = lambda micro: trainer.step == died_at or real(micro)
@@ -163,7 +168,7 @@ def test_a_failure_is_reported_once_also_after_a_restart(port, tmp_path):
     for fails, expected in [
         (by_itself, {"1": f"UserError: {who}: no such file"}),
         (killed, {"0": f"UserError: {who} ended without a word, killed or out of memory"}),
-        (by_a_bug, {"1": "KeyError: 'a bug'"}),
+        (by_a_bug, {"1": f"KeyError: 'a bug' in {who}"}),
     ]:
         folder = tmp_path / str(store.add("starts", 1))
         folder.mkdir()
@@ -263,13 +268,15 @@ def test_masks_survive_an_interruption_of_both_processes(change, port, tmp_path)
 
 
 def test_divided_parameters_give_the_same_run(change, port, tmp_path):
-    """FSDP against DDP: the same sums in another order. Resumed half-way, to the bit."""
+    """FSDP, compiled, against DDP: the same sums in another order. Resumed half-way, to the bit."""
     config = change(optim={"epochs": 1, "accumulate": 2, "batch_size": 12, "clip": 1e9})
     config = replace(config, checkpoint_every=2)
     states = {}
     for parallel in ("ddp", "fsdp"):
         out = tmp_path / parallel
-        mp.spawn(whole_run, (port, replace(config, out=out, parallel=parallel), None), nprocs=2)
+        mp.spawn(
+            whole_run, (port, replace(config, out=out, parallel=parallel, compile=parallel == "fsdp"), None), nprocs=2
+        )
         states[parallel] = tensors(out)
     start = Trainer(replace(config, out=tmp_path / "start"), quiet=True).method.student.state_dict()
     assert states["fsdp"].keys() == states["ddp"].keys()
@@ -282,7 +289,7 @@ def test_divided_parameters_give_the_same_run(change, port, tmp_path):
         assert (states["fsdp"][name] - value).norm() < tolerance * moved, name
     assert values(tmp_path / "fsdp")["accuracy"] == values(tmp_path / "ddp")["accuracy"]
 
-    broken = replace(config, out=tmp_path / "broken", parallel="fsdp")
+    broken = replace(config, out=tmp_path / "broken", parallel="fsdp", compile=True)
     mp.spawn(whole_run, (port, broken, 3), nprocs=2)
     mp.spawn(whole_run, (port, replace(broken, out=None, resume=tmp_path / "broken"), None), nprocs=2)
     resumed = tensors(tmp_path / "broken")
