@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.photographs import analysis, maps, report
 from benchmarks.photographs import run as command
 from benchmarks.photographs.analysis import Model
 from benchmarks.photographs.data import SETS, TASKS, TESTS, Spec, build, check, divide, mask_of
-from benchmarks.photographs.sources import DEBIAN, SCENES, STAMPS, Packages, families, licence
+from benchmarks.photographs.sources import DEBIAN, OBJECTS, SCENES, STAMPS, Packages, families, licence
 from benchmarks.photographs.weights import backbone, convert
 from maskcf_fast.core.errors import UserError
 
@@ -27,13 +28,13 @@ SPEC = Spec(train=40, val=20, group=6, head=4, image_size=112, object_size=(0.5,
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Packages with twelve red cut-outs of each of two classes, and backgrounds without any red."""
+    """Packages with twelve red cut-outs of each class, and backgrounds without any red."""
     folder = tmp_path_factory.mktemp("packages")
     rng = np.random.default_rng(0)
-    for label, inner in (("animals/birds", "ellipse"), ("animals/mammals", "rectangle")):
+    for at, label in enumerate(OBJECTS.values()):
         for i in range(12):
             stamp = Image.new("RGBA", (90, 80))
-            getattr(ImageDraw.Draw(stamp), inner)((10, 10, 60 + i, 50 + i), fill=(*RED, 255))
+            getattr(ImageDraw.Draw(stamp), ("ellipse", "rectangle")[at % 2])((10, 10, 60 + i, 50 + i), fill=(*RED, 255))
             path = folder / "usr" / STAMPS / label / f"{chr(97 + i)}{i}-stamp{chr(97 + i)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             stamp.save(path)
@@ -55,13 +56,15 @@ def images(root, tmp_path_factory):
     return build(Packages(root), tmp_path_factory.mktemp("images") / "seed0", SPEC)
 
 
-def test_images_are_what_the_manifest_says(images):
-    manifest = check(images, SPEC)
-    usual = TASKS["birds-mammals"]
+@pytest.mark.parametrize("task", TASKS)
+def test_images_are_what_the_manifest_says(root, tmp_path, task):
+    spec = replace(SPEC, task=task, train=20 * len(TASKS[task]), val=10 * len(TASKS[task]))
+    manifest = check(build(Packages(root), tmp_path / task, spec), spec)
+    usual, n = TASKS[task], 20 // len(TASKS[task])
     found = Counter((name.split("/")[0], name.split("/")[1], m["usual"]) for name, m in manifest["images"].items())
     expected = {
         **{("train", label, place): n for label in usual for place, n in ((True, 19), (False, 1))},
-        **{("balanced", label, place): 10 for label in usual for place in (True, False)},
+        **{("balanced", label, place): n if place else 20 - n for label in usual for place in (True, False)},
         **{("val", label, place): n for label in usual for place, n in ((True, 10), (False, 0)) if n},
         **{("head", label, place): 4 for label in usual for place in (True, False)},
         **{(f"{known}-usual", label, True): 6 for label in usual for known in ("known", "new")},
@@ -72,7 +75,7 @@ def test_images_are_what_the_manifest_says(images):
         folder, label, _ = name.split("/")
         assert (about["kind"] in usual[label]) == about["usual"]
         assert about["scene"].removeprefix("usr/") in SCENES[about["kind"]]
-        assert about["object"].startswith(f"usr/{STAMPS}/animals/{label}s/")
+        assert about["object"].startswith(f"usr/{STAMPS}/{OBJECTS[label]}/")
         assert about["split"] == SETS[folder][0]
     licences = {name: about["licence"] for name, about in manifest["sources"].items()}
     assert {name for name, text in licences.items() if text == "CC0-1.0"} == {
@@ -104,12 +107,10 @@ def test_images_are_reused_or_refused(root, images, tmp_path):
     copy = shutil.copytree(images, tmp_path / "copy")
     same = build(Packages(root), tmp_path / "same", SPEC)
     assert (same / "manifest.json").read_text() == (images / "manifest.json").read_text()
-    other = json.loads(
-        (build(Packages(root), tmp_path / "other", Spec(**{**vars(SPEC), "seed": 1})) / "manifest.json").read_text()
-    )
+    other = json.loads((build(Packages(root), tmp_path / "other", replace(SPEC, seed=1)) / "manifest.json").read_text())
     assert other["checksum"] != check(images, SPEC)["checksum"]
     with pytest.raises(UserError, match="other settings"):
-        build(Packages(root), copy, Spec(**{**vars(SPEC), "usual": 0.9}))
+        build(Packages(root), copy, replace(SPEC, usual=0.9))
     with pytest.raises(UserError, match="something else"):
         build(Packages(root), copy / "train", SPEC)
     file = next((copy / "masks/val/bird").iterdir())
