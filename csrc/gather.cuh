@@ -11,8 +11,8 @@ constexpr int kGatherThreads = 256;
 
 struct GatherArgs {
   int64_t images, tokens, prefix;  // N, T = prefix + L
-  const bool* mask;        // [N, L]
-  const int64_t* donors;   // [N] or [N, L]
+  const bool* mask;                // [N, L]
+  const int64_t* donors;           // [N] or [N, L]
   bool donor_per_patch;
 
   // The image that token `t` of image `n` comes from.

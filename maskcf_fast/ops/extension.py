@@ -64,5 +64,6 @@ def why_not(part: str, op: str = "select_patches") -> str | None:
     key = "CUDA" if part == "cuda" and not emulated() else "CPU"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"maskcf::{op}", key):
         return None
-    reason = facts().get(f"why_no_{part}")
-    return f"the extension was built without {key} kernels ({reason or REMEDY})"
+    if torch._C._dispatch_has_kernel_for_dispatch_key("maskcf::select_patches", key):
+        return f"the extension has no {key} kernel of it ({REMEDY} if this version has one)"
+    return f"the extension was built without {key} kernels ({facts().get(f'why_no_{part}') or REMEDY})"

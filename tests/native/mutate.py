@@ -53,6 +53,7 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("gather.cuh", "head[offset + i] = first < n ? first : -1;", "head[offset + i] = first;"),
     ("gather.cuh", "int after = i + 1;", "int after = i + 2;"),
     ("gather.cuh", "const int64_t first = stays ? n : head[offset + n];", "const int64_t first = n;"),
+    ("gather.cuh", "offset = (t - args.prefix) * args.images;", "offset = (t - 1) * args.images;"),
     ("gather.cuh", "using W = typename Wide<T>::type;", "using W = T;"),
     ("gather.cu", "width % kWide == 0 && ", ""),
     ("gather.cu", "access_bytes({row, address_of(tokens), address_of(out)})", "access_bytes({row})"),
