@@ -38,10 +38,10 @@ MAPS: dict[str, dict[str, Any]] = {
 def maps_of(model: ImageClassifier, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Every map of a batch, ``[N, L]``."""
     feature, taps = model.backbone.encode(model.backbone.embed(images), record=True)
-    logits, depth = model.head(feature), model.backbone.config.depth
+    logits, vit = model.head(feature), model.backbone.config
     return {
         name: LabelMap(
-            options.get("cam", "relevance"), options.get("cam_target", "logit"), options.get("start_layer", 0), depth
+            options.get("cam", "relevance"), options.get("cam_target", "logit"), options.get("start_layer", 0), vit
         )(logits, labels, taps)
         for name, options in MAPS.items()
     }

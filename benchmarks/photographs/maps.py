@@ -100,7 +100,7 @@ def overlap(model: ImageClassifier, loader: Loader, most: int) -> dict[str, dict
         feature, taps = model.backbone.encode(model.backbone.embed(images), record=True)
         logits = model.head(feature)
         for name, (kind, target, start) in MAPS.items():
-            cam = LabelMap(kind, target, start, model.backbone.config.depth)(logits, labels, taps)
+            cam = LabelMap(kind, target, start, model.backbone.config)(logits, labels, taps)
             found[name].append(figures(select_patches(cam.detach(), threshold=THRESHOLD), truth))
     names = ("masked", "of the object", "is object", "IoU")
     means: Mapping[str, Tensor] = {name: 100 * torch.cat(rows).nanmean(dim=0) for name, rows in found.items()}

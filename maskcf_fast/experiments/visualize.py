@@ -105,7 +105,7 @@ def _page(
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
     model = model.to(device)
     method, vit = run.config.method, model.backbone.config
-    label_map = LabelMap(method.cam, method.cam_target, method.start_layer, vit.depth)
+    label_map = LabelMap(method.cam, method.cam_target, method.start_layer, vit)
     maps = [
         explain_labels(model, label_map, pixels.to(device), labels.to(device), run.config.precision)
         for pixels, labels in zip(images.pixels.split(BATCH), images.labels.split(BATCH), strict=True)

@@ -116,7 +116,7 @@ def known_readout(model: object) -> ReadOut | None:
     model = _unwrapped(model)
     backbone = model.backbone if isinstance(model, ImageClassifier) else model
     if isinstance(backbone, VisionTransformer):
-        return "class" if backbone.pool is None else "attention"  # the only query of its last call
+        return backbone.config.pool
     library = type(model).__module__.partition(".")[0]
     if library == "timm":
         return TIMM.get(getattr(model, "global_pool", ""))

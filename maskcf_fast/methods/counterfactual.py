@@ -85,7 +85,7 @@ class CounterfactualDistiller(Method):
         self.same_rows = all(
             getattr(ours, field) == getattr(theirs, field) for field in ("image_size", "patch_size", "mean", "std")
         )
-        self.map = LabelMap(cam, cam_target, start_layer, ours.depth)
+        self.map = LabelMap(cam, cam_target, start_layer, theirs if cam_source == "teacher" else ours)
 
     def losses(
         self,

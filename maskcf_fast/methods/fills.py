@@ -95,10 +95,21 @@ class LeftOut(Fill):
         self, backbone: VisionTransformer, tokens: Tensor, mask: Tensor, donors: Tensor | None, dropped: int | None
     ) -> Tensor:
         """As `Fill.encode`: shorter sequences, packed where their lengths differ."""
-        if dropped is not None:
-            return backbone.encode(drop_tokens(tokens, mask, dropped=dropped)[0])[0]
-        rows, packing = pack_tokens(tokens, mask)
-        return backbone.encode(rows, packing=packing)[0]
+        prefix, packing = backbone.config.prefix, None
+
+        def left(of: Tensor) -> Tensor:
+            nonlocal packing
+            if dropped is not None:
+                return drop_tokens(of, mask, dropped=dropped, prefix=prefix)[0]
+            rows, packing = pack_tokens(of, mask, prefix=prefix)
+            return rows
+
+        angles = backbone.angles()  # each patch keeps its own
+        angles = None if angles is None else left(angles.expand(len(tokens), -1, -1))
+        rows = left(tokens)
+        if len(rows) == 0:  # no image has a token left
+            return backbone.encode(tokens[:, :0])[0]
+        return backbone.encode(rows, packing=packing, angles=angles)[0]
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ class FromOthers(Fill):
     ) -> Tensor:
         """As `Fill.encode`: a patch is embedded alone, so that embedded patches are pasted."""
         assert donors is not None
-        return backbone.encode(gather_tokens(tokens, mask, donors))[0]
+        return backbone.encode(gather_tokens(tokens, mask, donors, prefix=backbone.config.prefix))[0]
 
     def pixels(self, images: Tensor, mask: Tensor, donors: Tensor | None) -> Tensor:
         """As `Fill.pixels`."""

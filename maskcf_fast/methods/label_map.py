@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.names import unknown
 from ..core.precision import no_autocast
-from ..models import PoolTap, Tap
+from ..models import Tap, VisionTransformerConfig
 from ..ops import relevance_cam
 
 KINDS = ("relevance", "gradcam")
@@ -27,13 +27,14 @@ class LabelMap:
             input (the last block's, or an attention pool's), weighted by their summed gradients, positive part.
         target: ``"logit"`` of the label, or its ``"logprob"``.
         start_layer: First layer that counts in the relevance, beside an attention pool.
-        depth: Layers of the model.
+        config: The model's architecture.
 
     Raises:
         ValueError: Unknown kind or target (the nearest is suggested), or a ``start_layer`` outside the model.
     """
 
-    def __init__(self, kind: str, target: str, start_layer: int, depth: int) -> None:
+    def __init__(self, kind: str, target: str, start_layer: int, config: VisionTransformerConfig) -> None:
+        depth = config.depth
         for name, value, known in (("cam", kind, KINDS), ("cam_target", target, TARGETS)):
             if value not in known:
                 raise unknown(name, value, known)
@@ -41,6 +42,7 @@ class LabelMap:
             raise UserError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
         self.kind = kind
         self.target = target
+        self.config = config
         self.start_layer = start_layer % depth  # from the front, since a pool's tap is one more than the layers
 
     def __call__(self, logits: Tensor, labels: Tensor, taps: Sequence[Tap]) -> Tensor:
@@ -58,7 +60,7 @@ class LabelMap:
     def from_gradients(self, taps: Sequence[Tap], grads: Sequence[Tensor]) -> Tensor:
         """The map from the gradients of what was `read`."""
         with no_autocast(grads[0].device):
-            prefix, readout = (0, "attention") if isinstance(taps[-1], PoolTap) else (1, "class")
+            prefix, readout = self.config.prefix, self.config.pool
             if self.kind == "relevance":
                 return relevance_cam(taps[self.start_layer :], grads, prefix=prefix, readout=readout)
             activations, channels = taps[-1].x.detach().float(), grads[0].float().sum(dim=1)

@@ -1,7 +1,7 @@
 """Vision transformers, heads, and loading weights."""
 
 from .blocks import Tap
-from .config import PRESETS, VisionTransformerConfig, preset
+from .config import PRESETS, Rotary, VisionTransformerConfig, preset
 from .head import HEADS, CosineClassifier, ImageClassifier, LinearClassifier
 from .pool import PoolTap
 from .sources import load_source
@@ -15,6 +15,7 @@ __all__ = [
     "ImageClassifier",
     "LinearClassifier",
     "PoolTap",
+    "Rotary",
     "Tap",
     "VisionTransformer",
     "VisionTransformerConfig",

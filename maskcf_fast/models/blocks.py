@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..core.precision import no_autocast
 from ..ops.drop import Packing
-from .config import VisionTransformerConfig
+from .config import QkvBias, VisionTransformerConfig
+from .positions import Rotation, rotate
 
 
 class Tap(NamedTuple):
@@ -33,31 +34,69 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class PackedLinear(nn.Linear):
+    """Projections side by side, ``[3 D, D]``, with a bias of all of them, of the first and the last, or of none."""
+
+    def __init__(self, width: int, bias: QkvBias) -> None:
+        super().__init__(width, 3 * width, bias=bias != "none")
+        if bias == "qv":
+            self.bias = nn.Parameter(torch.zeros(2 * width))
+
+    def whole_bias(self) -> Tensor | None:
+        """The bias ``[3 D]``, with zeros for the keys' where that is left out."""
+        bias, width = self.bias, self.in_features
+        if bias is None or len(bias) == 3 * width:
+            return bias
+        return torch.cat([bias[:width], torch.zeros_like(bias[:width]), bias[width:]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…, D]`` → ``[…, 3 D]``."""
+        return F.linear(x, self.weight, self.whole_bias())
+
+
 class Attention(nn.Module):
     """Attention with packed query, key and value projections."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: VisionTransformerConfig, heads: int, qkv_bias: QkvBias = "qkv") -> None:
         super().__init__()
+        width, eps = config.width, config.eps
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = PackedLinear(width, qkv_bias)
+        self.q_norm, self.k_norm = (nn.LayerNorm(width // heads, eps) if config.qk_norm else None for _ in range(2))
+        self.norm = nn.LayerNorm(width, eps) if config.attention_norm else None
         self.out = nn.Linear(width, width)
+        self.pointwise = POINTWISE
 
-    def forward(self, x: Tensor, asking: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tap]:
+    def forward(
+        self, x: Tensor, asking: Tensor | None, packing: Packing | None, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tap]:
         """``x [N, T, D]`` → ``[N, T, D]`` and the tap; packed, ``[M, D]`` → ``[M, D]``.
 
-        With ``asking [N, 1, D]``, that alone asks and all of ``x`` answers: ``[N, 1, D]``.
+        With ``asking [N, 1, D]``, that alone asks and all of ``x`` answers: ``[N, 1, D]``. It is a token before the
+        patches, or none, which is turned by nothing.
         """
+        norm, _, _, rotate = self.pointwise
         pad = (lambda t: t) if packing is None else packing.pad
         if asking is not None:
-            width = x.shape[-1]
-            q = F.linear(asking, self.qkv.weight[:width], self.qkv.bias[:width])
-            k, v = pad(F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])).chunk(2, dim=-1)
+            width, bias = x.shape[-1], self.qkv.whole_bias()
+            q = F.linear(asking, self.qkv.weight[:width], None if bias is None else bias[:width])
+            kv = F.linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
+            k, v = pad(kv).chunk(2, dim=-1)
         else:
             q, k, v = pad(self.qkv(x)).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q = norm(q, self.q_norm.weight, self.q_norm.bias, self.q_norm.eps)
+            k = norm(k, self.k_norm.weight, self.k_norm.bias, self.k_norm.eps)
+        if rotation is not None:
+            q = q if asking is not None else rotate(q, *rotation)
+            k = rotate(k, *rotation)
         o = attend(q, k, v, None if packing is None else packing.visible[:, None, None, :])
         joined = o.transpose(1, 2).flatten(2)
-        return self.out(joined if packing is None or asking is not None else packing.pack(joined)), Tap(q, k, v, o, x)
+        joined = joined if packing is None or asking is not None else packing.pack(joined)
+        if self.norm is not None:
+            joined = norm(joined, self.norm.weight, self.norm.bias, self.norm.eps)
+        return self.out(joined), Tap(q, k, v, o, x)
 
 
 def class_tokens(x: Tensor, packing: Packing | None) -> Tensor:
@@ -80,14 +119,19 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
     return x, norm(x, weight, bias, eps)
 
 
-def activate(hidden: Tensor, activation: str) -> Tensor:
-    """GELU, or an approximation of it: OpenAI's quick one, or the one by tanh."""
+def activate(hidden: Tensor, activation: str, gated: bool = False) -> Tensor:
+    """GELU, an approximation of it (OpenAI's quick one, or the one by tanh), or SiLU; of the gates, times the rest."""
+    if gated:
+        gate, value = hidden.chunk(2, dim=-1)
+        return activate(gate, activation) * value
+    if activation == "silu":
+        return F.silu(hidden)
     if activation == "quick_gelu":
         return F.silu(1.702 * hidden) / 1.702  # x σ(1.702 x); its backward pass keeps one tensor, not two
     return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-POINTWISE: tuple[Callable[..., Any], ...] = (norm, add_norm, activate)
+POINTWISE: tuple[Callable[..., Any], ...] = (norm, add_norm, activate, rotate)
 
 
 def scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -95,30 +139,54 @@ def scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
     return branch if scale is None else branch * scale.to(branch.dtype)
 
 
-class Block(nn.Module):
+class WithMlp(nn.Module):
+    """A module with two layers that act on each token alone, an activation or gates between them."""
+
+    def __init__(
+        self, config: VisionTransformerConfig, hidden: int, *, gated: bool = False, norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.width, hidden * (2 if gated else 1))
+        self.mlp_norm = nn.LayerNorm(hidden, config.eps) if norm else None
+        self.proj = nn.Linear(hidden, config.width)
+        self.activation, self.gated = config.activation, gated
+        self.pointwise = POINTWISE
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """``[…, D]`` → ``[…, D]``."""
+        norm, _, activate, _ = self.pointwise
+        x = activate(self.fc(x), self.activation, self.gated)
+        if self.mlp_norm is not None:
+            x = norm(x, self.mlp_norm.weight, self.mlp_norm.bias, self.mlp_norm.eps)
+        return self.proj(x)
+
+
+class Block(WithMlp):
     """A pre-norm transformer block."""
 
     def __init__(self, config: VisionTransformerConfig) -> None:
-        super().__init__()
-        width, hidden = config.width, config.mlp_width or 4 * config.width
+        width = config.width
+        super().__init__(config, config.mlp_width or 4 * width, gated=config.gated_mlp, norm=config.mlp_norm)
         self.ln_1 = nn.LayerNorm(width, config.eps)
-        self.attn = Attention(width, config.heads)
+        self.attn = Attention(config, config.heads, config.qkv_bias)
         self.ln_2 = nn.LayerNorm(width, config.eps)
-        self.fc = nn.Linear(width, hidden)
-        self.proj = nn.Linear(hidden, width)
         self.scale_1, self.scale_2 = (
             nn.Parameter(torch.full((width,), 0.1)) if config.layer_scale else None for _ in range(2)
         )
-        self.activation = config.activation
-        self.pointwise = POINTWISE
 
-    def forward(self, x: Tensor, cls_only: bool = False, packing: Packing | None = None) -> tuple[Tensor, Tap]:
+    def forward(
+        self,
+        x: Tensor,
+        cls_only: bool = False,
+        packing: Packing | None = None,
+        rotation: Rotation | None = None,
+    ) -> tuple[Tensor, Tap]:
         """``x [N, T, D]`` → ``[N, Tq, D]`` (the class token alone if ``cls_only``) and the tap; packed, as there."""
-        norm, add_norm, activate = self.pointwise
+        norm, add_norm, _, _ = self.pointwise
         first, second = self.ln_1, self.ln_2
         normed = norm(x, first.weight, first.bias, first.eps)
-        attended, tap = self.attn(normed, class_tokens(normed, packing) if cls_only else None, packing)
+        attended, tap = self.attn(normed, class_tokens(normed, packing) if cls_only else None, packing, rotation)
         attended = scaled(attended, self.scale_1)
         x = class_tokens(x, packing) if cls_only else x
         x, normed = add_norm(x, attended, second.weight, second.bias, second.eps)
-        return x + scaled(self.proj(activate(self.fc(normed), self.activation)), self.scale_2), tap
+        return x + scaled(self.mlp(normed), self.scale_2), tap

@@ -91,8 +91,8 @@ class ImageClassifier(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches in the blocks: the class token, if there is one. The name is timm's."""
-        return int(self.backbone.pool is None)
+        """Tokens before the patches in the blocks: class token and registers. The name is timm's."""
+        return self.backbone.config.prefix
 
     def features(self, images: Tensor) -> Tensor:
         """Images to features ``[N, D]``."""

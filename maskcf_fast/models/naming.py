@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from .config import VisionTransformerConfig
+
 State = dict[str, Tensor]
 
-DIVISIONS = (("q", "k", "v"), ("q", "kv"))  # how a packed projection may be cut into layers
-TOKENS = {"class_embedding": 2, "position_embedding": 1}  # [1, 1, width] and [1, tokens, width]
+# How packed layers may be cut into others: what follows the block's or the pool's name, and the shares of the rows.
+DIVISIONS = (
+    ("attn.qkv", {"attn.q": 1, "attn.k": 1, "attn.v": 1}),
+    ("attn.qkv", {"attn.q": 1, "attn.kv": 2}),
+    ("attn.qkv", {"attn.q": 1, "attn.v": 1}),  # a bias without the keys'
+    ("fc", {"gate": 1, "value": 1}),
+)
+TOKENS = {"class_embedding": 2, "position_embedding": 1, "registers": 1}  # [1, 1, width], [1, tokens, width]
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Naming:
         transposed: The projection is a Linear layer's ``[output, width]``.
         antialias: Whether the library smooths the position embeddings that it resamples to a smaller grid.
         ignored: Pattern of the library's names that do not belong to the feature.
+        also: Further names of the library's → this package's, which are read and not written.
     """
 
     library: str
@@ -39,10 +48,11 @@ class Naming:
     transposed: bool = False
     antialias: bool = True
     ignored: str = r"$^"
+    also: Mapping[str, str] = field(default_factory=dict)
     inverse: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inverse", {theirs: ours for ours, theirs in self.names.items()})
+        object.__setattr__(self, "inverse", {**self.also, **{theirs: ours for ours, theirs in self.names.items()}})
 
     def prefixes(self, state: Iterable[str]) -> list[str]:
         """What the names of such vision towers begin with, of those that ``state`` holds: whatever was put in front."""
@@ -64,11 +74,12 @@ class Naming:
     def to_ours(self, state: Mapping[str, Tensor]) -> State:
         """The library's tensors under this package's names and in its shapes; unknown names stay."""
         ours = {_rename(name, self.inverse): t for name, t in state.items() if not re.match(self.ignored, name)}
-        for name in [name for name in ours if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
-            for division in DIVISIONS:
-                parts = [name.replace(".attn.q.", f".attn.{part}.") for part in division]
+        for whole, shares in DIVISIONS:
+            first = next(iter(shares))
+            for name in [name for name in ours if re.search(rf"\.{first}\.(weight|bias)$", name)]:
+                parts = [name.replace(f".{first}.", f".{part}.") for part in shares]
                 if all(part in ours for part in parts):
-                    ours[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([ours.pop(part) for part in parts])
+                    ours[name.replace(f".{first}.", f".{whole}.")] = torch.cat([ours.pop(part) for part in parts])
         for name, count in self.leading.items():
             if name in ours and ours[name].dim() > count:
                 ours[name] = ours[name].flatten(0, count)
@@ -79,13 +90,18 @@ class Naming:
     def to_theirs(self, state: Mapping[str, Tensor]) -> State:
         """The inverse of `to_ours`."""
         ours = dict(state)
-        for name in [name for name in ours if ".attn.qkv." in name]:
-            stem = re.sub(r"\.\d+\.", ".#.", name).partition("qkv.")[0]
-            for division in DIVISIONS:
-                if all(stem + part in self.names for part in division):
-                    whole = ours.pop(name)
-                    parts = whole.split([len(part) * len(whole) // 3 for part in division])
-                    ours |= {name.replace("qkv", p): t for p, t in zip(division, parts, strict=True)}
+        for name in list(ours):
+            whole = re.search(r"\.(attn\.qkv|fc)\.(weight|bias)$", name)
+            if whole is None or _entry(name, self.names):
+                continue
+            units = 2 if whole[1] == "fc" else 3 * len(ours[name]) // len(state[f"{name.rpartition('.')[0]}.weight"])
+            for packed, shares in DIVISIONS:
+                parts = [name.replace(f".{whole[1]}.", f".{part}.") for part in shares]
+                if packed == whole[1] and sum(shares.values()) == units and all(_entry(p, self.names) for p in parts):
+                    tensor = ours.pop(name)
+                    sizes = [share * len(tensor) // units for share in shares.values()]
+                    ours |= dict(zip(parts, tensor.split(sizes), strict=True))
+                    break
         for name, count in self.leading.items():
             if name in ours:
                 ours[name] = ours[name][(None,) * count]
@@ -94,17 +110,33 @@ class Naming:
         return {_rename(name, self.names): tensor.contiguous() for name, tensor in ours.items()}
 
 
+def class_position(
+    config: VisionTransformerConfig, state: Mapping[str, Tensor]
+) -> tuple[VisionTransformerConfig, State]:
+    """The same model with a position of the class token, which adds nothing, where only patches have one."""
+    state, positions = dict(state), state.get("position_embedding")
+    if positions is None or not config.class_token or config.positions == "all":
+        return config, state
+    state["position_embedding"] = torch.cat([torch.zeros_like(positions[:1]), positions])
+    return replace(config, positions="all"), state
+
+
+def _entry(name: str, names: Mapping[str, str]) -> str:
+    """The longest entry that ``name`` is or begins with, or nothing; ``#`` is for a number."""
+    stem = re.sub(r"\b\d+\.", "#.", name, count=1)
+    while stem and stem not in names:
+        stem = stem.rpartition(".")[0]
+    return stem
+
+
 def _rename(name: str, names: Mapping[str, str]) -> str:
-    """By the longest entry that ``name`` is or begins with; a name without one stays."""
-    number = re.search(r"\.(\d+)\.", name)
-    stem = name.replace(number[0], ".#.", 1) if number else name
-    rest = ""
-    while stem not in names:
-        stem, dot, last = stem.rpartition(".")
-        if not dot:
-            return name
-        rest = f".{last}{rest}"
-    new = names[stem] + rest
+    """By its `_entry`; a name without one stays."""
+    entry = _entry(name, names)
+    if not entry:
+        return name
+    number = re.search(r"\b(\d+)\.", name)
+    numbered = re.sub(r"\b\d+\.", "#.", name, count=1)
+    new = names[entry] + numbered[len(entry) :]
     return new.replace("#", number[1]) if number else new
 
 
@@ -184,7 +216,7 @@ _HF_VIT = {
     "blocks.#.attn.v": "encoder.layer.#.attention.attention.value",
     "blocks.#.attn.out": "encoder.layer.#.attention.output.dense",
 }
-HF_VIT = Naming(
+HF_VIT = Naming(  # and I-JEPA, and MAE's encoder
     "Hugging Face ViT",
     {
         **_HF_VIT,
@@ -211,7 +243,52 @@ HF_DINOV2 = Naming(
     leading=TOKENS,
     antialias=False,
     ignored=r"classifier\.|embeddings\.mask_token$",
+    also={
+        "encoder.layer.#.mlp.weights_in": "blocks.#.fc",
+        "encoder.layer.#.mlp.weights_out": "blocks.#.proj",
+    },
 )
+_REGISTERS = {"registers": "embeddings.register_tokens"}
+HF_DINOV2_REGISTERS = replace(
+    HF_DINOV2, names={**HF_DINOV2.names, **_REGISTERS}, mark="embeddings.register_tokens", antialias=True
+)
+_DINOV3 = {
+    "ln_1": "norm1",
+    "ln_2": "norm2",
+    "attn.q": "attention.q_proj",
+    "attn.k": "attention.k_proj",
+    "attn.v": "attention.v_proj",
+    "attn.out": "attention.o_proj",
+    "fc": "mlp.up_proj",
+    "proj": "mlp.down_proj",
+    "scale_1": "layer_scale1.lambda1",
+    "scale_2": "layer_scale2.lambda1",
+}
+HF_DINOV3 = Naming(
+    "Hugging Face DINOv3",
+    {
+        "patch_weight": "embeddings.patch_embeddings.weight",
+        "patch_bias": "embeddings.patch_embeddings.bias",
+        "class_embedding": "embeddings.cls_token",
+        **_REGISTERS,
+        "ln_post": "norm",
+        **{f"blocks.#.{ours}": f"layer.#.{theirs}" for ours, theirs in _DINOV3.items()},
+    },
+    leading=TOKENS,
+    ignored=r"embeddings\.mask_token$",
+)
+
+
+def gated(naming: Naming) -> Naming:
+    """Hugging Face's names where the MLPs of a DINO make gates."""
+    if naming is HF_DINOV3:
+        names = {name: theirs for name, theirs in naming.names.items() if name != "blocks.#.fc"}
+        names |= {"blocks.#.gate": "layer.#.mlp.gate_proj", "blocks.#.value": "layer.#.mlp.up_proj"}
+        return replace(naming, names=names, mark="layer.0.mlp.gate_proj.weight")
+    mlp = "encoder.layer.#.mlp.weights_"
+    return replace(naming, names={**naming.names, "blocks.#.fc": f"{mlp}in", "blocks.#.proj": f"{mlp}out"})
+
+
 TIMM = Naming(
     "timm",
     {
@@ -237,9 +314,45 @@ TIMM = Naming(
         "pool.ln": "attn_pool.norm",
         "pool.fc": "attn_pool.mlp.fc1",
         "pool.proj": "attn_pool.mlp.fc2",
+        "registers": "reg_token",
+        "projection_bias": "head.bias",
+        "blocks.#.attn.q_norm": "blocks.#.attn.q_norm",
+        "blocks.#.attn.k_norm": "blocks.#.attn.k_norm",
+        "blocks.#.attn.norm": "blocks.#.attn.norm",
+        "blocks.#.mlp_norm": "blocks.#.mlp.norm",
     },
     leading={**TOKENS, "pool.probe": 2},
     transposed=True,
+    also={
+        "fc_norm": "ln_post",
+        "blocks.#.attn.q_bias": "blocks.#.attn.q.bias",
+        "blocks.#.attn.v_bias": "blocks.#.attn.v.bias",
+        **{f"blocks.#.attn.{part}_proj": f"blocks.#.attn.{part}" for part in "qkv"},
+        **{f"blocks.#.gamma_{i}": f"blocks.#.scale_{i}" for i in (1, 2)},
+        "blocks.#.mlp.fc1_g": "blocks.#.gate",
+        "blocks.#.mlp.fc1_x": "blocks.#.value",
+    },
 )
+
+
+def timm_naming(config: VisionTransformerConfig, eva: bool) -> Naming:
+    """timm's names for a model's tensors; ``eva`` is for those of its `Eva` models."""
+    names = dict(TIMM.names)
+    if config.pool_norm:
+        names["ln_post"] = "fc_norm"
+    if eva:
+        names |= {f"blocks.#.scale_{i}": f"blocks.#.gamma_{i}" for i in (1, 2)}
+        if config.qkv_bias == "qv":
+            del names["blocks.#.attn.qkv"]
+            names |= {f"blocks.#.attn.{part}": f"blocks.#.attn.{part}_proj" for part in "qkv"}
+        if config.gated_mlp and config.mlp_norm:
+            del names["blocks.#.fc"]
+            names |= {"blocks.#.gate": "blocks.#.mlp.fc1_g", "blocks.#.value": "blocks.#.mlp.fc1_x"}
+    return replace(TIMM, names=names)
+
+
 OWN = Naming("this package", {name: name for name in ("patch_weight", "blocks.#")})
-NAMINGS = (OWN, OPEN_CLIP, HF_CLIP, HF_SIGLIP, HF_DINOV2, HF_VIT, TIMM)
+# The first that fits a file's names is taken.
+NAMINGS = (
+    OWN, OPEN_CLIP, HF_CLIP, HF_SIGLIP, HF_DINOV2_REGISTERS, HF_DINOV2, HF_VIT, gated(HF_DINOV3), HF_DINOV3, TIMM
+)  # fmt: skip

@@ -1,8 +1,4 @@
-"""Attention pooling, as in SigLIP: a learned probe asks, all patches answer, and no class token is needed.
-
-Outside the model the probe's row lies where a class token would, before the patches, so that refilling and dropping
-patches is the same for both. Inside, no patch sees it.
-"""
+"""Pooling: how a feature is read from tokens, where it is not the class token's."""
 
 from __future__ import annotations
 
@@ -10,62 +6,63 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.drop import Packing
-from .blocks import POINTWISE, Attention, Tap
+from .blocks import Attention, Tap, WithMlp
 from .config import VisionTransformerConfig
 
 
 class PoolTap(Tap):
-    """The tap of an attention pool: its one query is no token, ``k``, ``v`` and ``x`` are the patches alone."""
+    """The tap of an attention pool: its one query is no token, ``k``, ``v`` and ``x`` are all tokens."""
 
     __slots__ = ()
 
 
-class AttentionPool(nn.Module):
-    """Patches → feature (Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, as in big_vision)."""
+class AttentionPool(WithMlp):
+    """Tokens → feature: a learned probe asks, and all tokens answer.
+
+    Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, as in big_vision.
+    """
 
     def __init__(self, config: VisionTransformerConfig) -> None:
-        super().__init__()
-        width, hidden = config.width, config.mlp_width or 4 * config.width
+        width = config.width
+        super().__init__(config, config.pool_mlp_width or config.mlp_width or 4 * width)
         self.probe = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.attn = Attention(width, config.heads)
+        self.attn = Attention(config, config.pool_heads or config.heads)
         self.ln = nn.LayerNorm(width, config.eps)
-        self.fc = nn.Linear(width, hidden)
-        self.proj = nn.Linear(hidden, width)
-        self.activation = config.activation
-        self.pointwise = POINTWISE
 
-    def forward(self, patches: Tensor, probe: Tensor, packing: Packing | None) -> tuple[Tensor, PoolTap]:
+    def forward(self, tokens: Tensor, packing: Packing | None, lost: Tensor | None) -> tuple[Tensor, PoolTap]:
         """Read the feature.
 
-        Where an image has no patch left, nothing answers: attention's output is then zero, and the feature the same
+        Where an image has no token left, nothing answers: attention's output is then zero, and the feature the same
         for all such images.
 
         Args:
-            patches: ``[N, L, D]`` after the last LayerNorm; with ``packing``, ``[M, D]``.
-            probe: ``[N, 1, D]``.
-            packing: As `without_probe` makes it.
+            tokens: ``[N, T, D]`` after the last LayerNorm; with ``packing``, ``[M, D]``.
+            packing: Where they belong.
+            lost: bool ``[N]``, images without a token, where there can be any.
 
         Returns:
             ``[N, D]``, and the tap.
         """
-        norm, _, activate = self.pointwise
-        x, tap = self.attn(patches, probe, packing)
-        if packing is not None:  # the probe's row is visible where there is no other
-            x = torch.where(packing.visible[:, :1, None], self.attn.out.bias.to(x.dtype), x)
-        normed = norm(x, self.ln.weight, self.ln.bias, self.ln.eps)
-        x = x + self.proj(activate(self.fc(normed), self.activation))
+        norm = self.pointwise[0]
+        n = tokens.shape[0] if packing is None else packing.rows.shape[0]
+        x, tap = self.attn(tokens, self.probe.to(tokens.dtype).expand(n, 1, -1), packing)
+        if lost is not None:
+            x = torch.where(lost[:, None, None], self.attn.out.bias.to(x.dtype), x)
+        x = x + self.mlp(norm(x, self.ln.weight, self.ln.bias, self.ln.eps))
         return x[:, 0], PoolTap(*tap)
 
 
-def without_probe(tokens: Tensor, packing: Packing | None) -> tuple[Tensor, Packing | None]:
-    """The tokens as the blocks shall see them.
+def mean_pool(tokens: Tensor, prefix: int, packing: Packing | None, lost: Tensor | None) -> Tensor:
+    """The mean of each image's patches, ``[N, D]``; of none, zero.
 
-    A dense batch loses the probe's rows. In a packed one they stay, hidden from the patches: nobody reads what becomes
-    of them, and moving all other rows would cost more. An image without a patch keeps its probe's row visible, since
-    attention to nothing at all is not a number in some kernels.
+    Args:
+        tokens: ``[N, T, D]``, patches behind ``prefix`` others; with ``packing``, ``[M, D]``.
+        prefix: Tokens that do not count.
+        packing: Where they belong.
+        lost: As `AttentionPool` takes it.
     """
     if packing is None:
-        return tokens[:, 1:], None
-    patches = packing.visible[:, 1:]
-    empty = ~patches.any(dim=1, keepdim=True)
-    return tokens, packing._replace(visible=torch.cat([empty, patches], dim=1))
+        return tokens[:, prefix:].sum(dim=1) / max(tokens.shape[1] - prefix, 1)
+    patches = packing.pad(tokens)[:, prefix:]
+    counted = packing.visible[:, prefix:] if lost is None else packing.visible & ~lost[:, None]
+    return torch.where(counted[..., None], patches, 0).sum(dim=1) / counted.sum(dim=1, keepdim=True).clamp(min=1)

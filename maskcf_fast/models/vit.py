@@ -18,9 +18,10 @@ from ..core.checks import check_tensor, value_checks
 from ..core.precision import compute_dtype
 from ..ops.drop import Packing
 from ..ops.patchify import patchify
-from .blocks import POINTWISE, Block, Tap, class_tokens
+from .blocks import POINTWISE, Attention, Block, Tap, WithMlp
 from .config import VisionTransformerConfig, preset
-from .pool import AttentionPool, without_probe
+from .pool import AttentionPool, mean_pool
+from .positions import Rotation, rotary_angles
 
 OVERSHOOT = 0.2  # beyond [0, 1], as bicubic resizing of floats leaves it; normalised images lie further out
 
@@ -42,7 +43,7 @@ recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's vision transformer, SigLIP's, or a plain one: image → feature, not L2-normalised.
+    """A vision transformer: image → feature, not L2-normalised.
 
     Args:
         config: A `VisionTransformerConfig` or the name of a preset ("ViT-B/32", "ViT-B/16", "ViT-L/14",
@@ -59,17 +60,17 @@ class VisionTransformer(nn.Module):
         patch_shape = (width, 3, config.patch_size, config.patch_size)
         self.patch_weight = nn.Parameter(torch.randn(patch_shape) * (3 * config.patch_size**2) ** -0.5)
         self.patch_bias = nn.Parameter(torch.zeros(width)) if config.patch_bias else None
-        pooled = config.pool == "attention"
-        self.class_embedding = None if pooled else nn.Parameter(torch.randn(width) * scale)
-        positions = config.num_patches + (not pooled)  # the pool's probe has none
-        self.position_embedding = nn.Parameter(torch.randn(positions, width) * scale)
+        self.class_embedding = nn.Parameter(torch.randn(width) * scale) if config.class_token else None
+        self.registers = nn.Parameter(torch.randn(config.registers, width) * scale) if config.registers else None
+        positions = 0 if config.positions == "none" else config.prefix_positions + config.num_patches
+        self.position_embedding = nn.Parameter(torch.randn(positions, width) * scale) if positions else None
         self.ln_pre = nn.LayerNorm(width, config.eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.ln_post = nn.LayerNorm(width, config.eps)
-        self.pool = AttentionPool(config) if pooled else None
-        self.projection = (
-            None if config.output_dim is None else nn.Parameter(torch.randn(width, config.output_dim) * scale)
-        )
+        self.pool = AttentionPool(config) if config.pool == "attention" else None
+        out = config.output_dim
+        self.projection = None if out is None else nn.Parameter(torch.randn(width, out) * scale)
+        self.projection_bias = nn.Parameter(torch.zeros(out)) if out and config.projection_bias else None
         self.recompute = False  # activation checkpointing: keep each block's input, recompute the rest
         self._init_blocks()
 
@@ -82,7 +83,8 @@ class VisionTransformer(nn.Module):
             nn.init.normal_(block.fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.proj.weight, std=(2 * depth * width) ** -0.5)
             for linear in (block.attn.qkv, block.attn.out, block.fc, block.proj):
-                nn.init.zeros_(linear.bias)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
 
     def embed(self, images: Tensor) -> Tensor:
         """Pixels to tokens, every patch alone: normalise, embed, add the position, first LayerNorm.
@@ -91,7 +93,7 @@ class VisionTransformer(nn.Module):
             images: uint8 ``[N, S, S, 3]`` or float ``[N, 3, S, S]`` in [0, 1], not normalised.
 
         Returns:
-            Tokens ``[N, 1 + L, width]``, class token first, or in its place the attention pool's probe.
+            Tokens ``[N, T, width]``: the class token and the registers, if there are any, then the patches.
 
         Raises:
             ValueError: ``S`` is not the model's ``image_size``, or values far outside [0, 1] (read on the CPU only, or
@@ -115,21 +117,38 @@ class VisionTransformer(nn.Module):
     def embed_rows(self, rows: Tensor) -> Tensor:
         """The rest of `embed`."""
         patches = F.linear(rows, self.patch_weight.flatten(1), self.patch_bias)
-        first = cast(Tensor, self.class_embedding) if self.pool is None else self.pool.probe
-        first = first.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        if self.pool is not None:
-            return torch.cat([first, self.ln_pre(patches + self.position_embedding).to(patches.dtype)], dim=1)
-        return self.ln_pre(torch.cat([first, patches], dim=1) + self.position_embedding).to(patches.dtype)
+        tokens, positions, first = patches, self.position_embedding, self.config.prefix_positions
+        if positions is not None:
+            tokens = tokens + positions[first:]
+        prefix = [] if self.class_embedding is None else [self.class_embedding[None]]
+        if positions is not None and first:
+            prefix = [prefix[0] + positions[:first]]
+        if self.registers is not None:
+            prefix.append(self.registers)
+        if prefix:
+            tokens = torch.cat([torch.cat(prefix).to(tokens.dtype).expand(rows.shape[0], -1, -1), tokens], dim=1)
+        return self.ln_pre(tokens).to(patches.dtype)
+
+    def angles(self) -> Tensor | None:
+        """By how much each token of a whole image is turned (`rotary_angles`); None without rotary positions."""
+        return rotary_angles(self.config, self.patch_weight.device)
 
     def encode(
-        self, tokens: Tensor, *, packing: Packing | None = None, record: bool = False
+        self,
+        tokens: Tensor,
+        *,
+        packing: Packing | None = None,
+        angles: Tensor | None = None,
+        record: bool = False,
     ) -> tuple[Tensor, list[Tap]]:
         """Tokens to the feature. Where it is the class token's, the last block computes that alone.
 
         Args:
-            tokens: ``[N, T, width]``, class token or probe first; any number of patches may have been left out. With
-                ``packing``, rows ``[M, width]``.
+            tokens: ``[N, T, width]``, those before the patches first; any number of patches may have been left out.
+                With ``packing``, rows ``[M, width]``.
             packing: Where the rows belong (`pack_tokens`).
+            angles: Of the tokens, where patches have been left out of a model with rotary positions: those of `angles`
+                that are left, in the shape of ``tokens`` but for the last dimension.
             record: Whether to return the taps, for tokens that are not packed.
 
         Returns:
@@ -139,25 +158,43 @@ class VisionTransformer(nn.Module):
         if record and torch.is_grad_enabled() and not tokens.requires_grad:
             tokens = tokens.detach().requires_grad_()  # frozen below: every layer's tap still has a gradient
         taps: list[Tap] = []
-        last = len(self.blocks) - 1
-        if self.pool is not None:  # the pool reads all patches
-            last = -1
-            probe = class_tokens(tokens, packing)
-            tokens, packing = without_probe(tokens, packing)
+        config, lost = self.config, None
+        if packing is not None and not config.prefix:
+            lost = ~packing.visible.any(dim=1)  # attention to nothing at all is not a number in some kernels
+            packing = packing._replace(visible=packing.visible | lost[:, None])
+        rotation = self._rotation(angles, packing)
+        last = len(self.blocks) - 1 if config.pool == "class" else -1  # else all tokens are read
         for layer, block in enumerate(self.blocks):
-            inputs = (tokens, layer == last, packing)
+            inputs = (tokens, layer == last, packing, rotation)
             keep_all = not (self.recompute and torch.is_grad_enabled())
             tokens, tap = block(*inputs) if keep_all else recomputed(block, *inputs)
             if record:
                 taps.append(tap)
             del tap  # else a layer's keys and values live on through the next
-        if self.pool is None:
+        if config.pool == "class":
             feature = self.ln_post(tokens[:, 0])
+        elif config.pool == "mean" and config.pool_norm:
+            feature = self.ln_post(mean_pool(tokens, config.prefix, packing, lost))
         else:
-            feature, pool_tap = self.pool(self.ln_post(tokens).to(tokens.dtype), probe, packing)
-            if record:
-                taps.append(pool_tap)
-        return feature if self.projection is None else feature @ self.projection, taps
+            tokens = self.ln_post(tokens).to(tokens.dtype)
+            if self.pool is None:
+                feature = mean_pool(tokens, config.prefix, packing, lost)
+            else:
+                feature, pool_tap = self.pool(tokens, packing, lost)
+                if record:
+                    taps.append(pool_tap)
+        if self.projection is not None:
+            feature = feature @ self.projection
+            feature = feature if self.projection_bias is None else feature + self.projection_bias
+        return feature, taps
+
+    def _rotation(self, angles: Tensor | None, packing: Packing | None) -> Rotation | None:
+        if self.config.rotary is None:
+            return None
+        angles = cast(Tensor, self.angles()) if angles is None else angles
+        angles = angles if packing is None else packing.pad(angles)
+        angles = angles if angles.ndim == 2 else angles[:, None]  # of all heads
+        return Rotation(angles.cos(), angles.sin(), self.config.rotary.halves)
 
     def compile_pointwise(self, enabled: bool = True) -> None:
         """Compile what lies between the matrix products into one kernel each (or undo it).
@@ -174,7 +211,7 @@ class VisionTransformer(nn.Module):
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         functions = [torch.compile(f, fullgraph=True) for f in POINTWISE] if enabled else POINTWISE
         for module in self.modules():
-            if isinstance(module, Block | AttentionPool):
+            if isinstance(module, Attention | WithMlp):
                 module.pointwise = tuple(functions)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.files import parse_json, read_json
 from ..core.tensors import LONGEST_HEADER, load_tensors
-from .config import VisionTransformerConfig
+from .config import Rotary, VisionTransformerConfig
 from .naming import NAMINGS, TIMM, State
 from .positions import resample_positions
 from .vit import VisionTransformer
@@ -174,6 +174,10 @@ def read_architecture(path: Path) -> VisionTransformerConfig | None:
     fields = parse_json(stored, f"the architecture in {path}")
     try:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        if values.get("pool") == "attention":  # of a version that knew none over a class token
+            values.setdefault("class_token", False)
+        if values.get("rotary") is not None:
+            values["rotary"] = Rotary(**values["rotary"])
         config = VisionTransformerConfig(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} names an architecture that this version does not know: {error}") from error
@@ -192,26 +196,26 @@ def check_holds(config: VisionTransformerConfig, numbers: int, source: str) -> N
 
 def _translate(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> State:
     """The vision tower in ``state``, in this package's names."""
-    found = [(naming, prefix) for naming in NAMINGS for prefix in naming.prefixes(state)]
+    found = {prefix: naming for naming in reversed(NAMINGS) for prefix in naming.prefixes(state)}
     if not found:
         raise UserError(
             "unknown weight layout: expected this package's, open_clip's, timm's, or Hugging Face's CLIP, SigLIP, ViT "
-            f"or DINOv2 names, got {', '.join(sorted(state)[:4]) or 'no tensors'}, …"
+            f"or DINO names, got {', '.join(sorted(state)[:4]) or 'no tensors'}, …"
         )
     if len(found) > 1:
         raise UserError(
-            f"the weights hold several vision towers, under {', '.join(repr(prefix) for _, prefix in found)}: keep the "
-            "tensors of one"
+            f"the weights hold several vision towers, under {', '.join(map(repr, sorted(found)))}: keep the tensors of "
+            "one"
         )
-    naming, prefix = found[0]
+    ((prefix, naming),) = found.items()
     tower = naming.tower(state, prefix)
     if naming is TIMM:
         tower = _without_head(tower, config)
     tower = naming.to_ours(tower)
-    positions, class_token = tower.get("position_embedding"), int(config.pool == "class")
-    if positions is not None and positions.is_floating_point() and len(positions) != class_token + config.num_patches:
+    positions, first = tower.get("position_embedding"), config.prefix_positions
+    if positions is not None and positions.is_floating_point() and len(positions) != first + config.num_patches:
         side = config.image_size // config.patch_size
-        tower["position_embedding"] = resample_positions(positions, class_token, side, naming.antialias)
+        tower["position_embedding"] = resample_positions(positions, first, side, naming.antialias)
     if config.output_dim is None and naming.library != "this package":
         tower.pop("projection", None)
     return tower
@@ -220,6 +224,8 @@ def _translate(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> 
 def _without_head(state: State, config: VisionTransformerConfig) -> State:
     """timm's ``head`` is CLIP's projection with a bias of zero, or else a classification head."""
     state = dict(state)
+    if config.projection_bias:
+        return state
     bias = state.pop("head.bias", None)
     if config.output_dim is None:
         state.pop("head.weight", None)

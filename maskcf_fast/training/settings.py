@@ -47,7 +47,7 @@ class ModelConfig:
     embeddings are resampled as the model's library does it."""
     name: str | None = None
     """In place of arch and weights, a model of another library with its own architecture and weights:
-    open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER (CLIP, SigLIP, ViT, DINOv2) or timm:MODEL.TAG. Weights that a run of
+    open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER (CLIP, SigLIP, ViT, DINO) or timm:MODEL.TAG. Weights that a run of
     such a model wrote may be given with it."""
     head_kind: Literal["cosine", "linear"] = "cosine"
     """cosine: on the feature's direction, as CLIP's zero-shot classifier; linear: on the feature itself, for models

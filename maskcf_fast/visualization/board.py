@@ -54,7 +54,7 @@ def rows_for_board(method: Method, images: Tensor, labels: Tensor, generator: to
     images, labels = images[:ROWS], labels[:ROWS]
     distiller = method if isinstance(method, CounterfactualDistiller) else None
     vit = method.student.backbone.config
-    label_map = LabelMap("relevance", "logit", 0, vit.depth) if distiller is None else distiller.map
+    label_map = LabelMap("relevance", "logit", 0, vit) if distiller is None else distiller.map
     source = distiller.teacher if distiller is not None and distiller.cam_source == "teacher" else method.student
     cam = explain_labels(cast(ImageClassifier, source), label_map, images, labels, method.precision)[0].cpu()
     images = images.cpu()

@@ -469,7 +469,7 @@ def test_rows_for_board(image_folders, name, columns):
     cells = [[rows[r * 132 + 4 : r * 132 + 132 : 4, c * 132 + 4 : c * 132 + 132 : 4] for c in range(columns)]
              for r in range(4)]  # fmt: skip
     assert torch.equal(torch.stack([row[0] for row in cells]), images)
-    cam, _ = explain_labels(student, LabelMap("relevance", "logit", 0, 4), images, labels)
+    cam, _ = explain_labels(student, LabelMap("relevance", "logit", 0, student.backbone.config), images, labels)
     assert np.array_equal(torch.stack([row[1] for row in cells]), heat_maps(images, cam))
     if columns == 3:
         draws = Draws.draw(4, 16, torch.Generator().manual_seed(5))

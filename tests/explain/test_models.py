@@ -49,7 +49,7 @@ def test_a_map_of_timms_siglip_and_of_the_same_weights_here():
     head.load_state_dict(theirs.head.state_dict())
     images, labels = zoo.inputs()
     feature, taps = backbone.encode(backbone.embed(images), record=True)
-    cam = LabelMap("relevance", "logit", 0, config.depth)(head(feature), labels, taps)
+    cam = LabelMap("relevance", "logit", 0, config)(head(feature), labels, taps)
     assert_same(cam, zoo.expected("timm-siglip-map", theirs, images, labels))
 
 

@@ -232,13 +232,13 @@ def test_activation_checkpointing():
     assert_close(cam, explain(Toy(), IMAGES, LABELS))
 
 
-@pytest.mark.parametrize("pool", ["class", "attention"])
+@pytest.mark.parametrize("pool", ["class", "mean", "attention"])
 def test_own_model(pool):
     model = mf.ImageClassifier(mf.VisionTransformer(preset("tiny", pool=pool)), mf.CosineClassifier(64, 3))
     images = torch.rand(2, 3, 32, 32)
     labels = torch.tensor([2, 0])
     feature, taps = model.backbone.encode(model.backbone.embed(images), record=True)
-    own = LabelMap("relevance", "logit", 0, model.backbone.config.depth)
+    own = LabelMap("relevance", "logit", 0, model.backbone.config)
     assert_close(explain(model, images, labels), own(model.head(feature), labels, taps))
 
 

@@ -20,16 +20,30 @@ from maskcf_fast.methods import (
 from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.methods.losses import task_loss
 from maskcf_fast.methods.paper_order import paper_cam
-from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
+from maskcf_fast.models import CosineClassifier, ImageClassifier, Rotary, VisionTransformer, VisionTransformerConfig
 
+PLAIN = VisionTransformerConfig(32, 4, 64, 3, 4, None, "gelu", pre_norm=False, patch_bias=True)
 SIZES = {
     "8×8 patches": VisionTransformerConfig(32, 4, 64, 4, 4, 48),
     "7×7 patches": VisionTransformerConfig(56, 8, 96, 3, 6, None, "gelu"),
     "one block": VisionTransformerConfig(24, 8, 32, 1, 2, 32),
-    "attention pool": VisionTransformerConfig(
-        32, 4, 64, 3, 4, None, "gelu_tanh", pre_norm=False, patch_bias=True, mlp_width=100, eps=1e-6, pool="attention"
+    "attention pool": replace(
+        PLAIN, activation="gelu_tanh", mlp_width=100, eps=1e-6, pool="attention", class_token=False
     ),
-}
+    "attention pool over a class token, rotary positions": replace(
+        PLAIN, rotary=Rotary(offset=1, columns_first=True), pool="attention", pool_heads=2, pool_mlp_width=60
+    ),
+    "registers, rotary positions alone, gates": replace(
+        PLAIN, registers=3, positions="none", rotary=Rotary(100, "centred", halves=True), gated_mlp=True,
+        activation="silu", layer_scale=True, qkv_bias="qv",
+    ),
+    "norms within, a projection's bias": replace(
+        PLAIN, rotary=Rotary(grid=16), qk_norm=True, attention_norm=True, mlp_norm=True, output_dim=48,
+        projection_bias=True,
+    ),
+    "mean": replace(PLAIN, pool="mean", class_token=False, qkv_bias="none"),
+    "norm of a mean, registers": replace(PLAIN, registers=2, positions="patches", pool="mean", pool_norm=True),
+}  # fmt: skip
 
 
 def make(config, seed=0, batch=6, classes=10):
@@ -256,7 +270,7 @@ def test_bfloat16_is_close_and_keeps_float32_where_it_matters(size):
 @pytest.mark.parametrize("kind", ["relevance", "gradcam"])
 def test_maps_and_losses_are_float32_under_autocast(kind):
     student, _, images, _ = make(SIZES["8×8 patches"])
-    label_map = LabelMap(kind, "logit", 0, 4)
+    label_map = LabelMap(kind, "logit", 0, SIZES["8×8 patches"])
     with torch.autocast("cpu", torch.bfloat16):
         _, taps = student.backbone.encode(student.backbone.embed(images), record=True)
         grads = [torch.randn_like(x) for x in label_map.read(taps)]
@@ -315,7 +329,7 @@ def test_start_layer_is_passed_on(size):
     method = CounterfactualDistiller(student, teacher, "object-single", start_layer=-1)
     feature, taps = student.backbone.encode(student.backbone.embed(images), record=True)
     last = taps[student.backbone.config.depth - 1 :]  # and the pool
-    expected = LabelMap("relevance", "logit", 0, 1)(student.head(feature), labels, last)
+    expected = LabelMap("relevance", "logit", 0, SIZES[size])(student.head(feature), labels, last)
     assert torch.equal(method(images, labels).cam, expected)
     with pytest.raises(ValueError, match=r"start_layer must lie in \[-[34], [23]\], got 4"):
         CounterfactualDistiller(student, teacher, "object-single", start_layer=4)
@@ -328,7 +342,7 @@ def test_the_map_costs_no_weight_gradient():
         feature, taps = student.backbone.encode(student.backbone.embed(images), record=True)
         logits = student.head(feature)
     with FlopCounterMode(display=False) as backward:
-        LabelMap("relevance", "logit", 0, 4)(logits, labels, taps)
+        LabelMap("relevance", "logit", 0, SIZES["8×8 patches"])(logits, labels, taps)
 
     def linear_flops(counter):
         names = (torch.ops.aten.mm, torch.ops.aten.addmm)

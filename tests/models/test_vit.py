@@ -3,11 +3,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from maskcf_fast.methods.fills import FILLS
 from maskcf_fast.methods.paper_order import plain_forward
-from maskcf_fast.models import CosineClassifier, ImageClassifier, PoolTap, Tap, VisionTransformer, preset
-from maskcf_fast.ops import pack_tokens
+from maskcf_fast.models import CosineClassifier, ImageClassifier, PoolTap, Rotary, Tap, VisionTransformer, preset
+from maskcf_fast.ops import pack_tokens, refill_patches
 
-POOLED = replace(preset("tiny"), pool="attention", pre_norm=False, patch_bias=True, activation="gelu_tanh")
+POOLED = replace(
+    preset("tiny"), pool="attention", class_token=False, pre_norm=False, patch_bias=True, activation="gelu_tanh"
+)
 
 
 def test_class_token_only_last_block_and_taps():
@@ -28,8 +31,7 @@ def test_attention_pool_and_taps():
     model = VisionTransformer(POOLED)
     images = torch.rand(3, 3, 32, 32)
     tokens = model.embed(images)
-    assert tokens.shape == (3, 17, 96)
-    assert torch.equal(tokens[:, 0], model.pool.probe.expand(3, -1))
+    assert tokens.shape == (3, 16, 96)
     feature, taps = model.encode(tokens, record=True)
     expected, maps = plain_forward(model, images)
     torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-6)
@@ -47,35 +49,67 @@ def test_an_attention_pool_without_patches():
     torch.nn.init.normal_(model.pool.attn.out.bias)
     tokens = model.embed(torch.rand(3, 3, 32, 32))
     pool = model.pool
+    torch.nn.init.normal_(pool.probe)
     x = pool.attn.out.bias
     expected = x + pool.proj(torch.nn.functional.gelu(pool.fc(pool.ln(x)), approximate="tanh"))
-    rows, packing = pack_tokens(tokens, torch.ones(3, 16, dtype=torch.bool))
     left = {"attn.out.bias", "ln.weight", "ln.bias", "fc.weight", "fc.bias", "proj.weight", "proj.bias"}
-    for feature in (model.encode(tokens[:, :1])[0], model.encode(rows, packing=packing)[0]):
-        torch.testing.assert_close(feature, expected.expand(3, -1))
+    rows, packing = pack_tokens(tokens, torch.tensor([[True], [False], [True]]).expand(3, 16), prefix=0)
+    everything = torch.ones(3, 16, dtype=torch.bool)
+    for feature in (
+        model.encode(tokens[:, :0])[0],
+        model.encode(rows, packing=packing)[0][[0, 2]],  # beside an image that has patches
+        FILLS["none"].encode(model, tokens, everything, None, None),
+    ):
+        torch.testing.assert_close(feature, expected.expand(len(feature), -1))
         model.zero_grad()
         feature.square().sum().backward(retain_graph=True)
         moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert moved == {f"pool.{name}" for name in left}
 
 
+TURNED = {"rotary": Rotary(), "registers": 2}
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("pool", ["class", "attention"])
-def test_packed_images_are_those_encoded_one_by_one(recompute, pool):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, TURNED, {"pool": "attention"}, {"pool": "attention", "class_token": False},
+        {"pool": "mean", "class_token": False, "rotary": Rotary(offset=1)}, {"pool": "mean", **TURNED},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_packed_images_are_those_encoded_one_by_one(recompute, options):
     torch.manual_seed(0)
-    model = VisionTransformer(replace(preset("tiny"), layer_scale=True, pool=pool))
+    model = VisionTransformer(preset("tiny", layer_scale=True, **options))
     model.recompute = recompute
-    tokens = model.embed(torch.rand(4, 3, 32, 32)).detach().requires_grad_()
+    tokens, prefix = model.embed(torch.rand(4, 3, 32, 32)).detach().requires_grad_(), model.config.prefix
+    angles = model.angles()
     mask = torch.arange(16) >= torch.tensor([3, 16, 0, 9])[:, None]  # one whole, one without a patch
-    rows, packing = pack_tokens(tokens, mask)
-    feature = model.encode(rows, packing=packing)[0]
-    alone = torch.cat([model.encode(t[None, : 17 - int(m.sum())])[0] for t, m in zip(tokens, mask, strict=True)])
-    torch.testing.assert_close(feature, alone, rtol=1e-5, atol=1e-6)
+    rows, packing = pack_tokens(tokens, mask, prefix=prefix)
+    turns = None if angles is None else pack_tokens(angles.expand(4, -1, -1), mask, prefix=prefix)[0]
+    feature = model.encode(rows, packing=packing, angles=turns)[0]
+    kept = [prefix + 16 - int(m.sum()) for m in mask]
+    alone = [
+        model.encode(t[None, :k], angles=None if angles is None else angles[:k])[0]
+        for t, k in zip(tokens, kept, strict=True)
+    ]
+    torch.testing.assert_close(feature, alone := torch.cat(alone), rtol=1e-5, atol=1e-6)
     inside = [p for name, p in model.named_parameters() if name.startswith(("blocks.", "pool.attn.", "pool.fc."))]
     inputs = [tokens, *inside]
     grads, wanted = (torch.autograd.grad(f.square().sum(), inputs, retain_graph=True) for f in (feature, alone))
     for grad, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_refilled_patch_keeps_its_place():
+    """Rotary positions follow from where a patch lies: refilled tokens are the refilled image's, and a shift is not."""
+    torch.manual_seed(0)
+    model, images = VisionTransformer(preset("tiny", positions="none", **TURNED)), torch.rand(2, 3, 32, 32)
+    mask, donors = torch.rand(2, 16) < 0.5, torch.tensor([1, 0])
+    pixels = model(refill_patches(images, mask, donors))
+    torch.testing.assert_close(FILLS["single"].encode(model, model.embed(images), mask, donors, None), pixels)
+    assert not torch.allclose(model(images.roll(8, 3)), model(images), atol=1e-3)
 
 
 def test_uint8_and_float_pixels_agree():
@@ -137,9 +171,11 @@ def test_bad_arguments():
         preset("tiny", width=97)
     with pytest.raises(ValueError, match="mlp_width must be at least 1, got 0"):
         preset("tiny", mlp_width=0)
-    with pytest.raises(ValueError, match="pool must be 'class' or 'attention', got 'map'"):
+    with pytest.raises(ValueError, match="pool must be 'class' or 'mean' or 'attention', got 'map'"):
         preset("tiny", pool="map")
-    with pytest.raises(ValueError, match="activation must be 'quick_gelu' or 'gelu' or 'gelu_tanh', got 'relu'"):
+    with pytest.raises(
+        ValueError, match="activation must be 'quick_gelu' or 'gelu' or 'gelu_tanh' or 'silu', got 'relu'"
+    ):
         preset("tiny", activation="relu")
     with pytest.raises(ValueError, match="eps must be positive, got 0"):
         preset("tiny", eps=0.0)

@@ -12,7 +12,18 @@ from safetensors.torch import save_file
 
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.models import VisionTransformer, load_backbone, preset
-from maskcf_fast.models.naming import HF_CLIP, HF_DINOV2, HF_SIGLIP, HF_VIT, OPEN_CLIP, TIMM
+from maskcf_fast.models.naming import (
+    HF_CLIP,
+    HF_DINOV2,
+    HF_DINOV2_REGISTERS,
+    HF_DINOV3,
+    HF_SIGLIP,
+    HF_VIT,
+    OPEN_CLIP,
+    TIMM,
+    gated,
+    timm_naming,
+)
 from maskcf_fast.models.weights import read_architecture, read_state
 
 
@@ -56,6 +67,10 @@ def test_refusals(tmp_path):
         load_backbone(model, tmp_path / "cut.safetensors")
 
 
+NO_CLASS = {"class_token": False}
+DINO = {"output_dim": None, "pre_norm": False, "patch_bias": True, "layer_scale": True}
+
+
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
@@ -63,9 +78,29 @@ def test_refusals(tmp_path):
         (HF_CLIP, {}),
         (HF_VIT, {"output_dim": None, "pre_norm": False, "patch_bias": True}),
         (HF_DINOV2, {"output_dim": None, "pre_norm": False, "patch_bias": True, "layer_scale": True}),
-        (HF_SIGLIP, {"output_dim": None, "pre_norm": False, "patch_bias": True, "pool": "attention"}),
+        (HF_SIGLIP, {"output_dim": None, "pre_norm": False, "patch_bias": True, "pool": "attention", **NO_CLASS}),
         (TIMM, {"layer_scale": True, "patch_bias": True}),
-        (TIMM, {"output_dim": None, "pre_norm": False, "patch_bias": True, "pool": "attention"}),
+        (TIMM, {"output_dim": None, "pre_norm": False, "patch_bias": True, "pool": "attention", **NO_CLASS}),
+        (TIMM, {"registers": 3, "qk_norm": True, "projection_bias": True, "patch_bias": True}),
+        (
+            timm_naming(preset("tiny", qkv_bias="qv", mlp_norm=True, gated_mlp=True), eva=True),
+            {
+                "qkv_bias": "qv",
+                "gated_mlp": True,
+                "mlp_norm": True,
+                "attention_norm": True,
+                "layer_scale": True,
+                "patch_bias": True,
+            },
+        ),
+        (
+            timm_naming(preset("tiny", pool="mean", pool_norm=True), eva=True),
+            {"pool": "mean", "pool_norm": True, "qkv_bias": "none", "gated_mlp": True, "patch_bias": True},
+        ),
+        (HF_DINOV2_REGISTERS, {**DINO, "registers": 3}),
+        (gated(HF_DINOV2), {**DINO, "gated_mlp": True}),
+        (HF_DINOV3, {**DINO, "positions": "none", "registers": 2, "qkv_bias": "qv"}),
+        (gated(HF_DINOV3), {**DINO, "positions": "none", "registers": 2, "qkv_bias": "none", "gated_mlp": True}),
     ],
     ids=lambda value: getattr(value, "library", ""),
 )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from maskcf_fast.export import main
-from maskcf_fast.models import HEADS, ImageClassifier, VisionTransformer, VisionTransformerConfig, load_source
+from maskcf_fast.models import HEADS, ImageClassifier, Rotary, VisionTransformer, VisionTransformerConfig, load_source
 from maskcf_fast.training.build import build_model
 from maskcf_fast.training.export import export_model
 from maskcf_fast.training.settings import ModelConfig
@@ -20,7 +20,8 @@ CLASSES = ["ant", "bee", "cat"]
 CLIP = VisionTransformerConfig(32, 8, 128, 3, 4, 48, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 VIT = replace(CLIP, output_dim=None, pre_norm=False, patch_bias=True, activation="gelu", eps=1e-6)
 DINOV2 = replace(VIT, layer_scale=True)
-SIGLIP = replace(VIT, pool="attention", activation="gelu_tanh", mlp_width=200)
+DINOV3 = replace(DINOV2, registers=2, positions="none", rotary=Rotary(100.0, "centred", halves=True), gated_mlp=True)
+SIGLIP = replace(VIT, pool="attention", class_token=False, activation="gelu_tanh", mlp_width=200)
 
 
 def classifier(config, kind):
@@ -201,7 +202,7 @@ def testknown_name(tmp_path, monkeypatch):
         export_model(classifier(replace(config, activation="gelu"), "cosine"), CLASSES, "open_clip", tmp_path / "no")
 
 
-@pytest.mark.parametrize(("config", "kind"), [(CLIP, "cosine"), (DINOV2, "linear"), (SIGLIP, "cosine")])
+@pytest.mark.parametrize(("config", "kind"), [(CLIP, "cosine"), (DINOV3, "linear"), (SIGLIP, "cosine")])
 def test_onnx(tmp_path, config, kind):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -220,8 +221,8 @@ def test_onnx(tmp_path, config, kind):
 @pytest.mark.parametrize(
     ("to", "config", "message"),
     [
-        ("hf", replace(CLIP, layer_scale=True), "Hugging Face has no CLIP, ViT or DINOv2 with.*layer_scale=True"),
-        ("open_clip", VIT, "open_clip has no vision transformer with.*patch_bias=True"),
+        ("hf", replace(CLIP, layer_scale=True), "Hugging Face has no CLIP, ViT or DINO with.*layer_scale=True"),
+        ("open_clip", VIT, "open_clip has no vision transformer with"),
         ("timm", replace(VIT, eps=1e-12), "timm has no ViT with.*eps=1e-12"),
         ("timm", replace(SIGLIP, eps=1e-5), "timm has no SigLIP with.*eps=1e-05"),
         ("hf", replace(SIGLIP, output_dim=64), "Hugging Face has no SigLIP with.*output_dim=64"),

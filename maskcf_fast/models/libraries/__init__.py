@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from ...core.files import read_json
 from ..config import VisionTransformerConfig
 
 PT = {"format": "pt"}  # Hugging Face refuses safetensors files that do not say so
+# What every library takes as a number.
+FREE = ("image_size", "patch_size", "width", "depth", "heads", "activation", "mean", "std", "mlp_width", "eps")
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,18 @@ def check_sizes(settings: Any, source: str, key: str = "") -> None:
             raise UserError(f"{source} says {key}={settings}, of at most {most}: no such model can be built")
 
 
+ANY = object()  # a trait in which models of a family differ
+PLAIN: dict[str, Any] = {  # of a ViT as it first was
+    **{field.name: field.default for field in fields(VisionTransformerConfig) if field.name not in FREE},
+    "output_dim": None,
+    "pre_norm": False,
+    "patch_bias": True,
+}
+
+
 def fits(config: VisionTransformerConfig, traits: Mapping[str, object]) -> bool:
     """Whether a model has all of ``traits``."""
-    return all(getattr(config, name) == value for name, value in traits.items())
+    return all(value is ANY or getattr(config, name) == value for name, value in traits.items())
 
 
 def unsupported(reason: str) -> UserError:
@@ -131,10 +142,8 @@ def unsupported(reason: str) -> UserError:
 
 def no_place(library: str, kinds: str, config: VisionTransformerConfig) -> UserError:
     """The error for a model that a library has no class for."""
-    traits = ", ".join(
-        f"{name}={getattr(config, name)}"
-        for name in ("pool", "activation", "pre_norm", "patch_bias", "layer_scale", "output_dim", "eps", "mlp_width")
-    )
+    usual = {**PLAIN, "activation": None, "eps": None, "mlp_width": None}
+    traits = ", ".join(f"{name}={getattr(config, name)}" for name in usual if getattr(config, name) != usual[name])
     return UserError(f"{library} has no {kinds} with {traits}: choose another --to")
 
 

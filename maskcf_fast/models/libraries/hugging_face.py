@@ -1,4 +1,4 @@
-"""Hugging Face's vision transformers: CLIP, SigLIP, ViT and DINOv2."""
+"""Hugging Face's vision transformers: CLIP, SigLIP, ViT, I-JEPA, DINOv2 and DINOv3."""
 
 from __future__ import annotations
 
@@ -14,11 +14,34 @@ from torch import Tensor
 from ...core.errors import UserError
 from ...core.files import read_json
 from ...core.tensors import save_tensors
-from ..config import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Activation, VisionTransformerConfig
+from ..config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Activation,
+    QkvBias,
+    Rotary,
+    VisionTransformerConfig,
+)
 from ..head import ImageClassifier, LinearClassifier
-from ..naming import HF_CLIP, HF_DINOV2, HF_SIGLIP, HF_VIT, Naming, State
+from ..naming import (
+    HF_CLIP,
+    HF_DINOV2,
+    HF_DINOV2_REGISTERS,
+    HF_DINOV3,
+    HF_SIGLIP,
+    HF_VIT,
+    Naming,
+    State,
+    class_position,
+    gated,
+)
 from ..weights import read_state
 from . import (
+    ANY,
+    PLAIN,
     PT,
     Classifier,
     TextTower,
@@ -35,9 +58,12 @@ from . import (
     zero_shot,
 )
 
-ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS: dict[str, Activation] = {
+    "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu",
+}  # fmt: skip
 SETTINGS = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
             "eps": "layer_norm_eps"}  # fmt: skip
+WITH_TEXT = ("clip", "metaclip_2", "siglip")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -48,7 +74,7 @@ class Family:
     Attributes:
         naming: Names and shapes of its tensors.
         settings: Class of its configuration.
-        traits: What is the same in all its models, by the names of `VisionTransformerConfig`.
+        traits: What is the same in all its models, by the names of `VisionTransformerConfig`; ``ANY`` is not.
         normalisation: Mean and standard deviation where there is no preprocessor's file.
     """
 
@@ -58,20 +84,29 @@ class Family:
     normalisation: tuple[tuple[float, float, float], tuple[float, float, float]] = (HALF, HALF)
 
 
-PLAIN = {"pre_norm": False, "patch_bias": True, "layer_scale": False, "pool": "class"}
+CLIP_TRAITS = {**PLAIN, "pre_norm": True, "patch_bias": False, "output_dim": ANY}
+DINO_TRAITS = {**PLAIN, "layer_scale": True, "gated_mlp": ANY}
+DINOV3_TRAITS = {**DINO_TRAITS, "registers": ANY, "positions": "none", "rotary": ANY, "qkv_bias": ANY}
+CLIP_PIXELS, IMAGENET_PIXELS = (CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD)
+# Written is the first that fits.
 FAMILIES = {
-    "clip": Family(
-        HF_CLIP, "CLIPVisionConfig", {**PLAIN, "pre_norm": True, "patch_bias": False}, (CLIP_MEAN, CLIP_STD)
-    ),
-    "siglip": Family(HF_SIGLIP, "SiglipVisionConfig", {**PLAIN, "pool": "attention"}),
+    "clip": Family(HF_CLIP, "CLIPVisionConfig", CLIP_TRAITS, CLIP_PIXELS),
+    "metaclip_2": Family(HF_CLIP, "MetaClip2VisionConfig", CLIP_TRAITS, CLIP_PIXELS),
+    "siglip": Family(HF_SIGLIP, "SiglipVisionConfig", {**PLAIN, "pool": "attention", "class_token": False}),
     "vit": Family(HF_VIT, "ViTConfig", PLAIN),
-    "dinov2": Family(HF_DINOV2, "Dinov2Config", {**PLAIN, "layer_scale": True}, (IMAGENET_MEAN, IMAGENET_STD)),
+    "vit_mae": Family(HF_VIT, "ViTMAEConfig", PLAIN, IMAGENET_PIXELS),
+    "ijepa": Family(HF_VIT, "IJepaConfig", {**PLAIN, "pool": "mean", "class_token": False}, IMAGENET_PIXELS),
+    "dinov2": Family(HF_DINOV2, "Dinov2Config", DINO_TRAITS, IMAGENET_PIXELS),
+    "dinov2_with_registers": Family(
+        HF_DINOV2_REGISTERS, "Dinov2WithRegistersConfig", {**DINO_TRAITS, "registers": ANY}, IMAGENET_PIXELS
+    ),
+    "dinov3_vit": Family(HF_DINOV3, "DINOv3ViTConfig", DINOV3_TRAITS, IMAGENET_PIXELS),
 }
 REASONS = {
     "siglip2": "its images are of any shape (NaFlex); SigLIP 2 of a fixed resolution is supported",
-    "dinov2_with_registers": "it has register tokens",
-    "dinov3_vit": "it has register tokens and rotary positions",
+    "timm_wrapper": "it is a model of timm: take timm:hf-hub:ID or timm:local-dir:FOLDER",
 }
+QKV_BIAS: dict[tuple[bool, bool, bool], QkvBias] = {(True,) * 3: "qkv", (True, False, True): "qv", (False,) * 3: "none"}
 
 
 def tower(name: str) -> tuple[VisionTransformerConfig, State]:
@@ -93,30 +128,42 @@ def vision_config(settings: Any, state: State, pixels: dict[str, Any]) -> Vision
     """The architecture that a configuration, its weights and its preprocessor's settings describe."""
     kind = settings.model_type.removesuffix("_vision_model")
     if kind not in FAMILIES:
-        raise unsupported(REASONS.get(kind, f"{kind} is neither CLIP, SigLIP, ViT nor DINOv2"))
+        raise unsupported(REASONS.get(kind, f"{kind} is none of {', '.join(FAMILIES)}"))
     family, vision = FAMILIES[kind], getattr(settings, "vision_config", settings)
     if vision.hidden_act not in ACTIVATIONS:
         raise unsupported(f"its activation is {vision.hidden_act}")
-    if getattr(vision, "use_swiglu_ffn", False):
-        raise unsupported("its MLPs are SwiGLU")
-    if not getattr(vision, "qkv_bias", True):
-        raise unsupported("its attention has no bias")
+    biases = tuple(
+        getattr(vision, f"{name}_bias", getattr(vision, "qkv_bias", True)) for name in ("query", "key", "value")
+    )
+    if biases not in QKV_BIAS or not (getattr(vision, "proj_bias", True) and getattr(vision, "mlp_bias", True)):
+        raise unsupported("only some of its layers have a bias")
     if not getattr(vision, "vision_use_head", True):
         raise unsupported("its attention pool is left out (vision_use_head)")
     ratio = getattr(vision, "mlp_ratio", None)
     hidden = vision.intermediate_size if ratio is None else int(vision.hidden_size * ratio)
+    swiglu = getattr(vision, "use_swiglu_ffn", False)
+    if swiglu:  # two thirds of it, in whole eights
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    theta = getattr(vision, "rope_theta", None)
     patch_size = square(vision.patch_size)
     projection = state.get("visual_projection.weight")
+    own: dict[str, Any] = {ours: getattr(vision, theirs) for ours, theirs in SETTINGS.items()}
+    own |= {name: value for name, value in family.traits.items() if value is not ANY}
     return VisionTransformerConfig(
-        **{ours: getattr(vision, theirs) for ours, theirs in SETTINGS.items()},
-        **family.traits,
-        image_size=whole_patches(square(vision.image_size), patch_size),
-        patch_size=patch_size,
-        output_dim=None if projection is None else projection.shape[0],
-        activation=ACTIVATIONS[vision.hidden_act],
-        mean=three(pixels.get("image_mean") or family.normalisation[0]),
-        std=three(pixels.get("image_std") or family.normalisation[1]),
-        mlp_width=unusual(hidden, vision.hidden_size),
+        **own
+        | {
+            "image_size": whole_patches(square(vision.image_size), patch_size),
+            "patch_size": patch_size,
+            "output_dim": None if projection is None else projection.shape[0],
+            "activation": "silu" if swiglu else ACTIVATIONS[vision.hidden_act],
+            "mean": three(pixels.get("image_mean") or family.normalisation[0]),
+            "std": three(pixels.get("image_std") or family.normalisation[1]),
+            "mlp_width": unusual(hidden, vision.hidden_size),
+            "registers": getattr(vision, "num_register_tokens", 0),
+            "rotary": None if theta is None else Rotary(theta, "centred", halves=True),
+            "qkv_bias": QKV_BIAS[biases],
+            "gated_mlp": swiglu or getattr(vision, "use_gated_mlp", False),
+        }
     )
 
 
@@ -125,10 +172,10 @@ def text_tower(name: str, device: str) -> TextTower:
     from transformers import AutoModel
 
     settings = _settings(name)
-    if settings.model_type not in ("clip", "siglip"):
+    if settings.model_type not in WITH_TEXT:
         raise UserError(
-            f"hf:{name} is of the kind {settings.model_type}, which has no text tower (clip and siglip have): train "
-            "with --model.head-kind linear"
+            f"hf:{name} is of the kind {settings.model_type}, which has no text tower ({', '.join(WITH_TEXT)} have): "
+            "train with --model.head-kind linear"
         )
     with loading(f"hf:{name}"):
         model = AutoModel.from_pretrained(name, trust_remote_code=False, dtype=torch.float32).to(device).eval()
@@ -229,13 +276,15 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
         ImportError: transformers is not installed.
         ValueError: It has no such architecture.
     """
-    config = model.backbone.config
-    kind, prefix, family, settings = _kind(config, isinstance(model.head, LinearClassifier))
-    state = family.naming.to_theirs(model.backbone.state_dict())
+    config, state = class_position(model.backbone.config, model.backbone.state_dict())
+    kind, prefix, naming, settings = _kind(config, isinstance(model.head, LinearClassifier))
+    state = naming.to_theirs(state)
     state = {name if name.startswith("visual_projection.") else prefix + name: t for name, t in state.items()}
-    if kind.startswith("Dinov2"):
+    if kind.startswith("DINOv3"):
+        state["embeddings.mask_token"] = torch.zeros(1, 1, config.width)
+    elif kind.startswith("Dinov2"):
         state["embeddings.mask_token"] = torch.zeros(1, config.width)
-    inside = kind == "ViTForImageClassification"
+    inside = kind.endswith("ForImageClassification")
     if inside:
         state |= {f"classifier.{name}": tensor for name, tensor in model.head.state_dict().items()}
         settings.id2label = dict(enumerate(classes))
@@ -262,29 +311,47 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
     return f'transformers.{kind}.from_pretrained("{{out}}")', inside
 
 
-def _kind(config: VisionTransformerConfig, linear: bool) -> tuple[str, str, Family, Any]:
-    """The model's class, the prefix of its names, its family, and its configuration."""
+def _kind(config: VisionTransformerConfig, linear: bool) -> tuple[str, str, Naming, Any]:
+    """The model's class, the prefix of its names, its names, and its configuration."""
     import transformers
 
     name = next((name for name, family in FAMILIES.items() if fits(config, family.traits)), None)
     hidden = config.mlp_width or 4 * config.width
-    whole = hidden % config.width == 0
-    if name is None or (config.output_dim and name != "clip") or (name == "dinov2" and not whole):
-        kinds = "SigLIP" if config.pool == "attention" else "CLIP, ViT or DINOv2"
-        raise no_place("Hugging Face", kinds, config)
-    family = FAMILIES[name]
-    settings = {
+    settings: dict[str, Any] = {
         **{theirs: getattr(config, ours) for ours, theirs in SETTINGS.items()},
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
-        **({"mlp_ratio": hidden // config.width} if name == "dinov2" else {"intermediate_size": hidden}),
-        **({"projection_dim": config.output_dim or 512} if name == "clip" else {}),
+        "intermediate_size": hidden,
     }
+    writable = True
+    if name == "clip":
+        settings["projection_dim"] = config.output_dim or 512
+    elif name in ("dinov2", "dinov2_with_registers"):
+        del settings["intermediate_size"]
+        settings |= {"mlp_ratio": hidden // config.width, "use_swiglu_ffn": config.gated_mlp}
+        writable = hidden % config.width == 0
+        if config.gated_mlp:
+            settings["mlp_ratio"] = ratio = round(1.5 * hidden / config.width)
+            writable = config.activation == "silu" and (int(config.width * ratio * 2 / 3) + 7) // 8 * 8 == hidden
+    elif name == "dinov3_vit":
+        rotary, biases = config.rotary, next(biases for biases, kind in QKV_BIAS.items() if kind == config.qkv_bias)
+        writable = rotary == Rotary(rotary.theta if rotary else 1.0, "centred", halves=True)
+        settings |= {f"{layer}_bias": bias for layer, bias in zip(("query", "key", "value"), biases, strict=True)}
+        settings |= {"use_gated_mlp": config.gated_mlp, "rope_theta": rotary.theta if rotary else 0}
+    if config.registers or name == "dinov3_vit":
+        settings["num_register_tokens"] = config.registers
+    if name is None or not writable:
+        raise no_place("Hugging Face", "SigLIP" if config.pool == "attention" else "CLIP, ViT or DINO", config)
+    family = FAMILIES[name]
     kind, prefix = {
         "clip": ("CLIPVisionModelWithProjection" if config.output_dim else "CLIPVisionModel", "vision_model."),
         "siglip": ("SiglipVisionModel", "vision_model."),
         "vit": ("ViTForImageClassification", "vit.") if linear else ("ViTModel", ""),
+        "ijepa": ("IJepaForImageClassification", "ijepa.") if linear else ("IJepaModel", ""),
         "dinov2": ("Dinov2Model", ""),
+        "dinov2_with_registers": ("Dinov2WithRegistersModel", ""),
+        "dinov3_vit": ("DINOv3ViTModel", ""),
     }[name]
-    return kind, prefix, family, getattr(transformers, family.settings)(**settings)
+    naming = gated(family.naming) if config.gated_mlp else family.naming
+    return kind, prefix, naming, getattr(transformers, family.settings)(**settings)

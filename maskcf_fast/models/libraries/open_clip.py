@@ -16,12 +16,15 @@ from ...core.names import did_you_mean
 from ...core.tensors import save_tensors
 from ..config import CLIP_MEAN, CLIP_STD, VisionTransformerConfig
 from ..head import ImageClassifier
-from ..naming import OPEN_CLIP, TIMM, State
+from ..naming import OPEN_CLIP, State, timm_naming
 from . import (
+    ANY,
+    PLAIN,
     PT,
     Classifier,
     TextTower,
     check_settings,
+    fits,
     is_exactly,
     loading,
     no_place,
@@ -153,16 +156,16 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
     """Write the ``visual`` part of a model; arguments, result and errors as for Hugging Face."""
     config = model.backbone.config
     state = model.backbone.state_dict()
-    if config.pool == "attention":  # a timm model within an open_clip one, whose names alone choose the architecture
-        name = known_name(config)
-        if name is None:
-            raise no_place("open_clip", "SigLIP", config)
-        state = {f"trunk.{name}": tensor for name, tensor in TIMM.to_theirs(state).items()}
-    elif config.output_dim is None or config.patch_bias or config.eps != 1e-5:
-        raise no_place("open_clip", "vision transformer", config)
-    else:
-        name = known_name(config)
+    name = known_name(config)
+    if _own(config):
         state = OPEN_CLIP.to_theirs(state)
+    elif name is None:
+        raise no_place("open_clip", "SigLIP" if config.pool == "attention" else "vision transformer", config)
+    else:  # a timm model within an open_clip one, whose names alone choose the architecture
+        naming = timm_naming(config, timm_library.is_eva(config))
+        state = {f"trunk.{name}": tensor for name, tensor in naming.to_theirs(state).items()}
+        if config.output_dim and not config.projection_bias:
+            state["trunk.head.bias"] = torch.zeros(config.output_dim)
     save_tensors(folder / "model.safetensors", state, PT)
     size = "" if _size(name) == config.image_size else f", force_image_size={config.image_size}"
     create = f'open_clip.create_model("{name}"{size})' if name else "model"
@@ -176,7 +179,7 @@ def known_name(config: VisionTransformerConfig) -> str | None:
     """
     import open_clip
 
-    is_it = _is_siglip if config.pool == "attention" else _is_clip
+    is_it = _is_clip if _own(config) else _is_trunk
     names = sorted(
         open_clip.list_models(),
         key=lambda name: (_size(name) != config.image_size, not name.startswith("ViT-"), len(name)),
@@ -206,17 +209,32 @@ def _is_clip(theirs: dict[str, Any], config: VisionTransformerConfig) -> bool:
     )  # fmt: skip
 
 
-def _is_siglip(theirs: dict[str, Any], config: VisionTransformerConfig) -> bool:
+def _own(config: VisionTransformerConfig) -> bool:
+    """Whether it is a model of open_clip's own vision transformer."""
+    traits = {**PLAIN, "output_dim": ANY, "layer_scale": ANY, "pre_norm": ANY, "patch_bias": False, "eps": 1e-5}
+    return config.output_dim is not None and fits(config, traits)
+
+
+def _is_trunk(theirs: dict[str, Any], config: VisionTransformerConfig) -> bool:
     import timm
 
     vision = theirs["vision_cfg"]
-    if (vision.get("timm_pool"), vision.get("timm_proj")) != ("map", "none"):
+    name, projection = vision.get("timm_model_name", ""), vision.get("timm_proj")
+    pool = next(theirs for theirs, ours in timm_library.POOLS.items() if ours == config.pool)
+    if not name.startswith(("eva", "vit")) or (vision.get("timm_pool"), projection in ("none", None)) != (pool, True):
         return False
-    if theirs["embed_dim"] != config.width:
+    if theirs["embed_dim"] != config.feature_dim or (projection == "none") != (config.output_dim is None):
         return False
     with torch.device("meta"):
-        trunk = timm.create_model(vision["timm_model_name"], num_classes=0)
-    known = timm_library.vision_config(trunk)
+        trunk: Any = timm.create_model(name, num_classes=config.output_dim or 0, global_pool=pool)
+    if getattr(trunk, "embed_dim", None) != config.width:
+        return False
+    if config.output_dim and not config.projection_bias:
+        trunk.head.bias = nn.Parameter(torch.zeros(config.output_dim))  # one of the meta device cannot be read
+    try:
+        known = timm_library.vision_config(trunk)
+    except UserError:
+        return False
     if known.patch_size != config.patch_size:  # so that the other size divides
         return False
     return replace(known, image_size=config.image_size, mean=config.mean, std=config.std) == config

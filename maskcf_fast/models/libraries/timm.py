@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from ...core.names import did_you_mean
 from ...core.tensors import save_tensors
-from ..config import Activation, VisionTransformerConfig
+from ..config import Activation, Pool, QkvBias, Rotary, VisionTransformerConfig
 from ..head import ImageClassifier, LinearClassifier
-from ..naming import TIMM, State
+from ..naming import State, timm_naming
 from . import (
+    PLAIN,
     PT,
     Classifier,
     check_settings,
@@ -35,12 +37,17 @@ from . import (
 
 ARGUMENTS = {"image_size": "img_size", "patch_size": "patch_size", "width": "embed_dim", "depth": "depth",
              "heads": "num_heads"}  # fmt: skip
-# The functions that make a model with these traits, whatever its sizes; {} is for QuickGELU.
-ENTRIES = {
-    "vit_base_patch16_siglip_224": {"pool": "attention", "pre_norm": False, "patch_bias": True, "eps": 1e-6},
-    "vit_base_patch16_clip_{}224": {"pool": "class", "pre_norm": True, "patch_bias": False, "eps": 1e-5},
-    "vit_base_patch16_224": {"pool": "class", "pre_norm": False, "patch_bias": True, "eps": 1e-6},
+POOLS: dict[str, Pool] = {"token": "class", "avg": "mean", "map": "attention"}
+# The functions that make a `VisionTransformer` with these traits, whatever its sizes; {} is for QuickGELU.
+ENTRIES: dict[str, dict[str, Any]] = {
+    "vit_base_patch16_siglip_224": {"pool": "attention", "output_dim": None, "eps": 1e-6, "gated_mlp": False},
+    "vit_base_patch16_clip_{}224": {"pre_norm": True, "patch_bias": False, "eps": 1e-5, "gated_mlp": False},
+    "vit_base_patch16_224": {"output_dim": None, "eps": 1e-6, "gated_mlp": False},
+    "vit_giant_patch14_dinov2": {"output_dim": None, "eps": 1e-6, "gated_mlp": True},
 }
+# What the arguments say.
+WRITTEN = ("output_dim", "layer_scale", "pool", "class_token", "registers", "positions", "qkv_bias", "qk_norm",
+           "pool_norm", "pool_heads", "pool_mlp_width")  # fmt: skip
 
 
 def load_module(name: str, pretrained: bool = True) -> Any:
@@ -88,60 +95,125 @@ def classifier(name: str, pretrained: bool, prompts: Sequence[str], device: torc
 
 
 def vision_config(model: Any) -> VisionTransformerConfig:
-    """The architecture of a vision transformer."""
-    from timm.layers import Mlp, QuickGELU
+    """The architecture of a vision transformer, of timm's `VisionTransformer` or `Eva`."""
+    from timm.layers import AttentionRope, GluMlp, LayerNorm, Mlp, PatchEmbed, QuickGELU, SwiGLU
+    from timm.models.eva import Eva, EvaAttention, EvaBlock
     from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
-    if not is_exactly(model, VisionTransformer):
-        raise unsupported(f"it is a {type(model).__name__}, not timm's plain VisionTransformer")
+    eva = is_exactly(model, Eva)
+    if not (eva or is_exactly(model, VisionTransformer)):
+        raise unsupported(f"it is a {type(model).__name__}, neither timm's VisionTransformer nor its Eva")
     block = model.blocks[0]
-    if not (is_exactly(block, Block) and is_exactly(block.attn, Attention) and is_exactly(block.mlp, Mlp)):
+    attention, mlp = block.attn, block.mlp
+    if not is_exactly(model.patch_embed, PatchEmbed) or not isinstance(model.patch_embed.norm, nn.Identity):
+        raise unsupported(f"its first layer is a {type(model.patch_embed).__name__}, no convolution of patches alone")
+    attentions: tuple[type, ...] = (EvaAttention, AttentionRope) if eva else (Attention,)
+    plain = is_exactly(block, EvaBlock if eva else Block) and type(attention) in attentions
+    if not (plain and type(mlp) in (Mlp, GluMlp, SwiGLU)):
         raise unsupported("its blocks are not timm's plain pre-norm blocks")
-    if model.num_reg_tokens:
-        raise unsupported(f"it has {model.num_reg_tokens} register tokens")
-    pooled = model.global_pool == "map"
-    if pooled:
+    if getattr(attention, "gate", None) is not None or getattr(attention, "num_kv_groups", 1) != 1:
+        raise unsupported("its attention has gates, or fewer keys than queries")
+    if eva and (block.gamma_1 is None) != (block.gamma_2 is None):
+        raise unsupported("only some of its branches are scaled")
+    norms = (nn.LayerNorm, LayerNorm)
+    within = [module for name, module in block.named_modules() if "norm" in name.rpartition(".")[2]]
+    if any(type(module) not in (*norms, nn.Identity) for module in within):
+        raise unsupported("its blocks have norms other than LayerNorm")
+    registers = 0 if model.reg_token is None else model.reg_token.shape[1]
+    class_token = model.cls_token is not None
+    if model.num_prefix_tokens != class_token + registers:
+        raise unsupported(
+            f"it has {model.num_prefix_tokens} tokens before the patches, not one class token and registers"
+        )
+    if registers and model.pos_embed is not None and not model.no_embed_class:
+        raise unsupported("its registers have position embeddings")
+    if model.global_pool not in POOLS:
+        raise unsupported(f"its feature is pooled by {model.global_pool!r}, not {', '.join(map(repr, POOLS))}")
+    if model.global_pool == "map":
         _check_pool(model)
-    elif model.global_pool != "token":
-        raise unsupported(f"its feature is pooled by {model.global_pool!r}, not at the class token or by attention")
-    if model.pos_embed is None or (model.no_embed_class and not pooled):
-        raise unsupported(f"its {'patches have' if pooled else 'class token has'} no position embedding")
-    if block.attn.qkv.bias is None:
-        raise unsupported("its attention has no bias")
-    if not isinstance(model.norm, nn.LayerNorm):
-        raise unsupported("it has no LayerNorm after its last block")
-    data, head = model.pretrained_cfg, model.head
+        if class_token and not eva and not model.pool_include_prefix:
+            raise unsupported("its attention pool leaves out a class token that the patches see")
+    last = [norm for norm in (model.norm, model.fc_norm) if type(norm) in norms]
+    if len(last) != 1:
+        raise unsupported(f"it has {len(last)} LayerNorms after its last block, not one")
     pre_norm = not isinstance(model.norm_pre, nn.Identity)
-    # CLIP's projection is kept in the head, with a bias of zero.
-    projects = pre_norm and isinstance(head, nn.Linear) and not bool(head.bias.any())
-    patch_size = square(model.patch_embed.patch_size)
+    head, gated = model.head, not is_exactly(mlp, Mlp)
+    if is_exactly(mlp, GluMlp) and (mlp.gate_last or mlp.chunk_dim != -1):
+        raise unsupported("its MLPs are gated by their second half")
+    # The projection of a CLIP is kept in the head: EVA-CLIP's with a bias, the others' with one of zero.
+    clip = eva and "_clip_" in str(model.pretrained_cfg.get("architecture"))
+    projects = isinstance(head, nn.Linear) and (clip or (pre_norm and not bool(head.bias.any())))
+    hidden = mlp.fc1_g.out_features if is_exactly(mlp, SwiGLU) else mlp.fc1.out_features // (1 + gated)
+    patch_size, pooled = square(model.patch_embed.patch_size), model.global_pool == "map"
     return VisionTransformerConfig(
         image_size=whole_patches(square(model.patch_embed.img_size), patch_size),
         patch_size=patch_size,
         width=model.embed_dim,
         depth=len(model.blocks),
-        heads=block.attn.num_heads,
+        heads=attention.num_heads,
         output_dim=head.out_features if projects else None,
-        activation=activation(block.mlp.act, QuickGELU),
-        mean=three(data["mean"]),
-        std=three(data["std"]),
+        activation=activation(mlp.act, QuickGELU),
+        mean=three(model.pretrained_cfg["mean"]),
+        std=three(model.pretrained_cfg["std"]),
         pre_norm=pre_norm,
         patch_bias=model.patch_embed.proj.bias is not None,
-        layer_scale=not isinstance(block.ls1, nn.Identity),
-        mlp_width=unusual(block.mlp.fc1.out_features, model.embed_dim),
-        eps=model.norm.eps,
-        pool="attention" if pooled else "class",
+        layer_scale=block.gamma_1 is not None if eva else not isinstance(block.ls1, nn.Identity),
+        mlp_width=unusual(hidden, model.embed_dim),
+        eps=last[0].eps,
+        pool=POOLS[model.global_pool],
+        class_token=class_token,
+        registers=registers,
+        positions="none" if model.pos_embed is None else ("patches" if class_token and model.no_embed_class else "all"),
+        rotary=None if getattr(model, "rope", None) is None else _rotary(model.rope),
+        qkv_bias=_qkv_bias(attention),
+        qk_norm=type(attention.q_norm) in norms,
+        attention_norm=type(attention.norm) in norms,
+        gated_mlp=gated,
+        mlp_norm=type(mlp.norm) in norms,
+        pool_norm=model.global_pool == "avg" and last[0] is model.fc_norm,
+        pool_heads=model.attn_pool.num_heads if pooled and model.attn_pool.num_heads != attention.num_heads else None,
+        pool_mlp_width=model.attn_pool.mlp.fc1.out_features
+        if pooled and model.attn_pool.mlp.fc1.out_features != hidden
+        else None,
+        projection_bias=clip and projects,
+    )
+
+
+def _qkv_bias(attention: Any) -> QkvBias:
+    if attention.qkv is not None and attention.qkv.bias is not None:
+        return "qkv"
+    q = getattr(attention, "q_bias", None) if attention.qkv is not None else attention.q_proj.bias
+    if q is None:
+        return "none"
+    return "qkv" if attention.qkv is None and attention.k_proj.bias is not None else "qv"
+
+
+def _rotary(rope: Any) -> Rotary:
+    """The rotary positions that a module of timm makes."""
+    from timm.layers import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
+
+    if is_exactly(rope, RotaryEmbeddingDinoV3):
+        if rope.normalize_coords != "separate" or rope.grid_offset or rope.min_period is not None:
+            raise unsupported("its rotary positions are not DINOv3's")
+        columns = rope.grid_indexing == "xy"
+        return Rotary(rope.temperature, "centred", columns_first=columns, halves=rope.rotate_half)
+    if not is_exactly(rope, RotaryEmbeddingCat) or rope.in_pixels or rope.grid_type != "index":
+        raise unsupported(f"its rotary positions are {type(rope).__name__}")
+    return Rotary(
+        rope.temperature,
+        offset=rope.grid_offset,
+        grid=None if rope.ref_feat_shape is None else square(rope.ref_feat_shape),
+        columns_first=rope.grid_indexing == "xy",
+        halves=rope.rotate_half,
     )
 
 
 def _check_pool(model: Any) -> None:
-    """Raise unless the pool is SigLIP's: one probe, and an MLP like the blocks'."""
+    """Raise unless the pool is SigLIP's: one probe, and an MLP with the blocks' activation."""
     from timm.layers import Mlp
     from timm.layers.attention_pool import AttentionPoolLatent
 
-    pool, block = model.attn_pool, model.blocks[0]
-    if model.has_class_token:
-        raise unsupported("its attention pool leaves out a class token that the patches see")
+    pool = model.attn_pool
     plain = (
         is_exactly(pool, AttentionPoolLatent)
         and is_exactly(pool.q, nn.Linear)
@@ -149,19 +221,19 @@ def _check_pool(model: Any) -> None:
         and pool.pos_embed is None
         and isinstance(pool.k_norm, nn.Identity)
         and is_exactly(pool.mlp, Mlp)
+        and type(pool.mlp.act) is type(model.blocks[0].mlp.act)
+        and (pool.latent_len, pool.latent_dim, pool.out_features) == (1, model.embed_dim, model.embed_dim)
     )
     if not plain:
         raise unsupported("its attention pool is not SigLIP's")
-    ours = (1, block.attn.num_heads, block.mlp.fc1.out_features, model.embed_dim)
-    theirs = (pool.latent_len, pool.num_heads, pool.mlp.fc1.out_features, pool.latent_dim)
-    if theirs != ours:
-        raise unsupported(f"probes, heads, MLP and width of its attention pool are {theirs}, not {ours} as its blocks'")
 
 
 def activation(module: nn.Module, quick: type) -> Activation:
     """What a module of timm or open_clip computes; ``quick`` is the library's QuickGELU."""
     if isinstance(module, quick):
         return "quick_gelu"
+    if type(module).__name__ in ("SiLU", "Swish"):
+        return "silu"
     if type(module).__name__ == "GELUTanh":
         return "gelu_tanh"
     if type(module).__name__ == "GELU":
@@ -175,25 +247,18 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
     timm's head is a linear layer on the class token. A linear head on a projected feature is one too, once the two
     products are multiplied. A cosine head is none: then the projection takes that place, as in timm's own CLIPs.
     """
-    config = model.backbone.config
-    name = next((name for name, traits in ENTRIES.items() if fits(config, traits)), None)
-    if name is None:
-        raise no_place("timm", "SigLIP" if config.pool == "attention" else "ViT", config)
-    quick = config.activation == "quick_gelu"
-    state = dict(model.backbone.state_dict())
-    projection = state.pop("projection", None)
+    config, state = _without_class_position(model.backbone.config, model.backbone.state_dict())
+    name, args = _eva(config) if is_eva(config) else _vit(config)
+    projection, bias = state.pop("projection", None), state.pop("projection_bias", None)
     inside = isinstance(model.head, LinearClassifier)
-    head = _head(model, projection, inside)
-    args: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in ARGUMENTS.items()}
-    if config.mlp_width:
-        args["mlp_ratio"] = (config.mlp_width + 0.5) / config.width  # rounded down again
-    if config.layer_scale:
-        args["init_values"] = 1e-5
-    if config.activation == "gelu_tanh" or (quick and "{}" not in name):
-        args["act_layer"] = config.activation
+    head = _head(model, projection, bias, inside)
+    args |= {theirs: getattr(config, ours) for ours, theirs in ARGUMENTS.items()}
+    args |= {"global_pool": next(theirs for theirs, ours in POOLS.items() if ours == config.pool)}
+    args |= {"class_token": config.class_token, "no_embed_class": config.positions == "patches"}
+    args |= {"init_values": 1e-5 if config.layer_scale else None, "qk_norm": config.qk_norm}
     num_classes = head["head.weight"].shape[0] if head else 0
     settings = {
-        "architecture": name.format("quickgelu_" if quick else ""),
+        "architecture": name,
         "num_classes": num_classes,
         "model_args": args,
         "pretrained_cfg": {
@@ -210,15 +275,106 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
         },
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
-    save_tensors(folder / "model.safetensors", {**TIMM.to_theirs(state), **head}, PT)
+    save_tensors(folder / "model.safetensors", {**timm_naming(config, is_eva(config)).to_theirs(state), **head}, PT)
     return 'timm.create_model("local-dir:{out}", pretrained=True)', inside
 
 
-def _head(model: ImageClassifier, projection: Tensor | None, linear: bool) -> dict[str, Tensor]:
+def is_eva(config: VisionTransformerConfig) -> bool:
+    """Whether it takes an `Eva` to express a model; a `VisionTransformer` does for the others."""
+    return config.rotary is not None or config.attention_norm or config.mlp_norm or config.qkv_bias == "qv"
+
+
+def _vit(config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
+    """The function that makes such a `VisionTransformer`, and its arguments."""
+    kind = "SigLIP" if config.pool == "attention" else "ViT"
+    usual = {name: value for name, value in PLAIN.items() if name not in WRITTEN}
+    name = next((name for name, traits in ENTRIES.items() if fits(config, usual | traits)), None)
+    hidden = config.mlp_width or 4 * config.width
+    pooled = config.pool == "attention" and config.class_token  # which the pool would leave out
+    if name is None or pooled or (config.gated_mlp and config.activation != "silu"):
+        raise no_place("timm", kind, config)
+    quick = config.activation == "quick_gelu"
+    args: dict[str, Any] = {
+        # Rounded down again.
+        **({"mlp_ratio": (hidden * (1 + config.gated_mlp) + 0.5) / config.width} if config.mlp_width else {}),
+        "reg_tokens": config.registers,
+        "qkv_bias": config.qkv_bias == "qkv",
+        "fc_norm": config.pool_norm,
+    }
+    if config.pool_heads or config.pool_mlp_width:
+        raise no_place("timm", kind, config)
+    if (config.activation in ("gelu_tanh", "silu") and not config.gated_mlp) or (quick and "{}" not in name):
+        args["act_layer"] = config.activation
+    return name.format("quickgelu_" if quick else ""), args
+
+
+def _eva(config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
+    """The same for an `Eva`."""
+    rotary, hidden = config.rotary, config.mlp_width or 4 * config.width
+    centred = rotary is not None and rotary.coordinates == "centred"
+    name = "eva02_base_patch14_224" if config.eps == 1e-6 else "vit_pe_core_base_patch16_224"
+    if centred and config.eps == 1e-5:
+        name = "vit_small_patch16_dinov3"
+    if config.projection_bias:  # which is told by the name
+        name = "eva02_base_patch16_clip_224"
+    expected = {"eps": 1e-6 if name.startswith("eva") else 1e-5, "activation": "silu" if config.gated_mlp else "gelu"}
+    if not fits(config, {**expected, "patch_bias": not config.pre_norm}) or (
+        config.pool == "attention" and config.gated_mlp
+    ):
+        raise no_place("timm", "Eva", config)
+    args: dict[str, Any] = {
+        "mlp_ratio": (hidden + 0.5) / config.width,
+        "num_reg_tokens": config.registers,
+        "qkv_bias": config.qkv_bias != "none",
+        "qkv_fused": config.qkv_bias != "qv",
+        "attn_type": "rope" if config.qkv_bias == "qkv" else "eva",
+        "swiglu_mlp": config.gated_mlp,
+        "swiglu_align_to": 0,
+        "scale_mlp": config.mlp_norm,
+        "scale_attn_inner": config.attention_norm,
+        "use_pre_transformer_norm": config.pre_norm,
+        "use_post_transformer_norm": not config.pool_norm,
+        "use_fc_norm": config.pool_norm,
+        "use_abs_pos_emb": config.positions != "none",
+        "use_rot_pos_emb": rotary is not None,
+        "attn_pool_num_heads": config.pool_heads,
+        "attn_pool_mlp_ratio": ((config.pool_mlp_width or hidden) + 0.5) / config.width,
+        "dynamic_img_size": False,
+    }
+    if rotary is not None:
+        args |= {
+            "rope_type": "dinov3" if centred else "cat",
+            "rope_temperature": rotary.theta,
+            "rope_grid_offset": rotary.offset,
+            "rope_grid_indexing": "xy" if rotary.columns_first else "ij",
+            "rope_rotate_half": rotary.halves,
+            "ref_feat_shape": rotary.grid and [rotary.grid] * 2,
+        }
+    return name, args
+
+
+def _without_class_position(
+    config: VisionTransformerConfig, state: Mapping[str, Tensor]
+) -> tuple[VisionTransformerConfig, State]:
+    """The same model with the class token's position added to it: in timm, beside registers it has none of its own."""
+    state = dict(state)
+    if config.registers and config.prefix_positions:
+        positions = state["position_embedding"]
+        state["class_embedding"] = state["class_embedding"] + positions[0]
+        state["position_embedding"] = positions[1:]
+        config = replace(config, positions="patches")
+    return config, state
+
+
+def _head(model: ImageClassifier, projection: Tensor | None, bias: Tensor | None, linear: bool) -> dict[str, Tensor]:
     if linear:
-        weight = model.head.weight.detach()
-        weight = weight if projection is None else (weight.double() @ projection.mT.double()).float()
-        return {"head.weight": weight.contiguous(), "head.bias": model.head.bias.detach()}
+        weight, own = model.head.weight.detach().double(), model.head.bias.detach().double()
+        own = own if bias is None else own + weight @ bias.double()
+        weight = weight if projection is None else weight @ projection.mT.double()
+        return {"head.weight": weight.float().contiguous(), "head.bias": own.float()}
     if projection is None:
         return {}
-    return {"head.weight": projection.mT.contiguous(), "head.bias": torch.zeros(projection.shape[1])}
+    return {
+        "head.weight": projection.mT.contiguous(),
+        "head.bias": projection.new_zeros(projection.shape[1]) if bias is None else bias,
+    }

@@ -1,0 +1,195 @@
+"""Small models of every family that the compact transformer takes, by the library that makes them, with random weights.
+
+Each is saved as its library saves it, so that it is loaded by name. None of this uses the package's code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SIDE, PATCHES = 32, 16
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.45, 0.5)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family in one library.
+
+    Attributes:
+        title: What it is called in the table.
+        library: hf, timm or open_clip.
+        kind: Class, function or timm's model within open_clip.
+        options: What it is made with, beside the small sizes.
+        grows: How Hugging Face's is told to resample its positions.
+    """
+
+    title: str
+    library: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    grows: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return f"{self.title} ({self.library}: {self.kind})"
+
+    def save(self, folder: Path) -> tuple[str, nn.Module]:
+        """The name that it is loaded by, and the library's own module."""
+        return {"hf": _hugging_face, "timm": _timm, "open_clip": _open_clip}[self.library](self, folder)
+
+    def features(self, model: Any) -> Callable[[Tensor], Tensor]:
+        """What the library computes of normalised pixels."""
+        if self.library == "open_clip":
+            return model.visual
+        if self.library == "timm":
+            head = isinstance(model.head, nn.Linear) and "_clip_" not in self.kind and "_pe_" not in self.kind
+            return lambda x: model.forward_head(model.forward_features(x), pre_logits=head)
+
+        def features(x: Tensor) -> Tensor:
+            options = dict(self.grows) if x.shape[-1] != SIDE else {}
+            if self.kind == "ViTMAEModel":  # which patches come first is drawn, else
+                count = (x.shape[-1] // 8) ** 2
+                options["noise"] = torch.arange(count).expand(len(x), -1)
+            out = model(pixel_values=x, **options)
+            if self.kind == "IJepaModel":
+                return out.last_hidden_state.mean(dim=1)
+            if self.kind.startswith("ViT"):
+                return out.last_hidden_state[:, 0]
+            return out.image_embeds if self.kind.endswith("Projection") else out.pooler_output
+
+        return features
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Random everything: the libraries start biases at zero and norms at one, which would hide a mix-up."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * (0.2 if "scale" in name or "gamma" in name else 0.08))
+    return model.eval()
+
+
+def _hugging_face(family: Family, folder: Path) -> tuple[str, nn.Module]:
+    import transformers
+
+    kind = getattr(transformers, family.kind)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8}
+    extra = {"add_pooling_layer": False} if family.kind in ("ViTModel", "IJepaModel") else {}
+    model = randomise(kind(kind.config_class(**{**sizes, **family.options}), **extra))
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    return f"hf:{folder}", model
+
+
+def _timm(family: Family, folder: Path) -> tuple[str, nn.Module]:
+    import timm
+
+    sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 0}
+    args = {**sizes, **family.options}
+    model = randomise(timm.create_model(family.kind, **args))
+    if isinstance(model.head, nn.Linear) and "eva" not in family.kind:
+        nn.init.zeros_(model.head.bias)
+    pixels = {"mean": MEAN, "std": STD}
+    config = {
+        "architecture": family.kind,
+        "num_classes": model.num_classes,
+        "model_args": args,
+        "pretrained_cfg": pixels,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return f"timm:local-dir:{folder}", model
+
+
+def _open_clip(family: Family, folder: Path) -> tuple[str, nn.Module]:
+    """Its own vision transformer, or one of timm's, whose sizes are in their names (see `small_trunks`)."""
+    import open_clip
+
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    if family.kind == "VisionTransformer":
+        vision = {"image_size": SIDE, "layers": 2, "width": 128, "head_width": 32, "patch_size": 8, **family.options}
+        quick = vision.pop("quick_gelu", False)
+        cfg = {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick}
+        model = randomise(open_clip.CLIP(**cfg))
+    else:
+        vision = {"image_size": SIDE, "timm_model_name": family.kind, "timm_pool": "map", "timm_proj": "none"}
+        cfg = {"embed_dim": 64, "vision_cfg": vision | family.options, "text_cfg": text, "custom_text": True}
+        model = randomise(open_clip.CustomTextCLIP(64, cfg["vision_cfg"], text))
+        if "_pe_" in family.kind:
+            nn.init.zeros_(model.visual.trunk.head.bias)
+    pixels = {"mean": MEAN, "std": STD}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": pixels}))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return f"open_clip:local-dir:{folder}", model
+
+
+def small_trunks(monkeypatch) -> None:
+    """timm's models within open_clip, of small sizes."""
+    import timm
+
+    create = timm.create_model
+    small = {"img_size": SIDE, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+
+    def create_model(name: str, **options: Any) -> nn.Module:
+        return create(name, **{**options, **(small | ({"attn_pool_num_heads": 2} if "_pe_" in name else {}))})
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+
+
+GROWS = {"interpolate_pos_encoding": True}
+SWIGLU = {"use_swiglu_ffn": True, "mlp_ratio": 3}
+GATED = {"use_gated_mlp": True, "hidden_act": "silu", "intermediate_size": 96}
+EVA_CLIP = {"num_classes": 48, "global_pool": "token"}
+FAMILIES = [
+    Family("CLIP", "hf", "CLIPVisionModelWithProjection", {"projection_dim": 48, "intermediate_size": 160}, GROWS),
+    Family("CLIP", "hf", "CLIPVisionModel", {"hidden_act": "gelu"}, GROWS),
+    Family("CLIP", "timm", "vit_base_patch16_clip_quickgelu_224", {"num_classes": 48}),
+    Family("CLIP", "open_clip", "VisionTransformer", {"quick_gelu": True}),
+    Family("DFN, MetaCLIP", "timm", "vit_base_patch16_clip_224", {"num_classes": 48}),
+    Family("DFN, MetaCLIP", "open_clip", "VisionTransformer", {"mlp_ratio": 2.5}),
+    Family("MetaCLIP 2", "hf", "MetaClip2VisionModelWithProjection", {"projection_dim": 48}, GROWS),
+    Family("CLIP with LayerScale, without ln_pre", "open_clip", "VisionTransformer",
+           {"ls_init_value": 0.3, "no_ln_pre": True}),
+    Family("SigLIP, SigLIP 2", "hf", "SiglipVisionModel", {"intermediate_size": 100}, GROWS),
+    Family("SigLIP, SigLIP 2", "timm", "vit_base_patch16_siglip_224"),
+    Family("SigLIP, SigLIP 2", "open_clip", "vit_base_patch32_siglip_256"),
+    Family("SigLIP so400m, heads of 72", "hf", "SiglipVisionModel",
+           {"hidden_size": 144, "num_attention_heads": 2, "intermediate_size": 538}, GROWS),
+    Family("SigLIP so400m, heads of 72", "timm", "vit_so400m_patch14_siglip_378", {"embed_dim": 144, "num_heads": 2}),
+    Family("ViT, AugReg, DeiT III", "hf", "ViTModel", {"intermediate_size": 256}, GROWS),
+    Family("ViT, AugReg, DeiT III", "timm", "vit_base_patch16_224", {"num_classes": 7}),
+    Family("ViT, AugReg, DeiT III", "timm", "deit3_small_patch16_224"),
+    Family("ViT without q/k/v bias", "timm", "vit_base_patch16_224", {"qkv_bias": False}),
+    Family("ViT with QK-norm", "timm", "vit_base_patch16_224", {"qk_norm": True}),
+    Family("ViT of a mean (MAE fine-tuned)", "timm", "vit_base_patch16_224", {"global_pool": "avg"}),
+    Family("ViT of a mean, norm first", "timm", "vit_base_patch16_siglip_gap_224"),
+    Family("MAE", "hf", "ViTMAEModel", {"mask_ratio": 0.0}, GROWS),
+    Family("I-JEPA", "hf", "IJepaModel", {"intermediate_size": 100}, GROWS),
+    Family("DINOv2", "hf", "Dinov2Model"),
+    Family("DINOv2", "timm", "vit_small_patch14_dinov2"),
+    Family("DINOv2 with registers", "hf", "Dinov2WithRegistersModel", {"num_register_tokens": 3}),
+    Family("DINOv2 with registers", "timm", "vit_small_patch14_reg4_dinov2"),
+    Family("DINOv2 giant (SwiGLU)", "hf", "Dinov2WithRegistersModel", {"num_register_tokens": 3, **SWIGLU}),
+    Family("DINOv2 giant (SwiGLU)", "timm", "vit_giant_patch14_reg4_dinov2", {"mlp_ratio": 4.5}),
+    Family("DINOv3", "hf", "DINOv3ViTModel", {"num_register_tokens": 3, "intermediate_size": 100}),
+    Family("DINOv3", "timm", "vit_small_patch16_dinov3", {"global_pool": "token"}),
+    Family("DINOv3", "timm", "vit_small_patch16_dinov3_qkvb"),
+    Family("DINOv3 H+, 7B (SwiGLU)", "hf", "DINOv3ViTModel", {"num_register_tokens": 3, "query_bias": False,
+           "value_bias": False, **GATED}),
+    Family("DINOv3 H+, 7B (SwiGLU)", "timm", "vit_huge_plus_patch16_dinov3", {"global_pool": "token"}),
+    Family("EVA-02", "timm", "eva02_tiny_patch14_224"),
+    Family("EVA-02", "timm", "eva02_base_patch14_224"),
+    Family("EVA-02-CLIP", "timm", "eva02_base_patch16_clip_224", EVA_CLIP),
+    Family("EVA-02-CLIP", "open_clip", "eva02_base_patch16_clip_224", {"timm_pool": "token", "timm_proj": None}),
+    Family("Perception Encoder", "timm", "vit_pe_core_base_patch16_224", {"num_classes": 48, "attn_pool_num_heads": 2}),
+    Family("Perception Encoder", "open_clip", "vit_pe_core_base_patch16_224", {"timm_proj": None}),
+    Family("RoPE-ViT", "timm", "vit_small_patch16_rope_224"),
+]  # fmt: skip

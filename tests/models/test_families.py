@@ -1,0 +1,151 @@
+"""Every family of every library: in, the step, out, and its map."""
+
+import copy
+import json
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from families import FAMILIES, MEAN, PATCHES, SIDE, STD
+from safetensors.torch import load_file
+
+from maskcf_fast.explain import explain
+from maskcf_fast.methods import CounterfactualDistiller, MaskStrategy, paper_order_step, strategy_names
+from maskcf_fast.models import CosineClassifier, ImageClassifier, load_source
+from maskcf_fast.models.sources import load_named
+from maskcf_fast.training.export import export_model
+
+open_clip = pytest.importorskip("open_clip")
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)
+
+
+@pytest.fixture(autouse=True)
+def trunks(request, monkeypatch):
+    if "open_clip" in request.node.name:
+        families.small_trunks(monkeypatch)
+
+
+def pixels(side=SIDE, count=3):
+    """For ours, and normalised for theirs."""
+    images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    return images, (images - mean) / std
+
+
+def assert_same(ours, theirs):
+    torch.testing.assert_close(
+        ours.detach(), theirs.detach(), rtol=1e-5, atol=1e-5 * float(theirs.detach().abs().max())
+    )
+
+
+@every_family
+def test_in(family, tmp_path):
+    """The library's features, by the name of its own folder."""
+    name, model = family.save(tmp_path)
+    images, normalised = pixels()
+    assert_same(load_named(name)(images), family.features(model)(normalised))
+
+
+@every_family
+@pytest.mark.parametrize("side", [24, 48])
+def test_in_at_another_image_size(family, tmp_path, side):
+    """Positions are resampled as the library does it: timm and open_clip where they load, Hugging Face as it goes."""
+    name, model = family.save(tmp_path)
+    if family.library == "open_clip":
+        model = open_clip.create_model(f"local-dir:{tmp_path}", force_image_size=side).eval()
+    elif family.library == "timm":
+        model.set_input_size(side)
+    images, normalised = pixels(side)
+    assert_same(load_named(name, side)(images), family.features(model)(normalised))
+
+
+@every_family
+def test_step(family, tmp_path):
+    """The fast step is the paper's, by all strategies; by two, where another library's model is alike."""
+    name, _ = family.save(tmp_path)
+    backbone = load_named(name)
+    student = ImageClassifier(backbone, CosineClassifier(backbone.config.feature_dim, 5))
+    teacher = copy.deepcopy(backbone)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    images, labels = pixels()[0], torch.tensor([0, 3, 4])
+    first = next(other for other in FAMILIES if other.title == family.title) is family
+    for strategy in map(MaskStrategy.from_name, strategy_names() if first else ["object-single", "context-none"]):
+        draw = strategy.draw(3, PATCHES, generator=torch.Generator().manual_seed(0))
+        fast = CounterfactualDistiller(student, teacher, strategy)(images, labels, draw=draw)
+        paper = paper_order_step(student, teacher, strategy, images, labels, draw)
+        assert torch.equal(fast.mask, paper.mask)
+        grads = [torch.autograd.grad(out.loss, list(student.parameters())) for out in (fast, paper)]
+        whole = torch.cat([grad.flatten() for grad in grads[1]]).norm()  # a key's bias has none but of rounding
+        for a, b in zip(*grads, strict=True):
+            assert (a - b).norm() <= 2e-5 * b.norm() + 1e-7 * whole
+        torch.testing.assert_close(fast.loss, paper.loss, rtol=1e-5, atol=0)
+        if strategy.needs_cam:  # of which the constants that were subtracted have left their rounding
+            assert (fast.cam - paper.cam).norm() <= 1e-5 * paper.cam.norm() + 1e-7
+
+
+@every_family
+def test_out(family, tmp_path, monkeypatch):
+    """Given back to its library, it is loaded as the same model with the same features."""
+    (tmp_path / "in").mkdir()
+    name, _ = family.save(tmp_path / "in")
+    backbone = load_named(name)
+    classifier = ImageClassifier(backbone, CosineClassifier(backbone.config.feature_dim, 2))
+    out = tmp_path / "out"
+    if family.library == "open_clip":
+        cfg = json.loads((tmp_path / "in" / "open_clip_config.json").read_text())["model_cfg"]
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Small", cfg)
+        load = export_model(classifier, ["ant", "bee"], "open_clip", out).load
+        theirs = open_clip.create_model("Small")
+        assert load.startswith('open_clip.create_model("Small").' if "ls_init" not in str(family.options) else "model.")
+        theirs.visual.load_state_dict(load_file(out / "model.safetensors"))
+        images, normalised = pixels()
+        assert_same(theirs.eval().visual(normalised), backbone(images))
+        return
+    export_model(classifier, ["ant", "bee"], family.library, out)
+    again = f"{family.library}:{'local-dir:' if family.library == 'timm' else ''}{out}"
+    config, _ = load_source(again)
+    assert config == backbone.config
+    images, normalised = pixels()
+    if family.library == "timm":
+        theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    else:
+        kind = getattr(transformers, family.kind if family.kind != "ViTMAEModel" else "ViTModel")
+        theirs, report = kind.from_pretrained(out, output_loading_info=True)
+        assert not any(report[key] for key in ("unexpected_keys", "mismatched_keys"))
+        assert all("pooler" in key for key in report["missing_keys"])
+    assert_same(family.features(theirs.eval())(normalised), backbone(images))
+    assert_same(load_named(again)(images), backbone(images))
+
+
+@every_family
+def test_explain(family, tmp_path):
+    """The map of the library's unmodified module is the trainer's."""
+    name, model = family.save(tmp_path)
+    backbone = load_named(name)
+    head = CosineClassifier(backbone.config.feature_dim, 4)
+    images, normalised = pixels()
+    labels = torch.tensor([0, 3, 1])
+    features, pool = family.features(model), backbone.config.pool
+    theirs = explain(
+        lambda x: head(features(x)), normalised, labels, prefix_tokens=backbone.config.prefix, readout=pool
+    )
+    ours = explain(ImageClassifier(backbone, head), images, labels)
+    method = CounterfactualDistiller(ImageClassifier(backbone, head), copy.deepcopy(backbone), "object-single")
+    assert theirs.abs().max() > 1e-6
+    for cam in (ours, method(images, labels).cam):
+        assert (cam - theirs).norm() <= 2e-5 * theirs.norm()
+
+
+def test_the_page_has_the_table_of_what_is_tested_here():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = ["| | open_clip | Hugging Face | timm |", "|---|:-:|:-:|:-:|"]
+    for title in dict.fromkeys(family.title for family in FAMILIES):
+        there = [any(f.title == title and f.library == at for f in FAMILIES) for at in ("open_clip", "hf", "timm")]
+        rows.append(f"| {title} | {' | '.join('✓' if held else '' for held in there)} |")
+    assert "\n".join(rows) in page, "\n".join(rows)
