@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image
@@ -454,30 +455,33 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names that hold this")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="processes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--page", type=Path, help="write the table between the page's marks, too")
+    parser.add_argument("--page", type=Path, help="write what is done of the table between the page's marks, too")
     options = parser.parse_args()
-    begun = time.monotonic()
+    begun, one = time.monotonic(), Lock()
+    rows: dict[str, list[str]] = {kind: [] for kind in options.kinds}
 
-    def all_of(kind: str) -> tuple[list[str], int]:
-        rows, failed = [], 0
+    def all_of(kind: str) -> int:
+        failed = 0
         chosen = {fault: n[list(KINDS).index(kind)] for fault, n in FAULTS.items() if options.only in fault.__name__}
-        if any(chosen.values()):
-            with tempfile.TemporaryDirectory() as folder:
-                bench = Bench(Path(folder), *KINDS[kind])
-                for fault, times in chosen.items():
-                    if times:
-                        count = max(1, round(times * options.share))
-                        line, harm = row(fault, bench, kind, count, random.Random(f"{options.seed} {fault.__name__}"))
-                        rows.append(line)
-                        failed += harm
-                        print(line, flush=True)
-        return rows, failed
+        if not any(chosen.values()):
+            return 0
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(Path(folder), *KINDS[kind])
+            for fault in [fault for fault, n in chosen.items() if n]:
+                count = max(1, round(chosen[fault] * options.share))
+                line, harm = row(fault, bench, kind, count, random.Random(f"{options.seed} {fault.__name__}"))
+                failed += harm
+                with one:
+                    print(line, flush=True)
+                    rows[kind].append(line)
+                    if options.page is not None:
+                        write_page(
+                            options.page, [line for part in rows.values() for line in part], time.monotonic() - begun
+                        )
+        return failed
 
     with ThreadPoolExecutor() as pool:  # one kind at a time would leave cores idle
-        parts = list(pool.map(all_of, options.kinds))
-    if options.page is not None:
-        write_page(options.page, [line for rows, _ in parts for line in rows], time.monotonic() - begun)
-    return 1 if any(failed for _, failed in parts) else 0
+        return 1 if sum(pool.map(all_of, options.kinds)) else 0
 
 
 def write_page(page: Path, rows: list[str], seconds: float) -> None:
