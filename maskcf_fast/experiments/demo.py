@@ -26,7 +26,7 @@ from ..evaluation.results import check_writable, refuse_others
 from ..methods import CounterfactualDistiller
 from ..training.build import build_loaders, build_method, build_model, named_test_sets, scan
 from ..training.runs import read_run
-from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, to_yaml
+from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, check_seeds, to_yaml
 from ..visualization.plots import Point, plot_counterfactuals, plot_tradeoff
 from .comparison import build_suite, spread, train, train_or_reuse
 from .demo_data import DemoData, DemoSpec, build_demo_data
@@ -58,9 +58,8 @@ class DemoConfig:
     """Threads of torch; as many as it chooses by default."""
 
     def validate(self) -> None:
-        """Raise a ValueError if there is no seed or one twice, or no thread."""
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UserError("--seeds needs at least one seed, and none twice")
+        """Raise a ValueError on seeds that cannot be used, or no thread."""
+        check_seeds(self.seeds)
         if self.threads is not None and self.threads < 1:
             raise UserError(f"--threads must be at least 1, got {self.threads}")
 

@@ -30,7 +30,7 @@ from ..evaluation.report import table_line
 from ..methods import OutputEnsemble, average, registry, strategy_names
 from ..training.build import build_model, named_test_sets, scan
 from ..training.runs import Run, read_run
-from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, find_yaml
+from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, check_seeds, find_yaml
 from ..visualization.plots import Point, plot_tradeoff
 from .comparison import build_suite, images_checksum, spread, train_or_reuse
 from .evaluate_settings import Repeated, flat
@@ -89,9 +89,9 @@ class TableConfig:
                 raise unknown("method", name, METHODS)
             if weight is not None and not ("weight" in registry.METHODS[_section(name).name].reads and weight >= 0):
                 raise UserError(f"--methods {text}: {name} takes no weight {weight:g}")
-        for option, values in {"methods": self.methods, "seeds": self.seeds}.items():
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"--{option} needs at least one, and none twice")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise UserError("--methods needs at least one, and none twice")
+        check_seeds(self.seeds)
         if bad := [alpha for alpha in self.alphas if not 0 <= alpha <= 1]:
             raise UserError(f"--alphas must lie in [0, 1], got {bad[0]}")
         if "wise-ft" in self.methods and not self.alphas:

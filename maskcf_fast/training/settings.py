@@ -293,6 +293,14 @@ class TrainConfig:
             )
 
 
+def check_seeds(seeds: Collection[int]) -> None:
+    """Raise a ValueError if there is no seed, one twice, or one that no run takes."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError("--seeds needs at least one seed, and none twice")
+    if bad := [seed for seed in seeds if not 0 <= seed <= MOST_SEED]:
+        raise UserError(f"--seeds must be from 0 to {MOST_SEED}, got {bad[0]}")
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The settings as YAML that `yaml_arguments` reads back."""
 

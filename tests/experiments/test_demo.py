@@ -70,6 +70,7 @@ def test_bad_arguments(capsys, tmp_path):
     for arguments, words in (
         (["--seeds"], "at least one seed"),
         (["--seeds", "0", "0"], "--seeds needs at least one seed, and none twice"),
+        (["--seeds", "-1"], f"--seeds must be from 0 to {2**31 - 1}, got -1"),
         (["--threads", "-1"], "--threads must be at least 1, got -1"),
         (["--out", str(tmp_path)], "results.json holds the results of table, not of demo: choose another --out"),
         (["--out", str(tmp_path / "results.json" / "x")], "(Not a directory): choose another --out"),

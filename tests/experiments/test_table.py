@@ -188,7 +188,8 @@ def test_folders_of_others_are_refused(line, tmp_path, capsys):
 def test_mistakes(line, capsys):
     for arguments, message in (
         (["--methods", "objct-single"], "did you mean 'object-single'?"),
-        (["--seeds", "1", "1"], "--seeds needs at least one, and none twice"),
+        (["--seeds", "1", "1"], "--seeds needs at least one seed, and none twice"),
+        (["--seeds", str(2**31)], f"--seeds must be from 0 to {2**31 - 1}, got {2**31}"),
         (["--alphas", "1.5"], "[0, 1], got 1.5"),
         (["--methods", "wise-ft", "--alphas"], "--alphas needs at least one for wise-ft"),
         (
