@@ -437,8 +437,8 @@ def row(fault: Fault, bench: Bench, kind: str, count: int, rng: random.Random) -
         try:
             lost[fault(bench, rng, trial)] += 1
             outcomes["the same run in the end"] += 1
-        except Broken as error:
-            outcomes[f"FAILED: {' '.join(str(error).split())}"] += 1
+        except (Broken, OSError, ValueError) as error:
+            outcomes[f"FAILED: {' '.join(str(error).split())[:200]}"] += 1
             print(f"{fault.__name__} {kind} trial {trial}: {error}", file=sys.stderr, flush=True)
         for path in bench.folder.glob("run*"):
             shutil.rmtree(path)
