@@ -49,6 +49,8 @@ def report_errors(command: Callable[[], int], interrupted: str = "interrupted") 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UserError, OSError, ImportError) as error:
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
+            raise  # an import within this package
         if os.environ.get("MASKCF_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         if not isinstance(error, ReportedError):

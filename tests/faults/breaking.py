@@ -164,7 +164,11 @@ class Bench:
 
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
-    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # that thread has ended
+            found += map(int, path.read_text().split())
+    return found
 
 
 def kill(process: subprocess.Popen) -> None:
