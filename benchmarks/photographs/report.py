@@ -30,6 +30,7 @@ from .analysis import SHIFTED, Model, advantages, choose, grouped, interval, mod
 
 ROOT = Path(__file__).parents[2]
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
+NOTHING = ["Not measured yet."]
 TITLES = {"birds-mammals": "Two classes: birds and mammals", "five-kinds": "Five classes"}
 CURVES = {
     "fd": "feature distillation (FD)", "object-single": "object mask", "true-object": "true object's mask",
@@ -61,7 +62,7 @@ def collect(runs: Path, task: str) -> dict[str, Any]:
     if different := [s for s in settings if s != settings[0]]:
         raise UserError(f"{runs} holds results of other settings beside each other: {different[0]}, {settings[0]}")
     images = {str(file["seed"]): file["about"]["images"] for file in files}
-    kept = [{name: value for name, value in file.items() if name != "about"} for file in files]
+    kept = [{name: file[name] for name in ("row", "seed", "rows", "maps") if name in file} for file in files]
     about = {**(settings[0] if settings else {}), "images": images}
     return {"about": about, "environment": environment(torch.device("cpu")), "files": kept}
 
@@ -102,7 +103,7 @@ def against_fd(found: Sequence[Model]) -> list[str]:
         values = [advantages(found, picked, measure) for measure in SHIFTED]
         if values[0]:
             rows.append((name, str(len(values[0])), *(str(interval(v)) for v in values)))
-    return table(("method, weight", "seeds", *SHIFTED), rows, left=1)
+    return table(("method, weight", "seeds", *SHIFTED), rows, left=1) if rows else NOTHING
 
 
 def chosen(found: Sequence[Model]) -> list[str]:
@@ -117,16 +118,16 @@ def chosen(found: Sequence[Model]) -> list[str]:
         above = ["" if method == analysis.REFERENCE or not d else str(interval(d)) for d in differences]
         rows.append((method, str(len(own)), strengths, *means, *above))
     columns = ("method", "seeds", "weights chosen", "ID", *SHIFTED, "ID − FD", "swapped − FD", "opposite − FD")
-    return table(columns, rows, left=1)
+    return table(columns, rows, left=1) if rows else NOTHING
 
 
 def map_figures(watched: Sequence[dict[str, Any]]) -> list[str]:
-    """Maps cut at the paper's threshold, before training, half-way and at its end; per cent, means over seeds."""
+    """Maps cut at the paper's threshold, before training, after an epoch and at its end; per cent, means over seeds."""
     rows = []
     for row in sorted({file["row"] for file in watched}):
         files = [file for file in watched if file["row"] == row]
         steps = [entry["step"] for entry in files[0]["maps"]]
-        for step in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])):
+        for step in dict.fromkeys((steps[0], steps[1], steps[-1])):
             entries = [entry["maps"] for file in files for entry in file["maps"] if entry["step"] == step]
             for name in entries[0]:
                 cells = [statistics.mean(e[name][k] for e in entries) for k in entries[0][name]]
@@ -136,14 +137,12 @@ def map_figures(watched: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def where(results: dict[str, Any]) -> str:
-    """Machine, versions, settings, and how long it took."""
+    """Machine, versions and settings."""
     about, env = results["about"], results["environment"]
-    minutes = statistics.mean(file["minutes"] for file in results["files"] if file["row"] == "ft")
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     return (
-        f"{env['device']}, {env['cores']} cores, one thread a process, shared with other work; {versions}; "
-        f"{about['epochs']} epochs at {about['image_size']} px in {about['precision']}; one run of FT with its "
-        f"evaluation took {minutes:.1f} minutes."
+        f"{env['device']}, {env['cores']} cores, one thread a process; {versions}; {about['epochs']} epochs at "
+        f"{about['image_size']} px in {about['precision']}."
     )
 
 
@@ -180,7 +179,7 @@ def page(results: Path, text: str, folder: str) -> str:
     """The page with the figures of all tasks that there are results of between its marks."""
     before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
     lines = [line for task, path in tasks(results) for line in section(read_json(path), f"{folder}/{task}.png")]
-    return "\n".join([before + MARKS[0], *lines, MARKS[1]]) + after
+    return "\n".join([before + MARKS[0], *(lines or NOTHING), MARKS[1]]) + after
 
 
 def tasks(results: Path) -> Iterator[tuple[str, Path]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -155,14 +154,13 @@ class Seed:
         config = self.network.backbone.config
         if row.startswith("true-object"):
             maps.remember(self.images, "train", config.image_size, config.patch_size)
-        started, table = time.perf_counter(), self.table(row)
+        table = self.table(row)
         table.run()
         run = table.config.out / f"{row_name(table.config.methods[0], '-')}-seed{self.seed}"
-        content: dict[str, Any] = {"about": self.about, "row": row, "seed": self.seed, "minutes": 0.0}
+        content: dict[str, Any] = {"about": self.about, "row": row, "seed": self.seed}
         content["rows"] = read_json(table.config.out / "table.json")["rows"]
         if row in WATCHED:
             content["maps"] = self.watch(run)
-        content["minutes"] = (time.perf_counter() - started) / 60
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, json.dumps(content, indent=1).encode())
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
