@@ -6,14 +6,13 @@ caches are full. `benchmarks.report` adds a step fed by the loader, against one 
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,38 +20,17 @@ from unittest.mock import patch
 
 import torch
 
+from maskcf_fast.core.command import command
 from maskcf_fast.data import LoaderConfig, Manifest, build_loader, scan_images
 from maskcf_fast.models import preset
 
 from . import measure as m
-from .tables import table, write
+from .tables import options, table, write
 from .workload import Variant, Workload
 
 STEPS = {"cpu": 3, "cuda": 16}  # per turn of the fed step; a GPU's are short, and a turn's first waits for its images
 ROUNDS = (3, 9)
-
-
-@dataclass(frozen=True)
-class Config:
-    """What to measure.
-
-    Attributes:
-        images: Folder of class folders, or tar shards; None writes ``count`` photographs of 500×375.
-        count: Photographs to write.
-        batch: Images per batch.
-        size: Side of the images that come out.
-        threads: Decoding threads or worker processes.
-        seconds: Time for each way.
-        device: "cpu", "cuda", or "auto".
-    """
-
-    images: Path | None = None
-    count: int = 512
-    batch: int = 64
-    size: int = 224
-    threads: int = 2
-    seconds: float = 5.0
-    device: str = "auto"
+COUNT, THREADS = 512, 2
 
 
 def write_photographs(folder: Path, count: int) -> None:
@@ -117,92 +95,76 @@ def rate(loader: Any, device: torch.device, seconds: float) -> float:
     return images / (time.perf_counter() - start)
 
 
-def measure(config: Config) -> dict[str, Any]:
-    """Images per second by way of loading; a string says why there is none."""
-    device = m.resolve_device(config.device)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.dict(os.environ, MASKCF_CACHE=str(Path(folder) / "cache")),
-    ):
-        images = config.images or Path(folder) / "images"
-        if config.images is None:
-            try:
-                write_photographs(images, config.count)
-            except ImportError as error:
-                return {"environment": m.environment(device), "unavailable": f"{error}: pass --images DIR"}
-        manifest = scan_images(images)
-        settings = LoaderConfig(config.batch, config.size, train=True, threads=config.threads, device="cpu")
+@contextmanager
+def scanned(images: Path | None, count: int) -> Iterator[Manifest]:
+    """The images of a folder of class folders or tar shards; of None, photographs that are there meanwhile."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, MASKCF_CACHE=f"{folder}/cache"):
+        if images is None:
+            images = Path(folder) / "images"
+            write_photographs(images, count)
+        yield scan_images(images)
+
+
+def measure(
+    device: torch.device, seconds: float, *, images: Path | None, batch: int, size: int, count: int, threads: int
+) -> dict[str, Any]:
+    """Images per second by way of loading, ``seconds`` for each; a string says why there is none."""
+    with scanned(images, count) as manifest:
+        settings = LoaderConfig(batch, size, train=True, threads=threads, device="cpu")
         here = replace(settings, device=str(device))
-        ways: dict[str, Any] = {"DALI, CPU": lambda: build_loader(manifest, settings, "dali")}
+        ways: dict[str, Callable[[], Any]] = {"DALI, CPU": lambda: build_loader(manifest, settings, "dali")}
         if device.type == "cuda":
             ways["DALI, GPU"] = lambda: build_loader(manifest, here, "dali")
         ways["PIL in worker processes"] = lambda: build_loader(manifest, here, "torch")
-        for cache in ("disk", "device"):
-            ways[f"cache: {cache}"] = lambda cache=cache: build_loader(manifest, replace(here, cache=cache))
+        ways["cache: disk"] = lambda: build_loader(manifest, replace(here, cache="disk"))
+        ways["cache: device"] = lambda: build_loader(manifest, replace(here, cache="device"))
         if manifest.spans is None:
             ways["plain torch DataLoader"] = lambda: plain_loader(manifest, here)
         rates: dict[str, float | str] = {}
         for name, build in ways.items():
             try:
-                rates[name] = rate(build(), device, config.seconds)
+                rates[name] = rate(build(), device, seconds)
             except ImportError as error:
                 rates[name] = f"not available: {error}"
-    facts = {"batch": config.batch, "size": config.size, "threads": config.threads, "images_per_second": rates}
+    facts = {"batch": batch, "size": size, "threads": threads, "images_per_second": rates}
     return {"environment": m.environment(device), "images": len(manifest)} | facts
 
 
-def measure_with_step(config: Config, arch: str, seconds: float) -> dict[str, Any]:
-    """As `measure`; ``fed`` is `fed_step`'s, or why there is none."""
-    device = m.resolve_device(config.device)
-    size = preset(arch).image_size
-    found: dict[str, Any]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            images = config.images or Path(folder)
-            if config.images is None:
-                write_photographs(images, STEPS[device.type] * config.batch)
-            settings = LoaderConfig(config.batch, size, train=True, threads=config.threads, device=str(device))
-            loader = build_loader(scan_images(images), settings)
-            fed = fed_step(loader, Workload(preset(arch), config.batch, device), seconds)
-    except (ImportError, RuntimeError, OSError, ValueError) as error:
-        fed = {"not_measured": f"not available: {m.first_line(error)}"}
-    try:
-        found = measure(replace(config, size=size))
-    except (RuntimeError, OSError, ValueError) as error:
-        found = {"not_measured": m.first_line(error)}
-    return found | {"fed": fed}
+def measure_with_step(
+    device: torch.device, arch: str, seconds: float, *, images: Path | None, batch: int
+) -> dict[str, Any]:
+    """As `measure`, and ``fed``, what `fed_step` returns."""
+    threads, size = max(torch.get_num_threads(), THREADS), preset(arch).image_size
+    with scanned(images, STEPS[device.type] * batch) as manifest:
+        settings = LoaderConfig(batch, size, train=True, threads=threads, device=str(device))
+        fed = fed_step(build_loader(manifest, settings), Workload(preset(arch), batch, device), seconds / 2)
+    ways = measure(device, seconds / 12, images=images, batch=batch, size=size, count=COUNT, threads=threads)
+    return ways | {"fed": fed}
 
 
 def fed_step(loader: Any, work: Workload, seconds: float) -> dict[str, Any]:
     """``fed_ms`` and ``synthetic_ms`` per step; ``slowdown``, the median over the rounds of their ratio, minus 1."""
-    method = work.method(Variant("object-single", precision="bf16" if work.device.type == "cuda" else "fp32"))
-    batch = [work.images, work.labels]
-    step = work.step(lambda: method.backward(*batch, generator=work.generator))
+    backward = work.backward(Variant("object-single", precision="bf16" if work.device.type == "cuda" else "fp32"))
+    step, batch = work.step(backward), (work.images, work.labels)
     steps = min(STEPS[work.device.type], len(loader))
-    fed: list[float] = []
-    synthetic: list[float] = []
-    end = time.perf_counter() + seconds
 
     def feed() -> None:
         for images, labels, _ in islice(loader, steps):
-            batch[:] = images.to(work.device, non_blocking=True), labels.to(work.device, non_blocking=True)
+            work.images, work.labels = (x.to(work.device, non_blocking=True) for x in (images, labels))
             step()
 
-    feed()  # workers start, kernels are tuned
-    for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and time.perf_counter() > end:
-            break
-        fed.append(m.timed(feed, work.device) / steps)
-        batch[:] = work.images, work.labels
-        synthetic.append(m.timed(step, work.device, steps))
-    times = {"fed_ms": 1e3 * statistics.median(fed), "synthetic_ms": 1e3 * statistics.median(synthetic)}
-    return {"batch": work.batch, "steps": steps} | times | {"slowdown": m.ratio(fed, synthetic) - 1}
+    def synthetic() -> None:
+        work.images, work.labels = batch
+        for _ in range(steps):
+            step()
+
+    times = m.interleaved({"fed": feed, "synthetic": synthetic}, work.device, seconds=seconds, rounds=ROUNDS)
+    found = {f"{name}_ms": m.summary(samples)["ms"] / steps for name, samples in times.items()}
+    return {"batch": work.batch, "steps": steps} | found | {"slowdown": m.ratio(*times.values()) - 1}
 
 
 def to_markdown(results: dict[str, Any]) -> str:
     """A table of what `measure` returns."""
-    if "unavailable" in results:
-        return f"Loader: not available ({results['unavailable']})\n"
     rates = results["images_per_second"]
     plain = rates.get("plain torch DataLoader")
     rows = [
@@ -220,27 +182,27 @@ def to_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
-    parser.add_argument("--images", type=Path, help="folder of class folders or tar shards; by default photographs")
-    parser.add_argument("--count", type=int, default=Config.count, help="photographs to write without --images")
-    parser.add_argument("--batch", type=int, default=Config.batch, help="images per batch")
-    parser.add_argument("--size", type=int, default=Config.size, help="side of the images that come out")
-    parser.add_argument("--threads", type=int, default=Config.threads, help="decoding threads or worker processes")
-    parser.add_argument("--seconds", type=float, default=Config.seconds, help="time for each way")
-    parser.add_argument("--device", default=Config.device, help="cpu, cuda or auto")
-    parser.add_argument("--out", type=Path, help="folder for loader.json and loader.md")
-    options = vars(parser.parse_args(arguments))
-    out = options.pop("out")
-    try:
-        results = measure(Config(**options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(to_markdown(results), end="")
-    if out is not None:
+@command()
+def main(arguments: list[str]) -> None:
+    given = options(
+        "loader", __doc__, arguments, "device",
+        images={"type": Path, "help": "folder of class folders or tar shards; by default photographs"},
+        count={"type": int, "default": COUNT, "help": "photographs to write without --images"},
+        batch={"type": int, "default": 64, "help": "images per batch"},
+        size={"type": int, "default": 224, "help": "side of the images that come out"},
+        threads={"type": int, "default": THREADS, "help": "decoding threads or worker processes"},
+        seconds={"type": float, "default": 5.0, "help": "time for each way"},
+        out={"type": Path, "help": "folder for loader.json and loader.md"},
+    )  # fmt: skip
+    settings = vars(given)
+    out, device = settings.pop("out"), m.resolve_device(settings.pop("device"))
+    results = measure(device, **settings)
+    if out is None:
+        print(to_markdown(results), end="")
+    else:
         out.mkdir(parents=True, exist_ok=True)
         write(results, to_markdown(results), out, "loader")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

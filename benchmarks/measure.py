@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, peak memory, the bandwidth of a copy, facts about the machine."""
+"""What the benchmarks share: timing in turns, peak memory, plain copies, facts about the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata, util
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from maskcf_fast.core.errors import UserError
+
 WARM_SECONDS = 0.2  # a call that takes longer is not run an extra time: it works on far more memory than malloc keeps
-COPY_BYTES = 1 << 28  # that the copy moves with which ops are compared
 SAMPLE_SECONDS = {"cpu": 0.002, "cuda": 0.01}  # a sample is as many calls as take this long: the clock costs nothing
 
 Call = Callable[[], Any]
@@ -29,15 +30,13 @@ def resolve_device(name: str) -> torch.device:
     """The device of that name; ``"auto"`` is a GPU where torch can use one.
 
     Raises:
-        ValueError: The device is neither a CPU nor a GPU that torch can use here.
+        UserError: The device is neither a CPU nor a GPU that torch can use here.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type not in SAMPLE_SECONDS:
-        raise ValueError(f"the benchmarks run on cpu or cuda, got {name!r}")
+        raise UserError(f"the benchmarks run on cpu or cuda, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} is not available: torch {torch.__version__} finds no GPU; use --device cpu")
+        raise UserError(f"device {name!r} is not available: torch {torch.__version__} finds no GPU; use --device cpu")
     return device
 
 
@@ -49,16 +48,6 @@ def device_name(device: torch.device) -> str:
         if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return found[1].strip()
     return platform.processor() or platform.machine()
-
-
-def slug(name: str) -> str:
-    """A name as a folder: ``"NVIDIA H100 80GB HBM3"`` becomes ``"nvidia-h100-80gb-hbm3"``."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def results_folder(device: torch.device) -> Path:
-    """Where a device's results are committed."""
-    return Path(__file__).parent / "results" / slug(device_name(device))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -89,6 +78,11 @@ def first_line(reason: object) -> str:
     return next((line[:200] for line in lines if line), type(reason).__name__)
 
 
+def progress(line: str) -> None:
+    """Tell how far a measurement is."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device; a CPU is never behind."""
     if device.type == "cuda":
@@ -110,6 +104,14 @@ def timed_cold(call: Call) -> float:
     from triton.testing import do_bench
 
     return 1e-3 * do_bench(call, warmup=1, rep=1e3 * SAMPLE_SECONDS["cuda"], return_mode="median")
+
+
+def rounds_until(end: float, bounds: tuple[int, int]) -> Iterator[int]:
+    """Count rounds until ``end`` (of `time.perf_counter`), at least and at most as many as ``bounds``."""
+    for done in range(bounds[1]):
+        if done >= bounds[0] and time.perf_counter() > end:
+            return
+        yield done
 
 
 def interleaved(
@@ -141,42 +143,40 @@ def interleaved(
     """
     end = time.perf_counter() + seconds
     cold = cold and device.type == "cuda" and util.find_spec("triton") is not None
-    first: dict[str, float] = {}
+    repeats: dict[str, int] = {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
 
-    def sample(name: str) -> None:
-        call = calls[name]
-        if name not in first:
-            first[name] = timed(call, device)
+    def sample(name: str, call: Call) -> None:
+        if name not in repeats:  # a first time, that is not counted
+            once = timed(call, device)
+            repeats[name] = min(max(int(SAMPLE_SECONDS[device.type] / max(once, 1e-7)), 1), 1000)
+            if once < WARM_SECONDS:
+                warm.add(name)
             return
         if device.type == "cpu":
             trim_memory()
-            if first[name] < WARM_SECONDS:
+            if name in warm:
                 call()
-        repeats = min(max(int(SAMPLE_SECONDS[device.type] / max(first[name], 1e-7)), 1), 1000)
-        samples[name].append(timed_cold(call) if cold else timed(call, device, repeats))
+        samples[name].append(timed_cold(call) if cold else timed(call, device, repeats[name]))
 
-    gone: set[str] = set()
-    for done in range(-1, rounds[1]):
-        if done >= rounds[0] and time.perf_counter() > end:
-            break
-        for name in [name for name in calls if name not in gone]:
+    warm: set[str] = set()
+    left = dict(calls)
+    for _ in rounds_until(end, (rounds[0] + 1, rounds[1] + 1)):
+        for name, call in list(left.items()):
             try:
-                sample(name)
+                sample(name, call)
             except RuntimeError as error:
                 if failed is None:
                     raise
                 failed[name] = first_line(error)
-                gone.add(name)
+                del left[name]
     return samples
 
 
-def spread(samples: Sequence[float]) -> float:
-    """The interquartile range; 0 for a single sample."""
-    if len(samples) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return high - low
+def summary(times: Sequence[float]) -> dict[str, float]:
+    """Median and interquartile range (0 of a single sample) in milliseconds."""
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (0.0, 0.0, 0.0)
+    return {"ms": 1e3 * statistics.median(times), "iqr_ms": 1e3 * (high - low)}
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
@@ -196,12 +196,6 @@ def copies(total: int, device: torch.device) -> dict[str, Call]:
         "copy": lambda: torch.empty_like(source).copy_(source),
         "copy in place": lambda: there.copy_(source),
     }
-
-
-def copy_bandwidth(device: torch.device, seconds: float = 1.0) -> dict[str, float]:
-    """GB/s, read and written together, of each of `copies`."""
-    samples = interleaved(copies(COPY_BYTES, device), device, seconds=seconds)
-    return {name: COPY_BYTES / statistics.median(times) / 1e9 for name, times in samples.items()}
 
 
 def free_memory(device: torch.device) -> int | None:

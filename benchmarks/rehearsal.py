@@ -16,11 +16,11 @@ import torch
 
 from maskcf_fast.training import speed
 
-from . import breakdown, ops, scaling, step, tune
+from . import breakdown, ops, step, tune
 from . import measure as m
 
 ARCH, BATCH = "tiny", 4
-SERIES = (ARCH, 2, {"batch": (2, 4), "tokens": (32, 64), "depth": (2, 4)})
+SERIES = (ARCH, 2, {"tokens": (32, 64), "batch": (2, 4), "depth": (2, 4)})
 
 
 def groups() -> tuple[step.Group, ...]:
@@ -56,9 +56,8 @@ class StandIn:
 def rehearsal() -> Iterator[None]:
     """Within, benchmarks take few rounds of short samples."""
     places: list[tuple[Any, str, Any]] = [
-        *((module, "ROUNDS", (1, 1)) for module in (breakdown, ops, scaling, step, tune)),
+        *((module, "ROUNDS", (1, 1)) for module in (breakdown, ops, step, tune)),
         (step, "MATRIX", dict.fromkeys(step.MATRIX, 64)),
-        (m, "COPY_BYTES", 1 << 20),
         (m, "SAMPLE_SECONDS", dict.fromkeys(m.SAMPLE_SECONDS, 1e-4)),
         (torch, "compile", partial(torch.compile, backend="aot_eager")),
     ]

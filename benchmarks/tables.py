@@ -1,13 +1,43 @@
-"""Tables, pages and targets: what every benchmark writes its results with."""
+"""What every benchmark tells its results with: options, tables, pages and targets."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maskcf_fast.core.files import atomic_write
+
+from .measure import device_name, progress
+
+SHARED: dict[str, dict[str, Any]] = {
+    "device": {"default": "auto", "help": "auto, cpu or cuda"},
+    "out": {"type": Path, "help": "folder of the results (benchmarks/results/DEVICE)"},
+    "minutes": {"type": float, "help": "time to spend"},
+    "dry_run": {"action": "store_true", "help": "a GPU's plan on this machine, with tiny models"},
+}
+
+
+def options(name: str, doc: str | None, arguments: Sequence[str], *shared: str, **own: dict[str, Any]) -> Any:
+    """Parse a benchmark's arguments: some of `SHARED`, and its own, as `argparse` takes them."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for option, settings in ({name: SHARED[name] for name in shared} | own).items():
+        parser.add_argument(f"--{option.replace('_', '-')}", **settings)
+    return parser.parse_args(arguments)
+
+
+def results_folder(out: Path | None, device: torch.device) -> Path:
+    """``out``, or where a device's results are committed; made before a measurement, since it may not be allowed."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in device_name(device).lower()).split())
+    out = out or Path(__file__).parent / "results" / slug
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
@@ -27,14 +57,17 @@ def number(value: float | None, form: str = ".2f", scale: float = 1.0) -> str:
     return f"{value * scale:{form}}" if value else ""
 
 
-def target(
-    text: str, values: Sequence[tuple[str, float]], bound: float, *, most: bool = False, form: str = ".2f"
-) -> dict[str, str]:
+def digits(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.4f}"
+
+
+def target(text: str, values: Sequence[tuple[str, float]], bound: float, *, most: bool = False) -> dict[str, str]:
     """A target that every value must reach or, with ``most``, stay within: the worst decides."""
     if not values:
         return {"target": text, "measured": "", "state": "not measured"}
     worst = (max if most else min)(value for _, value in values)
-    shown = "; ".join(f"{value:{form}}" + (f" ({where})" if where else "") for where, value in values)
+    shown = "; ".join(f"{value:.2f}" + (f" ({where})" if where else "") for where, value in values)
     met = worst <= bound if most else worst >= bound
     return {"target": text, "measured": shown, "state": "met" if met else "missed"}
 
@@ -60,9 +93,11 @@ def heading(title: str, results: dict[str, Any]) -> list[str]:
 
 
 def write(results: dict[str, Any], text: str, out: Path, name: str) -> None:
-    """``NAME.json`` and ``NAME.md`` in a folder."""
+    """``NAME.json`` and ``NAME.md`` in a folder; the page is printed as well."""
     atomic_write(out / f"{name}.md", text.encode())
     write_json(results, out / f"{name}.json")
+    print(text)
+    progress(f"Written: {out / name}.json, {out / name}.md")
 
 
 def write_json(results: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,7 @@ from maskcf_fast.ops.dispatch import IMPLEMENTATIONS
 
 from .cases import CASES, make_case
 from .measure import resolve_device, synchronize
-from .ops import candidates, compare
+from .ops import candidates, check
 
 
 @pytest.mark.parametrize("variant", [*IMPLEMENTATIONS, "paper", "eager"])
@@ -26,8 +26,7 @@ def test_op(benchmark: Any, request: pytest.FixtureRequest, op: str, case: str, 
     if isinstance(function, str):
         pytest.skip(function)
     expected = made.expected()
-    tolerance = made.tolerance if variant in IMPLEMENTATIONS else made.eager_tolerance or made.tolerance
-    assert compare(made.call(function), expected, tolerance) == "ok"
+    assert check(made, variant, function, expected) == "ok"
     benchmark.group = f"{op}: {case}, {size}, N={n}, {device}"
     benchmark.extra_info["moved_bytes"] = made.moved(expected)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
 
+from maskcf_fast.core.errors import UserError
 from maskcf_fast.core.files import atomic_write
 from maskcf_fast.models import preset
 from maskcf_fast.ops import tuning
@@ -19,13 +19,14 @@ from maskcf_fast.ops.dispatch import DEVICES, why_not
 
 from . import cases
 from . import measure as m
-from .ops import Config, compare
+from .ops import check
 
 SIZES = ("ViT-B/16", "ViT-L/14")
 BATCH = 256
 ROUNDS = (3, 5)
 HALF, SINGLE = torch.bfloat16, torch.float32
 Make = Callable[..., cases.Case]
+T = TypeVar("T")
 
 
 def _refills(dtype: torch.dtype) -> list[Make]:
@@ -69,102 +70,109 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[Make, ...], list[dict[str, int]]]
 
 
 def run(
-    config: Config, path: Path, sweep: bool, choose: bool, progress: Callable[[str], None], anywhere: bool = False
+    device: torch.device,
+    sizes: Sequence[str],
+    batch: int,
+    path: Path,
+    sweep: bool,
+    choose: bool,
+    anywhere: bool = False,
 ) -> None:
-    """Write the package's table to ``path`` with this machine's rows put in.
+    """Write the package's table to ``path``, which ``MASKCF_TUNING`` takes, with this machine's rows put in.
 
     Args:
-        config: Device; sizes and batches where they are given.
-        path: Of the file; ``MASKCF_TUNING`` takes it.
+        device: A GPU.
+        sizes: Presets of models.
+        batch: Images.
+        path: Of the file.
         sweep: Whether to measure the Triton kernels' tiles; with ``choose``, the winners are what is then chosen from.
         choose: Whether to measure the order of implementations.
-        progress: Called with a line per measurement.
         anywhere: On a CPU too, where it chooses between what is there: a rehearsal.
 
     Raises:
-        ValueError: The device is no GPU.
+        UserError: The device is no GPU.
     """
-    device = m.resolve_device(config.device)
     if device.type != "cuda" and not anywhere:
-        raise ValueError(f"tiles and orders are chosen for a GPU, and the device is {device}")
-    sizes = SIZES if config.sizes == cases.SIZES else config.sizes
-    batch = BATCH if config.batches is None else max(config.batches)
+        raise UserError(f"tiles and orders are chosen for a GPU, and the device is {device}")
+    where = (device, sizes, batch)
     table = tuning.table()
     if sweep:
-        table = tuning.with_rows(table, "tiles", _swept(device, sizes, batch, progress))
+        table = tuning.with_rows(table, "tiles", _swept(*where))
     if choose:
         with patch.object(tuning, "table", lambda: table):
-            table = tuning.with_rows(table, "orders", list(_chosen(device, sizes, batch, progress)))
+            table = tuning.with_rows(table, "orders", list(_chosen(*where)))
     atomic_write(path, tuning.to_json(table).encode())
     here = [row for rows in table.values() for row in rows if row["why"].endswith(m.device_name(device))]
     print("\n".join(f"{row.get('op') or row.get('kernel')}: {row['why']}" for row in here))
-    progress(f"Written: {path}; MASKCF_TUNING={path} uses it, to commit it copy it over {tuning.FILE}")
+    m.progress(f"Written: {path}; MASKCF_TUNING={path} uses it, to commit it copy it over {tuning.FILE}")
 
 
-def _swept(
-    device: torch.device, sizes: Sequence[str], batch: int, progress: Callable[[str], None]
-) -> Iterator[tuning.Row]:
+def _swept(device: torch.device, sizes: Sequence[str], batch: int) -> Iterator[tuning.Row]:
     for kernel, what, makers, configurations in KERNELS:
-        progress(f"sweep: {kernel} {what or ''}")
-        milliseconds: dict[int, float] = {}
-        for i, tiles in enumerate(configurations):
-            with patch.object(tuning, "tiles", _instead_of(kernel, tiles)):
-                try:
-                    milliseconds[i] = _time(makers, "triton", device, sizes, batch)
-                except Exception as error:  # does not compile, or differs: the others are still worth having
-                    progress(f"  {tiles}: {m.first_line(error)}")
-        if milliseconds:
-            best = min(milliseconds, key=lambda i: milliseconds[i])
-            times = ", ".join(f"{ms:.4g} ms for {list(configurations[i].values())}" for i, ms in milliseconds.items())
+        m.progress(f"sweep: {kernel} {what or ''}")
+
+        def timed(i: int, kernel: str = kernel, makers: Any = makers, tried: Any = configurations) -> float:
+            with patch.object(tuning, "tiles", instead_of(kernel, tried[i])):
+                return milliseconds(makers, "triton", device, sizes, batch)
+
+        if found := _fastest(range(len(configurations)), timed):
+            times = ", ".join(f"{ms:.4g} ms for {list(configurations[i].values())}" for i, ms in found.items())
             yield {
                 "kernel": kernel, "for": what, "capability": list(tuning.capability(device)),
-                "tiles": configurations[best], "why": _why(times, sizes, batch, device),
+                "tiles": configurations[next(iter(found))], "why": _why(times, sizes, batch, device),
             }  # fmt: skip
 
 
-def _instead_of(kernel: str, tiles: dict[str, int]) -> Callable[..., dict[str, int]]:
+def instead_of(kernel: str, tiles: dict[str, int]) -> Callable[..., dict[str, int]]:
+    """`tuning.tiles`, with others for one kernel."""
     before = tuning.tiles
     return lambda name, device, **what: dict(tiles) if name == kernel else before(name, device, **what)
 
 
-def _chosen(
-    device: torch.device, sizes: Sequence[str], batch: int, progress: Callable[[str], None]
-) -> Iterator[tuning.Row]:
+def _chosen(device: torch.device, sizes: Sequence[str], batch: int) -> Iterator[tuning.Row]:
     for (op, dtypes), makers in CALLS.items():
-        progress(f"choose: {op} {', '.join(dtypes)}")
-        milliseconds: dict[str, float] = {}
-        impls = [impl for impl in DEVICES[device.type] if impl != "reference" or device.type == "cpu"]
-        for impl in impls:
+        m.progress(f"choose: {op} {', '.join(dtypes)}")
+
+        def timed(impl: str, op: str = op, makers: Any = makers) -> float:
             if reason := why_not(f"maskcf_fast.ops.{op}", impl, device):
-                progress(f"  {impl}: {m.first_line(reason)}")
-                continue
-            try:
-                milliseconds[impl] = _time(makers, impl, device, sizes, batch)
-            except Exception as error:  # does not compile, or differs: it is not chosen
-                progress(f"  {impl}: {m.first_line(error)}")
-        if milliseconds:
-            order = sorted(milliseconds, key=lambda impl: milliseconds[impl])
-            times = ", ".join(f"{impl} {milliseconds[impl]:.4g} ms" for impl in order)
+                raise RuntimeError(reason)
+            return milliseconds(makers, impl, device, sizes, batch)
+
+        impls = [impl for impl in DEVICES[device.type] if impl != "reference" or device.type == "cpu"]
+        if found := _fastest(impls, timed):
+            times = ", ".join(f"{impl} {ms:.4g} ms" for impl, ms in found.items())
             yield {
                 "op": op, "dtypes": list(dtypes), "capability": list(tuning.capability(device)),
-                "order": order, "why": _why(times, sizes, batch, device),
+                "order": list(found), "why": _why(times, sizes, batch, device),
             }  # fmt: skip
 
 
-def _time(makers: Sequence[Make], impl: str, device: torch.device, sizes: Sequence[str], batch: int) -> float:
-    """Milliseconds, geometric mean over the calls and sizes, after each was held against the reference."""
+def _fastest(candidates: Iterable[T], timed: Callable[[T], float]) -> dict[T, float]:
+    """Each candidate's time, the shortest first, without those that raise."""
+    found: dict[T, float] = {}
+    for candidate in candidates:
+        try:
+            found[candidate] = timed(candidate)
+        except Exception as error:  # does not compile, or differs: the others are still worth having
+            m.progress(f"  {candidate}: {m.first_line(error)}")
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def milliseconds(makers: Sequence[Make], impl: str, device: torch.device, sizes: Sequence[str], batch: int) -> float:
+    """Geometric mean over the calls and sizes, after each was held against the reference."""
     times = []
     for size in sizes:
         for make in makers:
             torch.manual_seed(0)
             case = make(preset(size), batch, device)
-            call = partial(case.call, partial(case.op, impl=impl))
-            status = compare(call(), case.expected(), case.tolerance)
+            function = partial(case.op, impl=impl)
+            status = check(case, impl, function, case.expected())
             if status != "ok":
                 raise RuntimeError(f"{size}: {status}")
-            samples = m.interleaved({impl: call}, device, seconds=0, rounds=ROUNDS, cold=True)
-            times.append(1e3 * statistics.median(samples[impl]))
-    return math.exp(statistics.fmean(map(math.log, times)))
+            call = {impl: partial(case.call, function)}
+            samples = m.interleaved(call, device, seconds=0, rounds=ROUNDS, cold=True)
+            times.append(m.summary(samples[impl])["ms"])
+    return statistics.geometric_mean(times)
 
 
 def _why(times: str, sizes: Sequence[str], batch: int, device: torch.device) -> str:

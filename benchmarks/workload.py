@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskcf_fast.core.precision import autocast
 from maskcf_fast.methods import (
     CounterfactualDistiller,
-    Draw,
     FeatureDistillation,
     FineTuning,
     MaskStrategy,
@@ -29,8 +29,6 @@ from . import measure as m
 
 STRATEGIES = strategy_names()
 CLASSES = 1000
-
-Backward = Callable[..., Any]  # adds a step's gradients to the parameters, and returns its `StepOutput`
 
 
 class Unavailable(Exception):
@@ -56,14 +54,10 @@ class Variant(NamedTuple):
         """The paper's order, written plainly, at the same precision unless ``changes`` say otherwise."""
         return self._replace(order="paper", run="eager")._replace(**changes)
 
-    @property
-    def masked(self) -> bool:
-        """Whether it masks patches, and so takes a mask and a draw."""
-        return self.method in STRATEGIES
-
     def __str__(self) -> str:
-        order = "paper's order" if self.order == "paper" else self.order
-        return ", ".join((self.method, order, self.run, self.precision))
+        order = {"paper": "paper's order", "one graph": "one graph"}.get(self.order)
+        run = None if self.run == "eager" else self.run
+        return ", ".join(filter(None, (self.method, order, run, self.precision)))
 
 
 class Workload:
@@ -80,19 +74,9 @@ class Workload:
         self.pixels = (self.images.permute(0, 3, 1, 2).float() / 255).contiguous()
         self.labels = torch.randint(CLASSES, (batch,), device=device)
         self.generator = torch.Generator(device).manual_seed(0)
+        self.parameters = list(self.student.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.1, fused=True)
         self._compiled: tuple[Callable[..., Any], ...] | None = None
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
-        return list(self.student.parameters())
-
-    @property
-    def state_bytes(self) -> int:
-        """Weights of both models, gradients, and the optimiser's two moments."""
-        count = sum(p.numel() for p in self.parameters)
-        return 4 * (4 * count + sum(p.numel() for p in self.teacher.parameters()))
 
     def method(self, variant: Variant) -> Method:
         """The training method of a variant, at its precision."""
@@ -106,39 +90,40 @@ class Workload:
         method.precision = "bf16" if variant.precision == "bf16" else "fp32"
         return method
 
-    def draw(self, variant: Variant) -> Draw:
-        """Donors and random masks of one step."""
-        strategy = MaskStrategy.from_name(variant.method)
-        return strategy.draw(self.batch, self.config.num_patches, generator=self.generator, device=self.device)
-
-    def backward(self, variant: Variant) -> Backward:
-        """The step's backward passes; takes ``draw=`` and ``mask=``, or draws and selects by itself.
+    def backward(self, variant: Variant) -> m.Call:
+        """The step's backward passes, which add to the parameters' gradients.
 
         Raises:
             Unavailable: This variant cannot be had here; says why.
         """
+        call: Callable[..., Any]
+        pointwise: Any = POINTWISE
         if variant.order == "paper":
-            return self._paper(variant)
-        method = self.method(variant)
-        if variant.run == "graphed" and (reason := speed.why_no_graph(self.device, 1, method)):
-            raise Unavailable(reason.partition("left out: ")[2])
-        if variant.run != "eager" and self._compiled is None:
-            self._compiled = self._compile(method)
-        call = self._graphed(method) if variant.run == "graphed" else method.backward
-        pointwise = POINTWISE if variant.run == "eager" else self._compiled
+            call = self._paper(variant)
+        else:
+            method = self.method(variant)
+            if variant.run == "graphed" and (reason := speed.why_no_graph(self.device, 1, method)):
+                raise Unavailable(reason.partition("left out: ")[2])
+            if variant.run != "eager" and self._compiled is None:
+                self._compiled = self._compile(method)
+            call = self._graphed(method) if variant.run == "graphed" else method.backward
+            if variant.order == "one graph":
+                call = partial(_one_graph, method)
+            if variant.run != "eager":
+                pointwise = self._compiled
+            call = partial(call, generator=self.generator)
 
-        def run(**given: Any) -> Any:
-            given = given if "draw" in given else given | {"generator": self.generator}
-            with self._using(pointwise), products(variant.precision):
-                if variant.order == "two passes":
-                    return call(self.images, self.labels, **given)
-                out = method(self.images, self.labels, **given)
-                out.loss.backward()
-                return out
+        def run() -> None:
+            self._set(pointwise)
+            try:
+                with products(variant.precision):
+                    call(self.pixels if variant.order == "paper" else self.images, self.labels)
+            finally:
+                self._set(POINTWISE)
 
         return run
 
-    def _paper(self, variant: Variant) -> Backward:
+    def _paper(self, variant: Variant) -> Callable[..., None]:
         strategy = MaskStrategy.from_name(variant.method)
         if variant.run == "compiled" and strategy.filling.leaves_out:
             raise Unavailable("compiled for fills only")
@@ -146,19 +131,15 @@ class Workload:
         given = MaskStrategy("random", strategy.fill, rate=0.5)  # takes the mask that is drawn, whatever it is
         models = (self.student, self.teacher)
 
-        def run(draw: Draw | None = None, mask: Tensor | None = None) -> Any:
-            draw = draw or self.draw(variant)
-            if mask is not None:
-                draw = draw._replace(mask=mask)
-            with autocast(self.device, variant.precision), products(variant.precision):
+        def run(images: Tensor, labels: Tensor) -> None:
+            draw = strategy.draw(self.batch, self.config.num_patches, generator=self.generator, device=self.device)
+            with autocast(self.device, variant.precision):
                 if variant.run == "eager":
-                    out = paper_order_step(*models, strategy, self.pixels, self.labels, draw)
+                    out = paper_order_step(*models, strategy, images, labels, draw)
                 else:  # gradients of maps inside a compiled graph cannot be had: the map is taken outside
-                    cam = paper_cam(self.student, self.pixels, self.labels) if strategy.needs_cam else None
-                    draw = draw._replace(mask=strategy.mask(cam, draw))
-                    out = compiled(*models, given, self.pixels, self.labels, draw)._replace(cam=cam)
+                    cam = paper_cam(self.student, images, labels) if strategy.needs_cam else None
+                    out = compiled(*models, given, images, labels, draw._replace(mask=strategy.mask(cam, draw)))
                 out.loss.backward()
-            return out
 
         return run
 
@@ -176,19 +157,11 @@ class Workload:
             for block in backbone.blocks:
                 block.pointwise = pointwise
 
-    @contextmanager
-    def _using(self, pointwise: Any) -> Iterator[None]:
-        self._set(pointwise)
-        try:
-            yield
-        finally:
-            self._set(POINTWISE)
-
-    def _graphed(self, method: Method) -> Backward:
+    def _graphed(self, method: Method) -> Callable[..., None]:
         graphed = speed.GraphedBackward(method, self.generator)
         grads: list[Tensor] = []
 
-        def run(images: Tensor, labels: Tensor, **options: Any) -> Any:
+        def run(images: Tensor, labels: Tensor, **options: Any) -> None:
             calls = 1
             if not grads:  # captured with these gradients, which the other variants take away
                 grads.extend(torch.zeros_like(p) for p in self.parameters)
@@ -197,12 +170,11 @@ class Workload:
                 p.grad = grad
             for _ in range(calls):
                 torch._foreach_zero_(grads)
-                out = graphed(images, labels, **options)
-            return out
+                graphed(images, labels, **options)
 
         return run
 
-    def step(self, backward: Callable[[], Any], *, keep: bool = False) -> Callable[[], None]:
+    def step(self, backward: m.Call, *, keep: bool = False) -> m.Call:
         """A whole training step; ``keep`` leaves the gradients' memory in place between steps."""
 
         def run() -> None:
@@ -213,11 +185,15 @@ class Workload:
 
         return run
 
-    def peak_memory(self, backward: Callable[[], Any]) -> int | None:
+    def peak_memory(self, backward: m.Call) -> int | None:
         """Bytes above weights, gradients and moments at the highest point of a step, after one that is not weighed."""
         step = self.step(backward, keep=True)
         step()
         return m.peak_memory(step, self.device)
+
+
+def _one_graph(method: Method, *batch: Tensor, **options: Any) -> None:
+    method(*batch, **options).loss.backward()
 
 
 @contextmanager

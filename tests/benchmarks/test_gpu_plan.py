@@ -31,16 +31,8 @@ def test_the_tests_and_the_sanitizers_find_what_they_are_for(tmp_path):
     assert (tmp_path / "tests.xml").is_file()
     script = (ROOT / ".ci" / "gpu").read_text()
     chosen = script.split('chosen="')[1].split('"')[0]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--collect-only",
-        "-q",
-        "tests/ops/test_implementations.py",
-        "-k",
-        chosen,
-    ]
+    files = "tests/ops/test_implementations.py"
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", files, "-k", chosen]
     names = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
     for impl in ("cuda", "triton"):
         for op in ("masks_are_identical", "refill_is_exact", "patchify_is_exact", "gather_is_exact", "relevance_errs"):
@@ -59,7 +51,8 @@ def test_the_report_and_the_tuning_run_on_what_a_bare_machine_has(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     cells = report["step"]["cells"]
     assert len(cells) > 30
-    assert {cell["check"] for cell in cells} == {"ok"}
+    assert all("ms" in cell for cell in cells)
+    assert " passed" in report["checked"]
     assert {cell["run"] for cell in cells} == {"eager", "compiled", "graphed"}
     assert {cell["precision"] for cell in cells} == {"fp32", "tf32", "bf16"}
     assert report["breakdown"]["phases"]

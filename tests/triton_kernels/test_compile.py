@@ -48,7 +48,7 @@ def test_no_spills_and_wide_accesses(op, target):
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
 def test_what_a_sweep_tries_reaches_the_kernel_and_compiles_without_spills(kernel, what, tiles, monkeypatch):
-    monkeypatch.setattr(tuning, "tiles", tune._instead_of(kernel, tiles))
+    monkeypatch.setattr(tuning, "tiles", tune.instead_of(kernel, tiles))
     call = compile_report.calls()[SWEPT[kernel].format("bfloat16" if what.get("half") else "float32")]
     with compile_report.recorded() as launches:
         call()
