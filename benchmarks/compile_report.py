@@ -9,25 +9,29 @@ widest load and store of global memory.
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction, type_canonicalisation_dict
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from maskcf_fast.core.command import command
+
+from .tables import options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,36 +54,13 @@ class Launch:
     args: tuple[Any, ...]
     options: dict[str, Any]
 
-    def source(self) -> ASTSource:
-        """What Triton would compile for these arguments on a GPU."""
-        signature: dict[str, str] = {}
-        constants: dict[tuple[int, ...], Any] = {}
-        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-        for i, parameter in enumerate(self.kernel.params):
-            value = self.args[i] if i < len(self.args) else self.options[parameter.name]
-            free = not parameter.do_not_specialize
-            if parameter.is_constexpr or (free and type(value) is int and value == 1):
-                signature[parameter.name] = "constexpr"
-                constants[(i,)] = value
-                continue
-            if isinstance(value, Tensor):
-                signature[parameter.name] = "*" + type_canonicalisation_dict[str(value.dtype).split(".")[-1]]
-                aligned = value.data_ptr() % 16 == 0
-            elif isinstance(value, int):
-                signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                aligned = free and value % 16 == 0
-            else:
-                assert isinstance(value, float)
-                signature[parameter.name], aligned = "fp32", False
-            if aligned:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, constants, attributes)
-
     def compile(self, target: GPUTarget) -> Any:
-        """Triton's compiled kernel for ``target``."""
-        names = {parameter.name for parameter in self.kernel.params}
-        options = {name: value for name, value in self.options.items() if name not in names}
-        return triton.compile(self.source(), target=target, options=options)
+        """Triton's compiled kernel for ``target``: what a launch does, up to where it would run."""
+        gpu = SimpleNamespace(
+            get_current_device=lambda: target, get_current_stream=lambda _: None, get_current_target=lambda: target
+        )
+        with patch.object(driver, "_active", gpu):
+            return self.kernel.run(*self.args, grid=(1,), warmup=True, **self.options)
 
 
 @contextmanager
@@ -90,12 +71,8 @@ def recorded() -> Iterator[list[Launch]]:
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches.append(Launch(self, args, options))
 
-    run = JITFunction.run
-    JITFunction.run = record
-    try:
+    with patch.object(JITFunction, "run", record):
         yield launches
-    finally:
-        JITFunction.run = run
 
 
 @dataclass
@@ -146,10 +123,10 @@ def calls() -> dict[str, Callable[[], Any]]:
     out: dict[str, Callable[[], Any]] = {}
     ops: Any = SimpleNamespace(**OPS)
     donors = torch.tensor([1, 0])
-    for size, patch in ((224, 32), (224, 16), (224, 14), (336, 14)):
-        side = size // patch
+    for size, patch_size in ((224, 32), (224, 16), (224, 14), (336, 14)):
+        side = size // patch_size
         cam, mask, several = (torch.zeros(2, side**2, dtype=kind) for kind in (torch.float32, torch.bool, torch.int64))
-        tag = f"p{patch}@{size}"
+        tag = f"p{patch_size}@{size}"
         out[f"select threshold {tag}"] = partial(ops.select.select_patches, cam, 0.3, None, False)
         out[f"select top-k {tag}"] = partial(ops.select.select_patches, cam, None, 20, False)
         for dtype in (torch.float32, torch.bfloat16, torch.uint8):
@@ -168,9 +145,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         for dtype in (torch.bfloat16, torch.float32):
             images = torch.zeros(2, size, size, 3, dtype=torch.uint8)
             name = f"{tag} {str(dtype)[6:]}"
-            out[f"patchify {name}"] = partial(ops.patchify.patchify, images, patch, MEAN, STD, dtype, None, None)
+            out[f"patchify {name}"] = partial(ops.patchify.patchify, images, patch_size, MEAN, STD, dtype, None, None)
             out[f"patchify refill {name}"] = partial(
-                ops.patchify.patchify, images, patch, MEAN, STD, dtype, mask, donors
+                ops.patchify.patchify, images, patch_size, MEAN, STD, dtype, mask, donors
             )
     out["select top-k L=4096"] = partial(ops.select.select_patches, torch.zeros(2, 4096), None, 20, False)
     for width in (768, 1024):
@@ -203,19 +180,19 @@ def report(targets: list[str], only: str = "") -> Iterator[tuple[str, str, str, 
                 yield name, launch.kernel.__name__, target, facts(compiled, TARGETS[target])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", action="append", choices=TARGETS, help="may be given again; all when left out")
-    parser.add_argument("--only", default="", help="text that the call's name must hold")
-    arguments = parser.parse_args()
+@command()
+def main(arguments: list[str]) -> None:
+    given = options(
+        "compile_report", __doc__, arguments,
+        target={"action": "append", "choices": TARGETS, "help": "may be given again; all when left out"},
+        only={"default": "", "help": "text that the call's name must hold"},
+    )  # fmt: skip
+    line = "{:46} {:26} {:7} {:>4} {:>5} {:>6} {:>4} {:>5}"
     print(f"triton {triton.__version__}")
-    print(f"{'call':46} {'kernel':26} {'target':7} {'regs':>4} {'spill':>5} {'shared':>6} {'load':>4} {'store':>5}")
-    for name, kernel, target, found in report(arguments.target or list(TARGETS), arguments.only):
-        print(
-            f"{name:46} {kernel:26} {target:7} {found.registers:4} {found.spills:5} {found.shared:6} "
-            f"{found.load:4} {found.store:5}"
-        )
+    print(line.format("call", "kernel", "target", "regs", "spill", "shared", "load", "store"))
+    for name, kernel, target, found in report(given.target or list(TARGETS), given.only):
+        print(line.format(name, kernel, target, *astuple(found)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

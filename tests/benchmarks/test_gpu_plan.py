@@ -15,7 +15,7 @@ BLOCKED = ("matplotlib", "PIL", "yaml", "tyro", "tqdm", "tensorboard", "sklearn"
 
 def gpu(*parts, out, **environment):
     command = [ROOT / ".ci" / "gpu", "--dry-run", *parts]
-    variables = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "MINUTES": "4", "JOBS": "2"} | environment
+    variables = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "MINUTES": "30", "JOBS": "2"} | environment
     done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=out)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
