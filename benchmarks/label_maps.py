@@ -6,8 +6,8 @@ relevance of the label's logit, and the overlap (intersection over union) of the
 
 from __future__ import annotations
 
-import argparse
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskcf_fast.core.command import command
 from maskcf_fast.data import LoaderConfig, build_loader, scan_images
 from maskcf_fast.methods import CounterfactualDistiller
 from maskcf_fast.methods.label_map import LabelMap
@@ -24,7 +25,7 @@ from maskcf_fast.training.build import build_model
 from maskcf_fast.training.settings import ModelConfig
 
 from .flops import complete_flop_counter, forward_flops
-from .tables import table
+from .tables import options, table
 
 MAPS: dict[str, dict[str, Any]] = {
     "relevance of the logit": {},
@@ -63,39 +64,34 @@ def step_flops(model: ImageClassifier, images: Tensor, labels: Tensor, name: str
     return counter.get_total_flops() / (len(images) * forward_flops(model.backbone.config))
 
 
-def main() -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="tiny", help="preset of the model")
-    parser.add_argument("--weights", type=Path, required=True, help="a run's model.safetensors")
-    parser.add_argument("--images", type=Path, required=True, help="images, one folder per class")
-    parser.add_argument("--threshold", type=float, default=0.3, help="cut on the normalised map")
-    options = parser.parse_args()
+@command()
+def main(arguments: list[str]) -> None:
+    given = options(
+        "label_maps", __doc__, arguments,
+        arch={"default": "tiny", "help": "preset of the model"},
+        weights={"type": Path, "required": True, "help": "a run's model.safetensors"},
+        images={"type": Path, "required": True, "help": "images, one folder per class"},
+        threshold={"type": float, "default": 0.3, "help": "cut on the normalised map"},
+    )  # fmt: skip
     complete_flop_counter()
-    manifest = scan_images(options.images)
-    model = build_model(ModelConfig(options.arch, options.weights), len(manifest.classes), seed=0)
+    manifest = scan_images(given.images)
+    model = build_model(ModelConfig(given.arch, given.weights), len(manifest.classes), seed=0)
     loader = build_loader(manifest, LoaderConfig(50, model.backbone.config.image_size, train=False))
-    correlation: dict[str, list[Tensor]] = {name: [] for name in MAPS}
-    overlap: dict[str, list[Tensor]] = {name: [] for name in MAPS}
-    share: dict[str, list[Tensor]] = {name: [] for name in MAPS}
+    found: dict[str, list[Tensor]] = {name: [] for name in MAPS}  # [3, N]: correlation, overlap, share masked
     for images, labels, _ in loader:
-        found = maps_of(model, images, labels)
-        exact = next(iter(found.values()))
-        exact_mask = select_patches(exact, threshold=options.threshold)
-        for name, cam in found.items():
-            mask = select_patches(cam, threshold=options.threshold)
-            either = (mask | exact_mask).sum(dim=1)
-            correlation[name].append(rank_correlation(cam, exact))
-            overlap[name].append((mask & exact_mask).sum(dim=1) / either.clamp(min=1))
-            share[name].append(mask.float().mean(dim=1))
-    print(f"{len(manifest)} images, {options.arch}, threshold {options.threshold}, torch {torch.__version__}\n")
+        maps = maps_of(model, images, labels)
+        masks = {name: select_patches(cam, threshold=given.threshold) for name, cam in maps.items()}
+        exact, exact_mask = next(iter(maps.values())), next(iter(masks.values()))
+        for name, mask in masks.items():
+            overlap = (mask & exact_mask).sum(dim=1) / (mask | exact_mask).sum(dim=1).clamp(min=1)
+            found[name].append(torch.stack([rank_correlation(maps[name], exact), overlap, mask.float().mean(dim=1)]))
+    print(f"{len(manifest)} images, {given.arch}, threshold {given.threshold}, torch {torch.__version__}\n")
     rows = []
-    for name in MAPS:
-        cells = [torch.cat(x[name]).mean() for x in (correlation, overlap, share)]
-        flops = step_flops(model, images[:8].float().movedim(-1, 1) / 255, labels[:8], name)
-        rows.append((name, f"{flops:.2f} F", *(f"{cell:.2f}" for cell in cells)))
+    for name, figures in found.items():
+        flops = step_flops(model, images[:8], labels[:8], name)
+        rows.append((name, f"{flops:.2f} F", *(f"{x:.2f}" for x in torch.cat(figures, dim=1).mean(dim=1))))
     print("\n".join(table(("map", "step", "rank correlation", "overlap of masks", "share masked"), rows, left=1)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
