@@ -80,12 +80,14 @@ def check_number(name: str, value: float) -> float:
 def check_numbers(name: str, values: Sequence[float]) -> list[float]:
     """The values as floats; raise unless they are numbers."""
     check_sequence(name, values)
+    if all(type(value) is float and value == value for value in values):  # as a rule, and not worth a microsecond each
+        return list(values)
     return [check_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
 def check_sequence(name: str, values: object) -> None:
     """Raise unless ``values`` is a list, a tuple or the like."""
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if not isinstance(values, list | tuple) and (isinstance(values, str) or not isinstance(values, Sequence)):
         raise TypeError(f"{name} must be a sequence, got {shown(values)}")
 
 
