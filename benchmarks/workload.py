@@ -154,8 +154,7 @@ class Workload:
 
     def _set(self, pointwise: Any) -> None:
         for backbone in (self.student.backbone, self.teacher):
-            for block in backbone.blocks:
-                block.pointwise = pointwise
+            backbone.set_pointwise(pointwise)
 
     def _graphed(self, method: Method) -> Callable[..., None]:
         graphed = speed.GraphedBackward(method, self.generator)

@@ -6,8 +6,9 @@ patches can be refilled or dropped without embedding them again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -209,10 +210,13 @@ class VisionTransformer(nn.Module):
             torch._functorch.config.donated_buffer = False  # the map's backward pass keeps the graph for the task's
             # With and without gradients, one image or many, one token or many, each dtype: more than the default 8.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        functions = [torch.compile(f, fullgraph=True) for f in POINTWISE] if enabled else POINTWISE
+        self.set_pointwise(tuple(torch.compile(f, fullgraph=True) for f in POINTWISE) if enabled else POINTWISE)
+
+    def set_pointwise(self, functions: tuple[Callable[..., Any], ...]) -> None:
+        """Take others in place of `POINTWISE`, in its order."""
         for module in self.modules():
             if isinstance(module, Attention | WithMlp):
-                module.pointwise = tuple(functions)
+                module.pointwise = functions
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (as `embed` takes them) to features ``[N, D]``."""
