@@ -64,6 +64,8 @@ HEADS: dict[str, type[CosineClassifier | LinearClassifier]] = {"cosine": CosineC
 
 
 def _check_sizes(feature_dim: int, num_classes: int) -> None:
+    if type(feature_dim) is not int or type(num_classes) is not int:
+        raise TypeError(f"a head's sizes must be ints, got {feature_dim!r} features, {num_classes!r} classes")
     if feature_dim < 1 or num_classes < 1:
         raise UserError(f"a head needs positive sizes, got {feature_dim} features, {num_classes} classes")
 

@@ -56,6 +56,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: VisionTransformerConfig | str) -> None:
         super().__init__()
+        if not isinstance(config, str | VisionTransformerConfig):
+            raise TypeError(f"config must be a VisionTransformerConfig or the name of a preset, got {config!r}")
         self.config = config = preset(config) if isinstance(config, str) else config
         width, scale = config.width, config.width**-0.5
         patch_shape = (width, 3, config.patch_size, config.patch_size)

@@ -56,6 +56,8 @@ def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, T
         ValueError: Not a readable file, unknown names, more than one vision tower, or an architecture other than the
             model's; every missing, unexpected and misshapen tensor is named.
     """
+    if not isinstance(weights, str | Path | Mapping):
+        raise TypeError(f"weights must be a file's path or a state dict, got {type(weights).__name__}")
     source = f" in {weights}" if isinstance(weights, str | Path) else ""
     state = read_state(Path(weights)) if isinstance(weights, str | Path) else dict(weights)
     state = _translate(state, model.config)

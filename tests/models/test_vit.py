@@ -5,7 +5,16 @@ import torch
 
 from maskcf_fast.methods.fills import FILLS
 from maskcf_fast.methods.paper_order import plain_forward
-from maskcf_fast.models import CosineClassifier, ImageClassifier, PoolTap, Rotary, Tap, VisionTransformer, preset
+from maskcf_fast.models import (
+    CosineClassifier,
+    ImageClassifier,
+    PoolTap,
+    Rotary,
+    Tap,
+    VisionTransformer,
+    load_backbone,
+    preset,
+)
 from maskcf_fast.ops import pack_tokens, refill_patches
 
 POOLED = replace(
@@ -192,3 +201,16 @@ def test_cosine_head_ignores_the_features_length():
     torch.testing.assert_close(head(features * 7), logits)
     with pytest.raises(ValueError, match="expects features of size 32, the backbone gives 64"):
         ImageClassifier(VisionTransformer("tiny"), CosineClassifier(32, 5))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: VisionTransformer(None), "a VisionTransformerConfig or the name of a preset, got None"),
+        (lambda: load_backbone(VisionTransformer("tiny"), 3), "a file's path or a state dict, got int"),
+        (lambda: CosineClassifier("5", 3), "sizes must be ints, got '5' features, 3 classes"),
+    ],
+)
+def test_arguments_of_other_types(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
