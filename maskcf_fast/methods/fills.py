@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..models import VisionTransformer
 from ..ops import drop_tokens, gather_tokens, pack_tokens, refill_patches, sample_donors, select_patches
+from ..ops.drop import Packing
 
 REGIONS = ("object", "context", "random")
 
@@ -95,20 +97,15 @@ class LeftOut(Fill):
         self, backbone: VisionTransformer, tokens: Tensor, mask: Tensor, donors: Tensor | None, dropped: int | None
     ) -> Tensor:
         """As `Fill.encode`: shorter sequences, packed where their lengths differ."""
-        prefix, packing = backbone.config.prefix, None
-
-        def left(of: Tensor) -> Tensor:
-            nonlocal packing
-            if dropped is not None:
-                return drop_tokens(of, mask, dropped=dropped, prefix=prefix)[0]
-            rows, packing = pack_tokens(of, mask, prefix=prefix)
-            return rows
-
-        angles = backbone.angles()  # each patch keeps its own
-        angles = None if angles is None else left(angles.expand(len(tokens), -1, -1))
-        rows = left(tokens)
+        take = pack_tokens if dropped is None else partial(drop_tokens, dropped=dropped)
+        prefix = backbone.config.prefix
+        rows, places = take(tokens, mask, prefix=prefix)
         if len(rows) == 0:  # no image has a token left
             return backbone.encode(tokens[:, :0])[0]
+        angles = backbone.angles()
+        if angles is not None:  # each patch keeps its own
+            angles = take(angles.expand(len(tokens), -1, -1), mask, prefix=prefix)[0]
+        packing = places if isinstance(places, Packing) else None
         return backbone.encode(rows, packing=packing, angles=angles)[0]
 
 
