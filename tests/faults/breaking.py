@@ -13,7 +13,6 @@ import platform
 import random
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -25,8 +24,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,6 +35,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 TRAIN = ["-m", "maskcf_fast.train"]
 STEPS, EPOCH = 40, 10
+SAME = "the same run in the end"
 SMALL = 300_000  # bytes: less than a checkpoint of the tiny model, more than all else
 OWN_TRACEBACK = re.compile(r'File ".*maskcf_fast')  # torchrun prints one of its own whenever a process fails
 
@@ -203,7 +205,7 @@ def lost_steps(out: Path, at: int) -> str:
 
 
 def killed_at_random(bench: Bench, rng: random.Random, _: int) -> str:
-    """kill -9 of everything, at any time from the start of Python to the end, and twice more when it goes on"""
+    """kill -9 of everything three times a run, at any time from the start of Python to the end"""
     out, lost = bench.fresh(), 0
     for _ in range(3):
         process = bench.start(out)
@@ -425,44 +427,63 @@ FAULTS: dict[Fault, tuple[int, int, int]] = {  # how often: with one process, wi
     asked_and_killed: (3, 0, 0),
     rank_killed: (0, 4, 4),
     disk_full: (6, 2, 2),
-    bit_flipped: (10, 0, 2),
-    model_flipped: (5, 0, 0),
+    bit_flipped: (10, 4, 2),
+    model_flipped: (5, 2, 2),
     mutated: (24, 0, 0),
     two_at_once: (2, 0, 0),
 }
 KINDS = {"1": (1, ()), "2": (2, ()), "2, FSDP": (2, ("--parallel", "fsdp"))}
+MEASURED = HERE / "measured.json"  # what a page's table is made of: the newest result of each fault and kind
 
 
-def row(fault: Fault, bench: Bench, kind: str, count: int, rng: random.Random) -> tuple[str, int]:
-    """Do a fault; its row of the table, and how often it did harm."""
+def measure(fault: Fault, bench: Bench, kind: str, count: int, rng: random.Random) -> dict[str, Any]:
+    """Do a fault; what came of it, as `MEASURED` keeps it."""
+    from maskcf_fast.training.log import cpu_name
+
     outcomes: Counter[str] = Counter()
     lost: Counter[str] = Counter()
+    begun = time.monotonic()
     for trial in range(count):
         try:
             lost[fault(bench, rng, trial)] += 1
-            outcomes["the same run in the end"] += 1
+            outcomes[SAME] += 1
         except (Broken, OSError, ValueError) as error:
             outcomes[f"FAILED: {' '.join(str(error).split())[:200]}"] += 1
             print(f"{fault.__name__} {kind} trial {trial}: {error}", file=sys.stderr, flush=True)
         for path in bench.folder.glob("run*"):
             shutil.rmtree(path)
+    machine = f"{os.cpu_count()} cores ({cpu_name()}), {platform.platform()}"
+    return {
+        "fault": fault.__name__, "processes": kind, "times": count, "outcomes": dict(outcomes), "lost": dict(lost),
+        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "with": f"{machine}, Python {platform.python_version()}, torch {version('torch')}",
+    }  # fmt: skip
+
+
+def row(result: dict[str, Any]) -> str:
+    """A result's row of the table."""
+    lost = result["lost"]
     steps = [int(number) for text in lost for number in re.findall(r"(\d+) steps", text)]
     cost = f"{min(steps)} to {max(steps)} steps" if steps else "; ".join(f"{text} ({n})" for text, n in lost.items())
-    shown = "; ".join(f"{text} ({n})" for text, n in outcomes.items())
-    return f"| {fault.__doc__} | {kind} | {count} | {shown} | {cost} |", count - outcomes["the same run in the end"]
+    shown = "; ".join(f"{text} ({n})" for text, n in result["outcomes"].items())
+    about = globals()[result["fault"]].__doc__
+    return f"| {about} | {result['processes']} | {result['times']} | {shown} | {cost} | {result['minutes']} |"
 
 
 def main() -> int:
-    """Do every fault as often as it says, and print the table."""
+    """Do faults, print their rows, and keep them for the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of how often each fault is done")
     parser.add_argument("--only", default="", help="names that hold this")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="processes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--page", type=Path, help="write what is done of the table between the page's marks, too")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help=f"keep what is done in {MEASURED.name}, and write all of that between the page's marks",
+    )
     options = parser.parse_args()
-    begun, one = time.monotonic(), Lock()
-    rows: dict[str, list[str]] = {kind: [] for kind in options.kinds}
+    one = Lock()
 
     def all_of(kind: str) -> int:
         failed = 0
@@ -473,34 +494,39 @@ def main() -> int:
             bench = Bench(Path(folder), *KINDS[kind])
             for fault in [fault for fault, n in chosen.items() if n]:
                 count = max(1, round(chosen[fault] * options.share))
-                line, harm = row(fault, bench, kind, count, random.Random(f"{options.seed} {fault.__name__}"))
-                failed += harm
+                result = measure(fault, bench, kind, count, random.Random(f"{options.seed} {fault.__name__}"))
+                failed += count - result["outcomes"].get(SAME, 0)
                 with one:
-                    print(line, flush=True)
-                    rows[kind].append(line)
+                    print(row(result), flush=True)
                     if options.page is not None:
-                        write_page(
-                            options.page, [line for part in rows.values() for line in part], time.monotonic() - begun
-                        )
+                        keep(result)
+                        write_page(options.page)
         return failed
 
     with ThreadPoolExecutor() as pool:  # one kind at a time would leave cores idle
-        return 1 if sum(pool.map(all_of, options.kinds)) else 0
+        harm = sum(pool.map(all_of, options.kinds))
+    if options.page is not None:
+        write_page(options.page)
+    return 1 if harm else 0
 
 
-def write_page(page: Path, rows: list[str], seconds: float) -> None:
-    """Put the table, and what it was made with, in the place of the one in a page."""
-    from maskcf_fast.training.log import cpu_name
+def keep(result: dict[str, Any]) -> None:
+    """Put a result in the place of an older one."""
+    key = itemgetter("fault", "processes")
+    results = {key(old): old for old in json.loads(MEASURED.read_text())} | {key(result): result}
+    order = [fault.__name__ for fault in FAULTS]
+    kept = sorted(results.values(), key=lambda r: (order.index(r["fault"]), list(KINDS).index(r["processes"])))
+    MEASURED.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
-    words = shlex.join(["python", os.path.relpath(__file__, HERE.parents[1]), *sys.argv[1:]])
-    made = (
-        f"`{words}`, {seconds / 60:.0f} minutes on {os.cpu_count()} cores ({cpu_name()}), {platform.platform()}, "
-        f"Python {platform.python_version()}, torch {version('torch')}:"
-    )
+
+def write_page(page: Path) -> None:
+    """Put the table of all results in the place of the one in a page."""
+    kept = json.loads(MEASURED.read_text())
     start, end = "<!-- faults -->\n", "<!-- end of faults -->\n"
     before, rest = page.read_text().split(start)
-    head = "| fault | processes | times | outcome | lost |\n|---|---|--:|---|---|"
-    page.write_text("\n".join([f"{before}{start}{made}\n", head, *rows, f"{end}{rest.split(end)[1]}"]))
+    head = "| fault | processes | times | outcome | lost | minutes |\n|---|---|--:|---|---|--:|"
+    made = f"On {'; and on '.join(sorted({r['with'] for r in kept}))}:"
+    page.write_text("\n".join([f"{before}{start}{made}\n", head, *map(row, kept), f"{end}{rest.split(end)[1]}"]))
 
 
 if __name__ == "__main__":
