@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -32,6 +33,8 @@ from ..models import (
 from ..models.naming import State
 from ..models.weights import architecture_metadata, read_architecture, read_metadata, read_state
 from .settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
+
+PAPER_HOLDOUT = 10_240  # images of ImageNet, 0.8 % of it
 
 
 def build_model(
@@ -238,13 +241,28 @@ def scan(config: DataConfig, processes: Processes, seed: int) -> tuple[Manifest,
         look()
     train = found.pop("train")
     seed = seed if config.holdout_seed is None else config.holdout_seed
-    if config.holdout:
+    holdout = _held_out(config, len(train), processes.main)
+    if holdout:
         try:
-            train, held_out = train.holdout(config.holdout, seed)
+            train, held_out = train.holdout(holdout, seed)
         except ValueError as error:
             raise UserError(f"{error}: lower --data.holdout (0 holds out none)") from error
         found = {"holdout": held_out, **found}
     return train, found
+
+
+def _held_out(config: DataConfig, images: int, tell: bool) -> int:
+    """How many of the training images are held out."""
+    if config.holdout != "paper":
+        return config.holdout
+    count = 0 if config.val is not None else min(PAPER_HOLDOUT, max(1, images // 10))
+    if tell and 0 < count < PAPER_HOLDOUT:
+        print(
+            f"{count} of the {images} training images are held out to choose the epoch; the paper's {PAPER_HOLDOUT:,} "
+            "would be more than a tenth (--data.holdout N holds out N, --data.val DIR chooses by others)",
+            file=sys.stderr,
+        )
+    return count
 
 
 def as_benchmark(name: str, images: Manifest) -> Benchmark:

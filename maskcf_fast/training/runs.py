@@ -103,7 +103,7 @@ def read_run(
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run: it has no config.yaml")
     config = parse(["--config", str(path)], name="evaluate")
-    best = weights == "best" or (weights == "auto" and (config.data.holdout > 0 or config.data.val is not None))
+    best = weights == "best" or (weights == "auto" and (config.data.holdout != 0 or config.data.val is not None))
     file = folder / ("best.safetensors" if best else "model.safetensors")
     if not file.is_file():
         started = "it has not finished: continue it with python -m maskcf_fast.train --resume" if not best else (

@@ -64,8 +64,9 @@ class DataConfig:
     """In-distribution test images."""
     ood: tuple[Path, ...] = ()
     """Out-of-distribution test images, any number of sets."""
-    holdout: int = 0
-    """Training images held out, stratified by class, to choose the best epoch (the paper: 10240 of ImageNet)."""
+    holdout: int | Literal["paper"] = 0
+    """Training images held out, stratified by class, to choose the best epoch. paper: 10,240 as of ImageNet, or a tenth
+    of fewer than 102,400; none where --data.val is given."""
     holdout_seed: int | None = None
     """Which images are held out: by default others for each --seed, as the paper; with a number always the same."""
     val: Path | None = None
@@ -226,7 +227,7 @@ class TrainConfig:
         if self.data.threads > MOST_THREADS:
             raise UserError(f"data.threads must be at most {MOST_THREADS}, got {self.data.threads}")
         not_negative = {
-            "data.holdout": self.data.holdout,
+            "data.holdout": 0 if self.data.holdout == "paper" else self.data.holdout,
             "data.holdout_seed": self.data.holdout_seed or 0,
             "data.threads": self.data.threads,
             "method.weight": self.method.weight or 0,
@@ -239,7 +240,7 @@ class TrainConfig:
         for name, value in not_negative.items():
             if not 0 <= value < float("inf"):
                 raise UserError(f"{name} must {'not be negative' if value < 0 else 'be finite'}, got {value}")
-        if self.data.val is not None and self.data.holdout:
+        if self.data.val is not None and self.data.holdout not in (0, "paper"):
             raise UserError(
                 f"data.val={self.data.val} chooses the epoch, data.holdout={self.data.holdout} images need not: "
                 "--data.holdout 0, or no --data.val"

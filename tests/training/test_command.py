@@ -42,7 +42,7 @@ def test_presets_are_the_papers_settings(preset):
     optim = config.optim
     assert (optim.epochs, optim.batch_size, optim.lr, optim.clip, optim.warmup) == (10, 512, 3e-5, 1.0, 0.02)
     assert optim.cycle_beta1
-    assert (config.data.holdout, config.model.arch) == (10240, "ViT-B/32")
+    assert (config.data.holdout, config.model.arch) == ("paper", "ViT-B/32")
     student = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3))
     method = build_method(config.method, student)
     assert config.method.name == (preset if preset not in CUTS else "counterfactual")

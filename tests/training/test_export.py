@@ -283,7 +283,7 @@ def test_a_siglip_from_folder_to_folder(image_folders, tmp_path, capsys):
     command = ["--config", "context-none", "--model.name", f"hf:{tmp_path / 'siglip'}", "--model.head-kind", "linear"]
     command += ["--model.image-size", "48"]
     command += ["--data.train", str(image_folders["train"]), "--data.id", str(image_folders["id"])]
-    command += ["--data.ood", str(image_folders["ood"]), "--data.holdout", "0", "--data.backend", "torch"]
+    command += ["--data.ood", str(image_folders["ood"]), "--data.backend", "torch"]
     command += ["--data.threads", "0", "--optim.epochs", "1", "--optim.batch-size", "12", "--optim.lr", "1e-3"]
     run, out = tmp_path / "run", tmp_path / "out"
     assert train([*command, "--device", "cpu", "--out", str(run)]) == 0

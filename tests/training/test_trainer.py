@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from saved import rewrite, tensors, values
 
 from maskcf_fast.core.errors import UserError
-from maskcf_fast.data import scan_images
+from maskcf_fast.core.processes import Processes
+from maskcf_fast.data import Manifest, scan_images
 from maskcf_fast.methods import MaskStrategy, strategy_names
 from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import trainer as trainer_module
-from maskcf_fast.training.build import build_method
+from maskcf_fast.training.build import build_method, scan
 from maskcf_fast.training.checkpoint import ALONE, save_checkpoint
 from maskcf_fast.training.runs import read_run
-from maskcf_fast.training.settings import MethodConfig
+from maskcf_fast.training.settings import DataConfig, MethodConfig
 
 METHODS = [{"name": n} for n in ("ft", "lp", "fd", "kd")] + [{"strategy": name} for name in strategy_names()]
 
@@ -188,8 +190,26 @@ def test_validation_images_choose_the_best_epoch(change, image_folders):
     assert [line["accuracy/holdout"] for line in logged] == [line["accuracy/ood"] for line in logged]
     assert trainer.best == max(line["accuracy/holdout"] for line in logged[1:])
     assert read_run(trainer.folder).weights.name == "best.safetensors"
+    change(data={"val": image_folders["ood"], "holdout": "paper"}).validate()  # as with a preset
     with pytest.raises(UserError, match=r"--data\.holdout 0"):
         change(data={"val": image_folders["ood"], "holdout": 3}).validate()
+
+
+@pytest.mark.parametrize(("images", "held_out"), [(1, 0), (9, 1), (300, 30), (102_400, 10_240), (1_281_167, 10_240)])
+def test_the_papers_share_of_any_data_set_is_held_out(monkeypatch, capsys, images, held_out):
+    manifest = Manifest(Path("images"), ("a",), tuple(map(str, range(images))), (0,) * images)
+    monkeypatch.setattr("maskcf_fast.training.build.scan_images", lambda *_, **__: manifest)
+    processes = Processes(0, 1, torch.device("cpu"))
+    config = DataConfig(train=Path("images"), holdout="paper")
+    if not held_out:
+        with pytest.raises(UserError, match=r"--data\.holdout"):
+            scan(config, processes, 0)
+        return
+    train, tests = scan(config, processes, 0)
+    assert (len(train), len(tests["holdout"])) == (images - held_out, held_out)
+    assert (f"{held_out} of the {images} training images" in capsys.readouterr().err) == (held_out < 10_240)
+    validated = scan(DataConfig(train=Path("images"), holdout="paper", val=Path("images")), processes, 0)
+    assert [len(validated[0]), len(validated[1]["holdout"])] == [images, images]
 
 
 def test_holdout_chooses_the_best_epoch(change):
