@@ -1,5 +1,7 @@
 """What runs here, what does not, and why."""
 
+import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 import maskcf_fast as mf
-from maskcf_fast.ops import dispatch, extension
+from maskcf_fast.ops import building, dispatch, extension
 from maskcf_fast.ops.dispatch import DEVICES, resolve, why_not
 
 CAM = torch.rand(2, 16)
@@ -83,3 +85,31 @@ def test_a_size_that_a_kernel_lacks(monkeypatch):
     monkeypatch.setattr(extension, "why_not", lambda impl, op: "not built")
     assert resolve(package, "auto", gpu, (torch.float64, 64)) == "reference"
     assert resolve(package, "auto", gpu, (torch.float16, 64)) == "triton"
+
+
+def test_an_extension_of_other_sources(tmp_path):
+    """As after an update: it is not loaded, since its ops may take other arguments, and everyone is told."""
+    library = tmp_path / building.LIBRARY
+    library.write_bytes(b"its ops take other arguments")
+    script = "import torch, maskcf_fast as mf; print(mf.select_patches(torch.rand(2, 16), top_k=3).sum().item())"
+    tried = {"{}": (["-c", script], "6\n"), '{"sources": "0123"}': (["-m", "maskcf_fast.info"], "no: the extension")}
+    for facts, (command, answer) in tried.items():
+        (tmp_path / building.FACTS).write_text(facts)
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, check=True,
+            env={**os.environ, "MASKCF_LIBRARY": str(library)},
+        )  # fmt: skip
+        assert answer in done.stdout
+        assert f"{library} was built from other sources" in done.stderr
+        assert "python -m maskcf_fast.build" in done.stderr
+
+
+def test_the_library_of_this_version_goes_before_newer_ones(tmp_path, monkeypatch):
+    folders = [tmp_path / "beside", tmp_path / "cache"]
+    for folder, sources in zip(folders, (building.sources_digest(), "0123"), strict=True):
+        folder.mkdir()
+        (folder / building.LIBRARY).touch()
+        (folder / building.FACTS).write_text(json.dumps({"sources": sources}))
+    monkeypatch.delenv("MASKCF_LIBRARY", raising=False)
+    monkeypatch.setattr(building, "output_folders", lambda: folders)
+    assert extension.library_path().parent == folders[0]

@@ -218,15 +218,21 @@ def obstacle() -> str | None:
     return None
 
 
+def sources_digest() -> str:
+    """SHA-256, in hex, of the C++ sources: a library that was built from others has other ops."""
+    source = source_folder()
+    files = sorted(file for file in source.rglob("*") if file.is_file())
+    parts = [repr((file.relative_to(source).as_posix(), file.read_bytes())) for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def digest(sanitize: bool = False) -> str:
     """Stands for all that decides what the library holds: the sources, the flags (this file), the architectures.
 
     Not for the compilers or PyTorch's headers: a library that was built elsewhere and brought along is as good.
     """
-    source = source_folder()
-    files = [Path(__file__), *sorted(file for file in source.rglob("*") if file.is_file())]
-    parts = [repr((file.name, file.read_bytes())) for file in files]
-    return hashlib.sha256("\n".join([*parts, *cuda_archs(), str(sanitize)]).encode()).hexdigest()
+    parts = [sources_digest(), Path(__file__).read_text(), *cuda_archs(), str(sanitize)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -235,6 +241,14 @@ def facts_of(folder: Path) -> dict[str, Any]:
         return json.loads((folder / FACTS).read_text())
     except (OSError, ValueError):
         return {}
+
+
+def is_stale(folder: Path) -> bool:
+    """Whether the library that lies there was built from other sources than those of this version."""
+    try:
+        return facts_of(folder).get("sources") != sources_digest()
+    except Absent:  # nothing to compare with
+        return False
 
 
 def is_current(folder: Path, want: str) -> bool:
@@ -288,7 +302,7 @@ def build(
             if want == "none":
                 raise Absent("the build was switched off (MASKCF_BUILD=none)")
             source, torch, into = source_folder(), torch_folder(), Path(scratch)
-            facts["digest"] = digest(sanitize)
+            facts |= {"sources": sources_digest(), "digest": digest(sanitize)}
             facts["torch_headers"] = torch_version(torch)
             jobs = cpu_jobs(source, torch, into, sanitize)
             facts["compiler"] = version_of([jobs[0][0]])

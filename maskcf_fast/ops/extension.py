@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ REMEDY = "run `python -m maskcf_fast.build`"
 
 
 def library_path() -> Path:
-    """The library: ``MASKCF_LIBRARY``, or the newest of those beside the package and in the cache."""
+    """The library: ``MASKCF_LIBRARY``, or of those beside the package and in the cache the newest of this version."""
     if own := os.environ.get("MASKCF_LIBRARY"):
         return Path(own)
     places = [folder / building.LIBRARY for folder in building.output_folders()]
     there = [place for place in places if place.is_file()]
-    return max(there, key=lambda place: place.stat().st_mtime) if there else places[0]
+    best_last = sorted(there, key=lambda place: (not building.is_stale(place.parent), place.stat().st_mtime))
+    return best_last[-1] if there else places[0]
 
 
 def facts() -> dict[str, Any]:
@@ -37,6 +39,10 @@ def loading_error() -> str | None:
     if not path.is_file():
         reason = facts().get("why_no_cpu")
         return f"the extension is not built ({reason or REMEDY}; a running process must be started again)"
+    if building.is_stale(path.parent):  # its ops would take other arguments, or abort
+        reason = f"the extension {path} was built from other sources than those of this version: {REMEDY}"
+        warnings.warn(f"{reason}. Until then the ops run without it, more slowly", stacklevel=2)
+        return reason
     return load(path)
 
 

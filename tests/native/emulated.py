@@ -48,7 +48,9 @@ def build(
         folder.mkdir(parents=True, exist_ok=True)
         objects_there = sorted(into.glob("*.o"))
         building.link(objects_there, torch, folder / building.LIBRARY, cuda=False, flags=["-fsanitize=undefined"])
-    (folder / building.FACTS).write_text(json.dumps({"cuda": True, "emulated": True}))
+    (folder / building.FACTS).write_text(
+        json.dumps({"cuda": True, "emulated": True, "sources": building.sources_digest()})
+    )
     return folder / building.LIBRARY
 
 
