@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from .core.command import command
+from .core.files import check_writable
 from .ops.building import LIBRARY, build, is_current, output_folder, wanted
 from .ops.extension import load
 
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="compile even if the library there is current")
     options = parser.parse_args(arguments)
     folder, want = options.out or output_folder(), wanted("cpu" if options.cpu else None)
+    check_writable(folder)
     if not (options.force or options.sanitize) and is_current(folder, want) and load(folder / LIBRARY) is None:
         print(f"{folder / LIBRARY} is current")
         return 0

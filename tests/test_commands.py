@@ -70,3 +70,25 @@ class Settings:
 def test_lists_add_up_and_home_is_expanded(monkeypatch, before, arguments, expected):
     monkeypatch.setenv("HOME", "/h")
     assert read_settings(Settings, arguments, "some", before) == expected
+
+
+@pytest.mark.parametrize("out", ["/proc/absent", "{file}", "{file}/below", "{folder}/" + 300 * "n"])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train", "--data.train {folder} --model.weights random --model.arch tiny"),
+        ("demo", ""),
+        ("build", ""),
+        ("explain", "--model timm:vit_tiny_patch16_224 --images {folder}"),
+        ("zeroshot", "--model open_clip:ViT-B-32/openai --classes {file}"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_at_once(name, arguments, out, tmp_path, capsys):
+    """Before data, weights or a compiler are looked for, of which there is none here."""
+    (tmp_path / "file").write_text("cat\ndog")
+    arguments, out = (text.format(file=tmp_path / "file", folder=tmp_path) for text in (arguments, out))
+    file = f"{out}/head" if name == "zeroshot" else out
+    assert main([name, *arguments.split(), "--out", file]) == 1
+    said = capsys.readouterr().err
+    assert f"cannot write to {out} (" in said
+    assert "choose another --out" in said

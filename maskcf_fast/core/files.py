@@ -87,6 +87,28 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         file.write(data)
 
 
+def check_writable(folder: Path, file: str = "") -> None:
+    """Raise before much work where its results could not be written in the end.
+
+    Args:
+        folder: Of the results; it need not be there yet.
+        file: Name of a file to be written in it: the folder is then made.
+
+    Raises:
+        UserError: The folder cannot be made or written to, or the file is a folder.
+    """
+    try:
+        if file:
+            folder.mkdir(parents=True, exist_ok=True)
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror or error}): choose another --out") from error
+    if file and (folder / file).is_dir():
+        raise UserError(f"{folder / file} is a folder: choose another --out, or remove it")
+
+
 def temporaries(folder: Path) -> list[Path]:
     """What crashes left of unfinished `replacing` in a folder."""
     return [path for path in folder.glob(".*.tmp") if path.is_file()]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import UserError
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_writable
 from ..core.schema import conform, read_record
 from .measure import Measurement
 
@@ -26,8 +25,7 @@ class Results:
         writes: Whether to write it: one process does.
 
     Raises:
-        OSError: It cannot be written.
-        ValueError: The file is not one of these, or another command's.
+        ValueError: It cannot be written. The file is not one of these, or another command's.
     """
 
     def __init__(self, path: Path, command: str, writes: bool = True) -> None:
@@ -35,7 +33,7 @@ class Results:
         self._saved: dict[str, dict[str, Any]] = {}
         self._found: dict[str, Measurement] = {}
         if writes:
-            check_writable(path)
+            check_writable(path.parent, path.name)
         refuse_others(path, command)
         if not path.exists():
             return
@@ -66,22 +64,6 @@ class Results:
         if self.writes:
             content = {"version": VERSION, "command": self.command, **report, "measurements": self._saved}
             atomic_write(self.path, json.dumps(content, indent=1).encode())
-
-
-def check_writable(path: Path) -> None:
-    """Make the folder of a file that is to be written later, after much work.
-
-    Raises:
-        OSError: Nothing can be written there.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to {path.parent} ({error.strerror or error}): choose another --out") from error
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: choose another --out, or remove it")
 
 
 def refuse_others(path: Path, command: str) -> None:

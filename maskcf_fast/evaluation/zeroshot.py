@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.files import composed, read_lines
+from ..core.files import check_writable, composed, read_lines
 from ..data.scan import class_folders
 from ..models import CosineClassifier
 from ..models.sources import load_text_tower
@@ -191,8 +191,12 @@ def write_head(config: ZeroShotConfig) -> None:
         raise UserError(f"--batch-size must be at least 1, got {config.batch_size}")
     folders, names = read_names(config.classes)
     templates = read_templates(config.templates)
-    if not config.out.resolve().parent.is_dir():
-        raise FileNotFoundError(f"--out {config.out}: there is no folder {config.out.resolve().parent}")
+    folder = config.out.absolute().parent
+    check_writable(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--out {config.out}: there is no folder {folder}")
+    if config.out.is_dir():
+        raise UserError(f"--out {config.out} is a folder: name a file in it")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     tower = load_text_tower(config.model, device)
     directions = text_directions(tower.encode, names, templates, config.batch_size)

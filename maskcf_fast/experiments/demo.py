@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from ..core.errors import UserError
-from ..core.files import atomic_write, cache_dir
+from ..core.files import atomic_write, cache_dir, check_writable
 from ..core.processes import Processes
 from ..evaluation import Reader, Results, choose_specs
-from ..evaluation.results import check_writable, refuse_others
+from ..evaluation.results import refuse_others
 from ..methods import CounterfactualDistiller
 from ..training.build import build_loaders, build_method, build_model, named_test_sets, scan
 from ..training.runs import read_run
@@ -89,7 +89,7 @@ class Demo:
     def run(self) -> None:
         """Everything: data, pre-training, fine-tuning, table and pictures."""
         file = self.config.out / "results.json"
-        check_writable(file)
+        check_writable(file.parent, file.name)
         refuse_others(file, "demo")
         self.prepare()
         rows = self._fine_tune_all()

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..core.errors import UserError
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_writable
 from ..data.loader import MOST_SEED
 from ..methods import METHODS, MaskStrategy, strategy_names
 from ..methods.label_map import LabelMap
@@ -72,8 +72,9 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     if not config.strategies:
         raise UserError(f"--strategies names none: there are {', '.join(strategy_names())}")
     run = read_run(config.run, config.weights, config.classes)
-    model = run.tuned()
     out = config.out or config.run / "visualize"
+    check_writable(out)
+    model = run.tuned()
     images = read_images(config.images, run.classes, model.backbone.config.image_size, config.count, out)
     strategies = [_strategy(name, run) for name in dict.fromkeys(config.strategies)]
     filled = [strategy.name for strategy in strategies if strategy.filling.other_images]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.files import check_writable
 from ..data.images import ImageError, read_image
 from ..data.scan import find_pictures
 from ..models.libraries import Classifier
@@ -69,6 +70,7 @@ def draw_gallery(config: GalleryConfig) -> list[Path]:
     """
     if config.batch_size < 1:
         raise UserError(f"batch-size must be at least 1, got {config.batch_size}")
+    check_writable(config.out)
     paths = find_pictures(config.images, without=config.out)
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device

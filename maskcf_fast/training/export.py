@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..core.errors import UserError
+from ..core.files import check_writable
 from ..core.optional import need
 from ..models import ImageClassifier
 
@@ -69,7 +70,8 @@ def export_model(model: ImageClassifier, classes: Sequence[str], to: Target, out
 
     if to not in get_args(Target):
         raise UserError(f"--to {to}: there are {', '.join(get_args(Target))}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_writable(out)
+    if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not an empty folder: choose another")
     if len(classes) != model.head.weight.shape[0]:
         raise UserError(f"the model has {model.head.weight.shape[0]} outputs, got {len(classes)} class names")

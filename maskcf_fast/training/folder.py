@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..core.errors import UserError
-from ..core.files import temporaries
+from ..core.files import check_writable, temporaries
 from .checkpoint import checkpoints, remove_old
 from .finite import NOT_FINITE
 
@@ -28,10 +28,9 @@ def prepare(folder: Path, resume: Path | None) -> bool:
         resume: As in the settings; `AUTO` goes on where there is something to go on with.
 
     Raises:
-        ValueError: It is to begin, and there is a file or a run of at least one step, or files that are no run's.
+        ValueError: It is to begin, and there is a run of at least one step, or files that are no run's.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file: choose another --out")
+    check_writable(folder)
     trained = any(path.name != "step-0" for path in checkpoints(folder))
     if resume == AUTO:
         if trained:
