@@ -135,17 +135,30 @@ def _read_pickle(path: Path) -> State:
 
 
 def _read_shards(path: Path) -> State:
-    """The files that an index names, which lie beside it."""
+    """The tensors in the files that an index names."""
+    state: State = {}
+    for name in indexed_files(path):
+        if not (path.parent / name).is_file() or path.parent / name == path:
+            raise FileNotFoundError(f"{path.parent} lacks {name}, which {path.name} names")
+        state |= read_state(path.parent / name)
+    return state
+
+
+def indexed_files(path: Path) -> list[str]:
+    """Names of the files that a JSON index of weights names, all of which lie beside it.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no index, or leads to files elsewhere.
+    """
     index = read_json(path)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f'{path} is JSON, but no index of weights with a "weight_map"')
-    state: State = {}
-    for name in sorted(set(files.values())):
-        if Path(name).name != name or not (path.parent / name).is_file() or path.parent / name == path:
-            raise FileNotFoundError(f"{path.parent} lacks {name}, which {path.name} names")
-        state |= read_state(path.parent / name)
-    return state
+    names = sorted(set(files.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{path} names {outside[0]!r}, which does not lie beside it: no file elsewhere is read")
+    return names
 
 
 def architecture_metadata(config: VisionTransformerConfig) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
@@ -127,19 +128,24 @@ def initial_model(
 
 def _load_head(config: ModelConfig, head: CosineClassifier | LinearClassifier, classes: Sequence[str] | None) -> None:
     """Weight and bias from the head's own file or from that of the whole classifier, if it holds any."""
-    path, prefix = (config.head, "") if config.head is not None else (config.weights, "head.")
+    path = config.head or config.weights
     if path is None or str(path) == "random":
         return
     if not path.is_file():
         raise FileNotFoundError(f"no head at {path}")
     state = read_state(path)
-    if config.head is None and "backbone.patch_weight" not in state:
-        return  # another library's file: its head, if any, is on other classes, or a projection
-    if f"{prefix}weight" not in state:
-        if config.head is not None:
-            raise UserError(f'{path} must hold "weight" [classes, D], it holds {", ".join(sorted(state)[:4])}')
-        return
-    weight, bias = state[f"{prefix}weight"], state.get(f"{prefix}bias")
+    # Whatever a trainer put in front of the names.
+    if config.head is None:  # another library's file has a head on other classes, if any, or a projection
+        backbones = [name for name in state if re.fullmatch(r"(.+\.)?backbone\.patch_weight", name)]
+        found = [re.sub(r"backbone\.patch_weight$", "head.weight", name) for name in backbones]
+        if not state.keys() & set(found):
+            return
+    else:
+        weights = [name for name in state if re.fullmatch(r"(.+\.)?weight", name)]
+        found = [name for name in weights if re.fullmatch(r"(.*head\.)?weight", name)] or weights
+    if len(found) != 1:
+        raise UserError(f'{path} must hold one head, "weight" [classes, D], it holds {", ".join(sorted(state)[:4])}')
+    weight, bias = state[found[0]], state.get(f"{found[0].removesuffix('weight')}bias")
     if weight.shape != head.weight.shape:
         raise UserError(
             f"the head in {path} is {list(weight.shape)}, but there are {head.weight.shape[0]} class folders and "

@@ -24,6 +24,7 @@ from maskcf_fast.models.naming import (
     gated,
     timm_naming,
 )
+from maskcf_fast.models.sources import load_classifier, load_source
 from maskcf_fast.models.weights import read_architecture, read_state
 
 
@@ -168,10 +169,27 @@ def test_shards_named_by_an_index_and_half_precision(tmp_path, tower, kind):
     (tmp_path / "model-1-of-2").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"lacks model-1-of-2, which index.json names"):
         read_state(index)
-    for content, said in (('{"weight_map": {"x": "../secret"}}', "lacks ../secret"), ("[" * 10**5, "no JSON that")):
-        index.write_text("{" + content if content[0] == "[" else content)
-        with pytest.raises((UserError, FileNotFoundError), match=said):
-            read_state(index)
+    index.write_text("{" + "[" * 10**5)
+    with pytest.raises(UserError, match="no JSON that"):
+        read_state(index)
+
+
+@pytest.mark.parametrize("place", ["../secret", "{folder}/secret", "below/secret", "../model/model.safetensors"])
+def test_an_index_leads_nowhere_else(tmp_path, tower, place):
+    """Not even to a file that is there and holds weights; nor does a library follow a stranger's folder out of it."""
+    (tmp_path / "model" / "below").mkdir(parents=True)
+    for path in ("secret", "model/below/secret", "model/model.safetensors"):
+        save_file(tower[1], tmp_path / path)
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": place.format(folder=tmp_path)}}))
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "vit"}')
+    for read in (
+        lambda: read_state(index),
+        lambda: load_source(f"hf:{tmp_path}/model"),
+        lambda: load_classifier(f"hf:{tmp_path}/model", pretrained=True, prompts=(), device=torch.device("cpu")),
+    ):
+        with pytest.raises(UserError, match="which does not lie beside it: no file elsewhere is read"):
+            read()
 
 
 def test_of_two_towers_and_two_states(tmp_path, tower, capsys):

@@ -38,7 +38,7 @@ from ..naming import (
     class_position,
     gated,
 )
-from ..weights import read_state
+from ..weights import indexed_files, read_state
 from . import (
     ANY,
     PLAIN,
@@ -117,7 +117,7 @@ def tower(name: str) -> tuple[VisionTransformerConfig, State]:
         if file is None:
             raise UserError(f"hf:{name} has none of {', '.join(WEIGHTS)}")
         if file.suffix == ".json":  # on the hub, the shards have to be asked for
-            for part in set(read_json(file).get("weight_map", {}).values()):
+            for part in indexed_files(file):
                 _file(name, part)
         state = read_state(file)
         pixels = _file(name, "preprocessor_config.json")
@@ -239,12 +239,14 @@ def classifier(name: str, pretrained: bool, prompts: Sequence[str], device: torc
 
 
 def _settings(name: str) -> Any:
-    """The configuration; what it asks for is bounded before any model is made of it."""
+    """The configuration; what it asks for is bounded before any model is made of it, and read from its folder alone."""
     from transformers import AutoConfig
 
     with loading(f"hf:{name}"):
         if (file := _file(name, "config.json")) is not None:
             check_sizes(read_json(file), str(file))
+        for index in Path(name).glob("*.index.json"):
+            indexed_files(index)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
