@@ -14,7 +14,7 @@ import torch
 from .jpeg import is_plain_jpeg
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
-from .transforms import CROP_AREA, CROP_RATIO
+from .transforms import CROP_AREA, CROP_RATIO, OPERATIONS, STRENGTH
 
 PREFETCH = 2  # batches that are ready, or being made, while the caller has one
 
@@ -120,6 +120,8 @@ class DaliLoader(EpochLoader):
         crop = {"random_area": CROP_AREA, "random_aspect_ratio": CROP_RATIO}
         random = config.augment != "none"
         turned = {"adjust_orientation": self.manifest.upright}
+        rand = config.augment == "randaugment"
+        rand_augment: Any = rand and import_module("nvidia.dali.auto_aug.rand_augment").rand_augment
         ahead = self._read_ahead(batches)
 
         def source(_: Any) -> tuple[list[np.ndarray], np.ndarray]:  # DALI wants to tell it the batch's number
@@ -134,6 +136,7 @@ class DaliLoader(EpochLoader):
             checkpoint=self._checkpoint if random else None,
             prefetch_queue_depth=PREFETCH,
             exec_dynamic=True,
+            enable_conditionals=rand,
         )
         def pipeline() -> tuple[Any, Any]:
             encoded, labels = fn.external_source(
@@ -159,6 +162,8 @@ class DaliLoader(EpochLoader):
                     images = fn.decoders.image_random_crop(encoded, **decoder, **crop)
                     images = fn.resize(images, size=[size, size], **cubic)
                 images = fn.flip(images, horizontal=fn.random.coin_flip())
+            if rand:
+                images = rand_augment(images, OPERATIONS, STRENGTH, shape=(size, size), fill_value=0)
             return images, labels.gpu() if on_gpu else labels
 
         built = pipeline()

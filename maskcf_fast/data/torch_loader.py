@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..core.optional import need
 from ..core.signals import outlast
 from .images import ImageError
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
-from .transforms import random_flip, random_resized_crop, resize_and_crop
+from .transforms import randaugment, random_flip, random_resized_crop, resize_and_crop
 
 
 class TorchLoader(EpochLoader):
@@ -30,11 +31,17 @@ class TorchLoader(EpochLoader):
         config: The settings.
 
     Raises:
+        MissingLibraryError: RandAugment is asked for, and torchvision is not installed.
         RuntimeError: The device is a GPU and there is none.
         ValueError: Fewer training images than one batch on each rank.
     """
 
     backend = "torch"
+
+    def __init__(self, manifest: Manifest, config: LoaderConfig) -> None:
+        if config.augment == "randaugment":
+            need("torchvision")
+        super().__init__(manifest, config)
 
     @property
     def decoder(self) -> str:
@@ -87,4 +94,5 @@ class _Images(Dataset):
         else:
             rng = np.random.default_rng([self.config.seed, epoch, index])
             pixels = random_flip(random_resized_crop(image, size, rng), rng)
+            pixels = randaugment(pixels, rng) if self.config.augment == "randaugment" else pixels
         return torch.from_numpy(pixels), int(self.labels[index])

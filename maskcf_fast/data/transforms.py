@@ -16,6 +16,8 @@ from PIL import Image
 # Share of the area, and width / height, that a random crop may have.
 CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
+# Operations of RandAugment on each image, and their strength of 30: torchvision's defaults.
+OPERATIONS, STRENGTH = 2, 9
 
 
 def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -69,6 +71,16 @@ def random_resized_crop(
         left, top = (image.width - width) // 2, (image.height - height) // 2
     box = (left, top, left + width, top + height)
     return np.array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def randaugment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """torchvision's RandAugment of an image uint8 ``[H, W, 3]``."""
+    import torch
+    from torchvision.transforms import RandAugment
+
+    with torch.random.fork_rng(devices=[]):  # it draws from the global generator
+        torch.manual_seed(int(rng.integers(2**63)))
+        return np.array(RandAugment(OPERATIONS, STRENGTH)(Image.fromarray(pixels)))
 
 
 def random_flip(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -21,12 +21,11 @@ class Method(nn.Module):
 
     Attributes:
         precision: "fp32" ("tf32" is the same here), or "bf16": bfloat16 with float32 weights, losses and statistics.
-        ema_decay: Where positive, `update_teacher` moves the teacher after the student; 0 leaves it frozen.
+        average: Where given, the running average of the student's weights, which is evaluated in its place.
         weight_decay: The optimiser's, unless another is asked for.
     """
 
     precision = "fp32"
-    ema_decay = 0.0
     weight_decay = 0.1
 
     def __init__(self, student: ImageClassifier, teacher: nn.Module | None = None, weight: float = 0.0) -> None:
@@ -35,6 +34,7 @@ class Method(nn.Module):
             raise UserError(f"weight must not be negative, got {weight}")
         self.student = student
         self.teacher = teacher
+        self.average: ImageClassifier | None = None
         self.weight = weight
         if teacher is not None:
             if any(p is q for p in student.parameters() for q in teacher.parameters()):
@@ -48,15 +48,10 @@ class Method(nn.Module):
             self.teacher.eval()
         return self
 
-    @torch.no_grad()
-    def update_teacher(self) -> None:
-        """``teacher ← ema_decay * teacher + (1 - ema_decay) * student``, after an optimiser step.
-
-        Source: Tarvainen, Valpola, "Mean teachers are better role models", NeurIPS 2017.
-        """
-        if self.ema_decay and self.teacher is not None:
-            source = self.student if isinstance(self.teacher, ImageClassifier) else self.student.backbone
-            torch._foreach_lerp_(list(self.teacher.parameters()), list(source.parameters()), 1 - self.ema_decay)
+    @property
+    def result(self) -> ImageClassifier:
+        """The model that training is for: the student, or its running average."""
+        return self.student if self.average is None else self.average
 
     def losses(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
         """The batch's losses, at the precision of the caller."""

@@ -45,7 +45,7 @@ def register(name: str, *reads: str, fsdp: bool = True) -> Callable[[Callable[..
     Args:
         name: What users call it.
         reads: Settings that the function takes by name, beside the student; those that are None are not given.
-            ``ema_teacher`` says that the teacher may follow the student, and is not given either.
+            ``ema_teacher`` says that the teacher may follow the student, which is the trainer's to do.
         fsdp: False, if it needs whole parameters.
     """
 
@@ -63,8 +63,5 @@ def build_method(name: str, student: ImageClassifier, settings: Mapping[str, Any
         ValueError: Unknown method (the nearest is suggested), or settings that do not fit it.
     """
     entry = METHODS[name]
-    given = {key: settings[key] for key in entry.reads if settings.get(key) is not None}
-    decay = given.pop("ema_teacher", 0.0)
-    method = entry.build(student, **given)
-    method.ema_decay = decay
-    return method
+    given = {key: settings[key] for key in entry.reads if key != "ema_teacher" and settings.get(key) is not None}
+    return entry.build(student, **given)

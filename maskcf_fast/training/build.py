@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -33,6 +33,7 @@ from ..models import (
 )
 from ..models.naming import State
 from ..models.weights import architecture_metadata, read_architecture, read_metadata, read_state
+from .parts import parameter_groups
 from .settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 
 PAPER_HOLDOUT = 10_240  # images of ImageNet, 0.8 % of it
@@ -203,13 +204,15 @@ def build_optimizer(
         captured_on: Where a CUDA graph shall capture the update: the learning rate lies there, for the graph to read
             what the schedule writes.
     """
-    trained = [p for p in method.parameters() if p.requires_grad]
+    groups = parameter_groups(config, method)
+    rates = [cast(float, group["lr"]) for group in groups]
+    if captured_on is not None:
+        groups = [{**group, "lr": torch.tensor(group["lr"], device=captured_on)} for group in groups]
     warmup = config.warmup
     if warmup * total_steps == 1:  # a rise of one step: torch divides by its length less one
         warmup -= 1e-9
     optimizer = torch.optim.AdamW(
-        trained,
-        lr=config.lr if captured_on is None else torch.tensor(config.lr, device=captured_on),
+        groups,
         betas=(0.9, 0.999),
         weight_decay=method.weight_decay if config.weight_decay is None else config.weight_decay,
         fused=True,
@@ -217,7 +220,7 @@ def build_optimizer(
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        config.lr,
+        rates,
         total_steps=total_steps,
         pct_start=warmup,
         cycle_momentum=config.cycle_beta1,
@@ -316,9 +319,10 @@ def build_loaders(
         )
     method = config.method
     refills = METHODS[method.name].masks and method.mask_strategy().filling.other_images
-    if refills and config.optim.batch_size == parts:
+    if (refills or config.data.mixup) and config.optim.batch_size == parts:
+        what = method.strategy if refills else "data.mixup"
         raise UserError(
-            f"{method.strategy} needs a micro-batch of at least 2 images, got 1: no other image to draw from; "
+            f"{what} needs a micro-batch of at least 2 images, got 1: no other image to draw from; "
             "raise --optim.batch-size"
         )
     common: dict[str, Any] = {

@@ -21,8 +21,9 @@ from ..core.errors import UserError
 from ..core.files import read_yaml
 from ..core.names import unknown
 from ..core.optional import need
-from ..data.loader import MOST_SEED, MOST_THREADS
+from ..data.loader import MOST_SEED, MOST_THREADS, Augment
 from ..methods import METHODS, MaskStrategy, strategy_names
+from ..methods.trajectory import Average, check_average
 from ..models import VisionTransformerConfig, preset
 from ..models.weights import read_architecture
 
@@ -71,8 +72,12 @@ class DataConfig:
     """Which images are held out: by default others for each --seed, as the paper; with a number always the same."""
     val: Path | None = None
     """Validation images that choose the best epoch, in place of training images that are held out."""
-    augment: Literal["none", "crop-flip"] = "none"
-    """none: resize and centre crop, as the paper; crop-flip: random-resized crop and horizontal flip."""
+    augment: Augment = "none"
+    """none: resize and centre crop, as the paper; crop-flip: random-resized crop and horizontal flip;
+    randaugment: these and RandAugment, two operations of strength 9. Only none with a cache."""
+    mixup: float = 0.0
+    """Mix the images of a micro-batch and their labels in pairs, by a share from Beta(mixup, mixup), such as 0.2; 0:
+    none. Not with masks: the map that cuts them is of one label."""
     backend: Literal["auto", "dali", "torch"] = "auto"
     """What decodes the images; auto takes DALI where it is installed."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -119,8 +124,9 @@ class MethodConfig:
     between, steps reuse the image's mask and cost one forward pass less."""
     donors: Literal["permutation", "others"] = "permutation"
     """Single-fill: a permutation of the batch, as the paper, in which an image may draw itself; or never itself."""
-    ema_teacher: float = 0.0
-    """The teacher follows the student as an exponential moving average with this decay, such as 0.999. 0: frozen."""
+    ema_teacher: Average = 0.0
+    """The teacher follows the student as an exponential moving average with this decay, such as 0.999. 0: frozen, as
+    the paper's. beta: the average of all of its steps, the first and last of which count most."""
 
     def mask_strategy(self) -> MaskStrategy:
         """The strategy that the settings describe."""
@@ -153,6 +159,45 @@ class OptimConfig:
     """Share of the steps in which the learning rate rises, from lr/25."""
     cycle_beta1: bool = True
     """Let beta1 fall from 0.95 to 0.85 and rise again, against the learning rate; otherwise 0.9."""
+    ema_student: Average = 0.0
+    """Evaluate and save, in place of the student as it is, the exponential moving average of its weights with this
+    decay; or (beta) the average of all of its steps, the first and last of which count most. 0: as it is."""
+    last_blocks: int | None = None
+    """Train the last n blocks and what comes after them only. By default everything."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank, and the head, in place of the weights. They are merged into these in all
+    that is saved but checkpoints. 0: none."""
+    lora_alpha: float | None = None
+    """Adapters count alpha / rank times; by default alpha is the rank."""
+    lora_layers: tuple[Literal["attn.qkv", "attn.out", "fc", "proj"], ...] = ("attn.qkv", "attn.out")
+    """The layers of a block that get adapters."""
+    layer_decay: float = 1.0
+    """The learning rate's factor from a block to the one before it, such as 0.75; 1: the same everywhere."""
+
+    def validate(self, method: str) -> None:
+        """Check what is trained.
+
+        Raises:
+            ValueError: A setting is out of its range, or makes no sense with another or with the method.
+        """
+        lora, decay = self.lora_rank, self.layer_decay
+        check_average("optim.ema_student", self.ema_student)
+        if lora < 0:
+            raise UserError(f"optim.lora_rank must not be negative, got {lora}")
+        if self.last_blocks is not None and self.last_blocks < 1:
+            raise UserError(f"optim.last_blocks must be at least 1, got {self.last_blocks}: the method lp trains none")
+        if not 0 < decay <= 1:
+            raise UserError(f"optim.layer_decay must lie in (0, 1], got {decay}")
+        if self.lora_alpha is not None and not (lora and 0 < self.lora_alpha < float("inf")):
+            raise UserError(f"optim.lora_alpha must be positive and go with --optim.lora-rank, got {self.lora_alpha}")
+        if lora and not 0 < len(set(self.lora_layers)) == len(self.lora_layers):
+            raise UserError(f"optim.lora_layers needs at least one layer, and none twice, got {self.lora_layers}")
+        asked = {"lora_rank": lora, "last_blocks": self.last_blocks, "layer_decay": decay if decay < 1 else None}
+        given = [f"optim.{name}={value}" for name, value in asked.items() if value]
+        if given and method == "lp":
+            raise UserError(f"{given[0]} has no effect on lp, which trains the head alone: leave it out, or take ft")
+        if lora and method == "l2-sp":
+            raise UserError(f"{given[0]} rests the weights that l2-sp has its penalty on: leave it out, or take ft")
 
 
 @dataclass(frozen=True)
@@ -230,6 +275,7 @@ class TrainConfig:
             "data.holdout": 0 if self.data.holdout == "paper" else self.data.holdout,
             "data.holdout_seed": self.data.holdout_seed or 0,
             "data.threads": self.data.threads,
+            "data.mixup": self.data.mixup,
             "method.weight": self.method.weight or 0,
             "optim.weight_decay": self.optim.weight_decay or 0,
             "checkpoint_every": self.checkpoint_every,
@@ -249,13 +295,18 @@ class TrainConfig:
             raise UserError(f"seed must be at most {MOST_SEED}, got {self.seed}")
         if not 0 <= self.optim.warmup < 1:
             raise UserError(f"optim.warmup must lie in [0, 1), got {self.optim.warmup}")
-        if not 0 <= self.method.ema_teacher < 1:
-            raise UserError(f"method.ema_teacher must lie in [0, 1), got {self.method.ema_teacher}")
+        check_average("method.ema_teacher", self.method.ema_teacher)
+        self.optim.validate(self.method.name)
         method = METHODS[self.method.name]
         if self.method.ema_teacher and not method.distils:
             raise UserError(f"method.ema_teacher needs a method with a teacher, {self.method.name} has none")
-        if self.method.ema_teacher and self.parallel == "fsdp":
-            raise UserError("method.ema_teacher does not go with --parallel fsdp: use --parallel ddp")
+        if self.optim.lora_rank and self.parallel == "fsdp":
+            raise UserError(f"optim.lora_rank={self.optim.lora_rank} does not go with --parallel fsdp: use ddp")
+        if self.data.mixup and method.masks:
+            raise UserError(
+                f"data.mixup={self.data.mixup} does not go with {self.method.name}: a mixed image has two labels, "
+                "a map and its mask have one; use --data.mixup 0, or a method without masks"
+            )
         if self.parallel == "fsdp" and not method.fsdp:
             raise UserError(f"{self.method.name} does not go with --parallel fsdp: use --parallel ddp")
         if self.method.cam_every > 1:
@@ -283,9 +334,11 @@ class TrainConfig:
         """Check the method's settings against an architecture.
 
         Raises:
-            ValueError: More patches to mask, or another first layer, than the model has.
+            ValueError: More patches to mask, more blocks to train, or another first layer, than the model has.
         """
         strategy = self.method.mask_strategy()
+        if (self.optim.last_blocks or 0) > model.depth:
+            raise UserError(f"optim.last_blocks={self.optim.last_blocks} exceeds the {model.depth} blocks of {name}")
         if strategy.top_k is not None and strategy.top_k > model.num_patches:
             raise UserError(f"method.top_k={strategy.top_k} exceeds the {model.num_patches} patches of {name}")
         if not -model.depth <= self.method.start_layer < model.depth:

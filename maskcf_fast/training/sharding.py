@@ -54,6 +54,8 @@ def fill(method: Method, weights: Mapping[str, Tensor] | None, processes: Proces
 
     method.to_empty(device=processes.device)
     models: list[Mapping[str, Tensor]] = [method.student.state_dict()]
+    if method.average is not None:
+        models.append(method.average.state_dict())
     if method.teacher is not None:
         prefix = "" if isinstance(method.teacher, ImageClassifier) else "backbone."
         models.append({prefix + name: tensor for name, tensor in method.teacher.state_dict().items()})

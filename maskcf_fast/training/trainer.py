@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import signal
 import time
@@ -19,8 +20,12 @@ from ..core.precision import check_precision, float32_products
 from ..core.processes import Processes
 from ..core.signals import StopRequest
 from ..data import Batch
+from ..data.mixing import Mixup
 from ..evaluation.measure import measure
 from ..methods import CounterfactualDistiller
+from ..methods.trajectory import RunningAverage
+from ..models import ImageClassifier
+from ..models.adapters import merged_state
 from ..visualization.board import board_images, rows_for_board
 from .build import as_benchmark, build_loaders, build_method, build_optimizer, describe, initial_model, scan
 from .checkpoint import Checkpoint, checkpoints, load_checkpoint, save_checkpoint, update_checkpoint
@@ -29,6 +34,7 @@ from .finite import NOT_FINITE, FiniteWatch
 from .folder import AUTO, Lock, clean, prepare
 from .log import RunLog, write_run_files
 from .mask_memory import NO_GRAPH, MaskMemory
+from .parts import choose_trained
 from .settings import TrainConfig, changed_settings
 from .sharding import fill, full, save_full, shard
 from .speed import BETA1_MOVES, Backward, Graphed, GraphedBackward, compile_pointwise, why_no_graph
@@ -100,10 +106,14 @@ class Trainer:
 
         device = self.processes.device
         self.method = build_method(config.method, model).train()
+        if config.optim.ema_student:
+            self.method.average = copy.deepcopy(model).requires_grad_(False).eval()
+        choose_trained(config.optim, model, config.seed)
         if not self.sharded:
             self.method.to(device)
         self.method.precision = config.precision
         model.backbone.recompute = config.recompute
+        self.mixup = Mixup(config.data.mixup, len(train.classes)) if config.data.mixup else None
         self.generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + self.processes.rank)
         self.graphed = self._speed_up()
         self.memory: MaskMemory | None = None
@@ -131,6 +141,7 @@ class Trainer:
         self.optimizer, self.schedule = build_optimizer(
             config.optim, self.method, self.total_steps, captured_on=device if captured else None
         )
+        self.averages = self._running_averages()
         self.update: Callable[[], Tensor] = Graphed(self._update, self.generator) if captured else self._update
 
         self.step = 0
@@ -154,6 +165,17 @@ class Trainer:
         if self.processes.main:
             write_run_files(folder, self.config, device)
         self.log = RunLog(folder, self.step, self.evaluated == self.step) if self.processes.main else None
+
+    def _running_averages(self) -> list[RunningAverage]:
+        """What follows the student: the teacher, if it shall, and what is kept of the student."""
+        method, found = self.method, []
+        if self.config.method.ema_teacher and method.teacher is not None:
+            source = method.student if isinstance(method.teacher, ImageClassifier) else method.student.backbone
+            found.append(RunningAverage(method.teacher, source, self.config.method.ema_teacher, self.total_steps))
+        if method.average is not None:
+            weights = self.config.optim.ema_student
+            found.append(RunningAverage(method.average, method.student, weights, self.total_steps))
+        return found
 
     def _own(self, resume: Path | None, resumed: bool) -> None:
         """Take the folder for this process, and tidy it up."""
@@ -184,9 +206,8 @@ class Trainer:
                         raise self._stopped()
                     self._train_epoch()
                     self._save()
-                save_full(
-                    self.folder / "model.safetensors", self.method.student.state_dict(), self.metadata, self.processes
-                )
+                state = merged_state(self.method.result)
+                save_full(self.folder / "model.safetensors", state, self.metadata, self.processes)
                 return self.accuracy
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory() from error
@@ -261,11 +282,14 @@ class Trainer:
         """Gradients of the micro-batches, averaged; clip; update."""
         options: dict[str, Any] = {"scale": 1 / len(micro), "generator": self.generator}
         values = torch.zeros(3, device=self.processes.device)
-        for batch in micro:
-            if self.memory is None:
-                out = self.backward(batch.images, batch.labels, **options)
+        for i, (images, labels, _) in enumerate(micro):
+            if self.memory is not None:
+                out = self.memory.backward(micro[i], **options)
             else:
-                out = self.memory.backward(batch, **options)
+                if self.mixup is not None:
+                    seed = (self.config.seed, self.processes.rank, self.step, i)
+                    images, labels = self.mixup(images, labels, seed)
+                out = self.backward(images, labels, **options)
             values += torch.stack([out.loss, out.task, out.distill]) / len(micro)
         if not self.sharded:  # there, each backward pass has averaged its own
             average_gradients(self.method.parameters(), self.processes)
@@ -273,20 +297,21 @@ class Trainer:
         good = checked.isfinite()
         self._sums += torch.where(good, torch.cat([values, torch.ones_like(values[:1])]), 0.0)
         self.step += 1
+        for average in self.averages:
+            average.update(self.step)
         self._last_images = [batch.indices for batch in micro]
         self._finite.add(self.step, self._last_images, checked)
         if self.step < self.total_steps:
             self.schedule.step()
 
     def _update(self) -> Tensor:
-        """Move weights and teacher, clear the gradients, and return what their norm was before it was clipped.
+        """Move the weights, clear the gradients, and return what their norm was before it was clipped.
 
         Where that is not finite, AdamW leaves the weights and its moments as they are, without asking the host.
         """
         norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip, foreach=True)
         self.optimizer.found_inf = (~full(norm).isfinite()).to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.method.update_teacher()
         self.optimizer.zero_grad(set_to_none=not self.graphed)
         return norm
 
@@ -378,10 +403,10 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Accuracy on every test set; keeps the best epoch's weights."""
-        student = self.method.student
+        model = self.method.result
         self.accuracy = {
             name: measure(
-                student, self.benchmarks[name], self._until_stopped(loader), self.processes, self.config.precision
+                model, self.benchmarks[name], self._until_stopped(loader), self.processes, self.config.precision
             ).top1
             for name, loader in self.tests.items()
         }
@@ -395,7 +420,7 @@ class Trainer:
         # The pre-trained model is no epoch: it is not chosen, as in the paper.
         if self.step and chosen is not None and (self.best is None or self.accuracy[chosen] > self.best):
             self.best = self.accuracy[chosen]
-            save_full(self.folder / "best.safetensors", student.state_dict(), self.metadata, self.processes)
+            save_full(self.folder / "best.safetensors", merged_state(model), self.metadata, self.processes)
         generator = torch.Generator().manual_seed(self.config.seed)
         images, labels = (x.to(self.processes.device) for x in self.shown)
         rows = rows_for_board(self.method, images, labels, generator)
@@ -450,8 +475,9 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the run's state, by name."""
         tensors = {f"student.{name}": tensor for name, tensor in self.method.student.state_dict().items()}
-        if self.method.ema_decay and self.method.teacher is not None:
-            tensors |= {f"teacher.{name}": tensor for name, tensor in self.method.teacher.state_dict().items()}
+        for average in self.averages:
+            kind = "average" if average.target is self.method.average else "teacher"
+            tensors |= {f"{kind}.{name}": tensor for name, tensor in average.target.state_dict().items()}
         if self.memory is not None:
             tensors |= {f"masks.{name}": tensor for name, tensor in self.memory.state_dict().items()}
         for name, parameter in self._trained():

@@ -209,6 +209,25 @@ def test_augmentation_crops_and_mirrors(tmp_path, backend):
     assert 1.18 < ratio.max() < 1.42
 
 
+def test_randaugment_changes_most_images_and_resumes(tmp_path, backend):
+    """A plane of one colour, which crops and mirrors leave as it is; and torch's generator as well."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for i in range(32):
+        Image.new("RGB", (24, 24), (120, 60, 200)).save(tmp_path / "images" / "a" / f"{i}.png")
+    manifest, state = scan_images(tmp_path / "images"), torch.get_rng_state()
+    loader = build_loader(manifest, replace(TRAIN, batch_size=16, augment="randaugment"), backend)
+    first = next(iter(loader))
+    saved = loader.state_dict()
+    second = next(iter(loader))
+    images = torch.cat([first.images, second.images]).double()
+    changed = (images - torch.tensor([120.0, 60.0, 200.0])).abs().amax(dim=(1, 2, 3)) > 2
+    assert 0.3 < changed.double().mean() < 1
+    assert torch.equal(torch.get_rng_state(), state)
+    resumed = build_loader(manifest, loader.config, backend)
+    resumed.load_state_dict(saved)
+    assert_same([next(iter(resumed))], [second])
+
+
 def test_too_few_training_images(numbered, backend):
     with pytest.raises(ValueError, match=r"has 7 training images, .* 4 on each of 2 rank\(s\), 8 in all: lower"):
         build_loader(numbered(7), replace(TRAIN, world_size=2), backend)

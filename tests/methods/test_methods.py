@@ -3,21 +3,24 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
 from maskcf_fast.methods import (
     L2SP,
     CounterfactualDistiller,
-    FeatureDistillation,
     MaskStrategy,
     OutputEnsemble,
     average,
     interpolate,
 )
+from maskcf_fast.methods.trajectory import RunningAverage
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.ops import refill_patches
+from maskcf_fast.training.runs import read_run
 from maskcf_fast.training.trainer import Trainer
 
 WEIGHT = 3.0
@@ -92,16 +95,26 @@ def test_logits_of_a_teacher_without_a_head_are_refused(pair):
         CounterfactualDistiller(student, teacher, "object-single", cam_source="pupil")
 
 
-def test_ema_teacher(pair):
+def test_running_averages(pair):
+    """Against sums over the whole trajectory, with the density of Beta(1/2, 1/2) from SciPy."""
     student, teacher, _, _ = pair
-    method = FeatureDistillation(student, teacher.backbone)
-    before = [p.clone() for p in teacher.backbone.parameters()]
-    method.update_teacher()
-    assert all(torch.equal(p, q) for p, q in zip(teacher.backbone.parameters(), before, strict=True))
-    method.ema_decay = 0.9
-    method.update_teacher()
-    for p, old, new in zip(teacher.backbone.parameters(), before, student.backbone.parameters(), strict=True):
-        torch.testing.assert_close(p, 0.9 * old + 0.1 * new.detach())
+    steps, start, seen = 6, teacher.state_dict(), []
+    averages = {weights: copy.deepcopy(teacher) for weights in (0.9, "beta")}
+    running = [RunningAverage(target, student, weights, steps) for weights, target in averages.items()]
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        seen.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
+        for one in running:
+            one.update(step)
+    density = scipy.stats.beta(0.5, 0.5).pdf((np.arange(steps + 1) + 0.5) / (steps + 1))
+    expected = {0.9: [0.9**steps, *(0.1 * 0.9 ** (steps - t) for t in range(1, steps + 1))], "beta": density}
+    for weights, target in averages.items():
+        share = np.array(expected[weights]) / sum(expected[weights])
+        for name, tensor in target.state_dict().items():
+            mean = sum(float(w) * state[name] for w, state in zip(share, [start, *seen], strict=True))
+            torch.testing.assert_close(tensor, mean, rtol=1e-5, atol=1e-6)
 
 
 def test_other_donors_are_permutations_without_a_fixed_point():
@@ -132,17 +145,23 @@ def test_averages(pair):
         average([a, {name: t for name, t in a.items() if name != "head.bias"}])
 
 
-def test_a_moving_teacher_is_resumed_exactly(change, tmp_path):
-    config = change(method={"ema_teacher": 0.9})
+@pytest.mark.parametrize("decay", [0.9, "beta"])
+def test_averages_of_the_run_are_resumed_exactly(change, tmp_path, decay):
+    """The moving teacher, and the average of the student, which is what is measured and saved."""
+    config = change(method={"ema_teacher": decay}, optim={"ema_student": decay})
     whole = Trainer(config, quiet=True)
     first = copy.deepcopy(whole.method.teacher.state_dict())
-    whole.run()
+    expected = whole.run()
     parts = Trainer(replace(config, out=tmp_path / "parts"), quiet=True)
     parts._train_epoch()
     parts._save()
     parts.log.close()
     resumed = Trainer(replace(config, out=tmp_path / "parts", resume=tmp_path / "parts"), quiet=True)
-    resumed.run()
-    end, again = (trainer.method.teacher.state_dict() for trainer in (whole, resumed))
-    assert any(not torch.equal(first[name], end[name]) for name in end)
-    assert all(torch.equal(end[name], again[name]) for name in end)
+    assert resumed.run() == expected
+    for kind in ("teacher", "average", "student"):
+        end, again = (getattr(trainer.method, kind).state_dict() for trainer in (whole, resumed))
+        assert all(torch.equal(end[name], again[name]) for name in end)
+        assert kind != "teacher" or any(not torch.equal(first[name], end[name]) for name in end)
+    saved = read_run(tmp_path / "parts", "final").tuned().state_dict()
+    for kept, name in ((whole.method.average, True), (whole.method.student, False)):
+        assert all(torch.equal(saved[key], x) for key, x in kept.state_dict().items()) == name
