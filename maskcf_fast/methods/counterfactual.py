@@ -52,7 +52,8 @@ class CounterfactualDistiller(Method):
 
     Raises:
         ValueError: Unknown strategy (the nearest is suggested), map or target, a teacher with another patch grid
-            or feature size, shared parameters, a negative weight, or a ``start_layer`` outside the model.
+            or feature size, shared parameters, a negative weight, a ``start_layer`` outside the
+            model, or no patch left.
     """
 
     def __init__(
@@ -82,6 +83,11 @@ class CounterfactualDistiller(Method):
                     f"student and teacher differ in {field}: {getattr(ours, field)} and {getattr(theirs, field)}"
                 )
         self.strategy = MaskStrategy.from_name(strategy) if isinstance(strategy, str) else strategy
+        if self.strategy.filling.leaves_out and self.strategy.masked(ours.num_patches) == ours.num_patches:
+            raise UserError(
+                f"{self.strategy.name} with rate={self.strategy.rate}, top_k={self.strategy.top_k} leaves none of the "
+                f"{ours.num_patches} patches, and features of nothing: mask fewer"
+            )
         self.same_rows = all(
             getattr(ours, field) == getattr(theirs, field) for field in ("image_size", "patch_size", "mean", "std")
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ WRAPPERS = (
     "state_dict", "model_state_dict", "model", "module", "net", "network", "teacher", "student",
     "ema_state_dict", "state_dict_ema", "model_ema", "ema",
 )  # fmt: skip
+OWN = "make the model of the weights' own (load_source, --model.name), or take others"
 INSERTED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # names of torch's wrappers
 STRANGE = {  # how files begin that are no weights
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with git lfs pull",
@@ -60,6 +61,11 @@ def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, T
         raise TypeError(f"weights must be a file's path or a state dict, got {type(weights).__name__}")
     source = f" in {weights}" if isinstance(weights, str | Path) else ""
     state = read_state(Path(weights)) if isinstance(weights, str | Path) else dict(weights)
+    stored = read_architecture(Path(weights)) if isinstance(weights, str | Path) else None
+    if stored is not None:  # what changes no tensor's shape, such as the base of rotary positions, is compared, too
+        ours, theirs = asdict(model.config), asdict(stored.resized(model.config.image_size))
+        if differing := [f"{k} is {theirs[k]}, not {ours[k]}" for k in ours if ours[k] != theirs[k]]:
+            raise UserError(f"the weights{source} are of another architecture: {', '.join(differing)}; {OWN}")
     state = _translate(state, model.config)
     own = model.state_dict()
     problems = [f"missing {name} {list(own[name].shape)}" for name in own if name not in state]
@@ -69,9 +75,12 @@ def load_backbone(model: VisionTransformer, weights: str | Path | Mapping[str, T
             problems.append(f"{name} is {list(state[name].shape)}, the model needs {list(own[name].shape)}")
         elif not state[name].is_floating_point():
             problems.append(f"{name} is {state[name].dtype}, it must be of a float dtype")
+    if ("registers" in state) != ("registers" in own):
+        held, wanted = (len(tensors.get("registers", ())) for tensors in (state, own))
+        problems.insert(0, f"they have {held} registers, the model {wanted}: a registers={held} model takes them")
     if problems:
         shown = "\n  ".join(problems[:12]) + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise UserError(f"the weights{source} are of another architecture than {model.config}:\n  {shown}")
+        raise UserError(f"the weights{source} are of another architecture than {model.config}; {OWN}:\n  {shown}")
     model.load_state_dict(state)
     return model
 
@@ -163,7 +172,7 @@ def indexed_files(path: Path) -> list[str]:
 
 def architecture_metadata(config: VisionTransformerConfig) -> dict[str, str]:
     """What is stored beside this package's own weights, so that the file says what it holds."""
-    return {"architecture": json.dumps(dataclasses.asdict(config))}
+    return {"architecture": json.dumps(asdict(config))}
 
 
 def read_metadata(path: Path) -> dict[str, str]:

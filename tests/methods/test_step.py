@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskcf_fast.core.errors import UserError
 from maskcf_fast.methods import (
     CounterfactualDistiller,
     FeatureDistillation,
@@ -455,3 +456,12 @@ def test_bad_arguments():
         MaskStrategy.from_name("object-single", threshold=0.3, top_k=5)
     with pytest.raises(ValueError, match=r"rate must lie between 0 and 1, got 1.5"):
         MaskStrategy.from_name("random-none", rate=1.5)
+
+
+@pytest.mark.parametrize("options", [{"rate": 1.0}, {"top_k": 16}])
+def test_leaving_out_every_patch_is_refused(options):
+    """Without other tokens there is nothing at all to take a feature from; with some, nothing of the image."""
+    student = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 5))
+    strategy = MaskStrategy.from_name("random-none" if "rate" in options else "object-none", **options)
+    with pytest.raises(UserError, match=r"leaves none of the 16 patches.*mask fewer"):
+        CounterfactualDistiller(student, VisionTransformer("tiny"), strategy)

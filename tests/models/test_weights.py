@@ -5,13 +5,15 @@ import dataclasses
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from maskcf_fast.core.errors import UserError
-from maskcf_fast.models import VisionTransformer, load_backbone, preset
+from maskcf_fast.core.tensors import save_tensors
+from maskcf_fast.models import Rotary, VisionTransformer, load_backbone, preset
 from maskcf_fast.models.naming import (
     HF_CLIP,
     HF_DINOV2,
@@ -25,7 +27,7 @@ from maskcf_fast.models.naming import (
     timm_naming,
 )
 from maskcf_fast.models.sources import load_classifier, load_source
-from maskcf_fast.models.weights import read_architecture, read_state
+from maskcf_fast.models.weights import architecture_metadata, read_architecture, read_state
 
 
 def randomise(model):
@@ -270,3 +272,23 @@ def test_a_header_that_asks_for_more_than_there_is(tmp_path, changes, message):
     save_file({"x": torch.zeros(8)}, tmp_path / "x.safetensors", {"architecture": asked})
     with pytest.raises(UserError, match=message):
         read_architecture(tmp_path / "x.safetensors")
+
+
+def test_what_shows_in_no_tensor_is_compared_where_the_file_says_it(tmp_path):
+    """The base of rotary positions is none of the weights; another image size is no other architecture."""
+    config = preset("tiny", rotary=Rotary(100.0), pool="mean")
+    model = VisionTransformer(config)
+    save_tensors(tmp_path / "x.safetensors", model.state_dict(), architecture_metadata(config))
+    message = r"another architecture: rotary is .*'theta': 100.0.*, not .*'theta': 10000.0.*make the model of"
+    with pytest.raises(UserError, match=message):
+        load_backbone(VisionTransformer(replace(config, rotary=Rotary())), tmp_path / "x.safetensors")
+    loaded = load_backbone(VisionTransformer(replace(config, image_size=48)), tmp_path / "x.safetensors")
+    assert torch.equal(loaded.patch_weight, model.patch_weight)
+
+
+@pytest.mark.parametrize(("held", "wanted"), [(3, 0), (0, 3)])
+def test_registers_of_weights_and_of_a_model_without(held, wanted):
+    state = VisionTransformer(preset("tiny", registers=held)).state_dict()
+    message = f"they have {held} registers, the model {wanted}: a registers={held} model takes them"
+    with pytest.raises(UserError, match=message):
+        load_backbone(VisionTransformer(preset("tiny", registers=wanted)), state)
