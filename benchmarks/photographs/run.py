@@ -22,7 +22,7 @@ from maskcf_fast.core.command import command
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.core.files import atomic_write, read_json
 from maskcf_fast.core.processes import Processes
-from maskcf_fast.experiments.table import Table, TableConfig, row_name
+from maskcf_fast.experiments.table import MERGED, Table, TableConfig
 from maskcf_fast.training.build import build_model
 from maskcf_fast.training.checkpoint import checkpoints, read_checkpoint
 from maskcf_fast.training.settings import DataConfig, ModelConfig, OptimConfig
@@ -42,6 +42,8 @@ ROWS = (
     "object-single:0.3", BALANCED, "context-single:1", "random-single:1", "fd:0.3", "object-teacher:1", "fd:64",
     "object-logprob:1", "object-single:16", "random-single:4", "context-single:4", "true-object:4", "kd:1", "cf-kd:1",
     "object-last-layers:1", "object-gradcam:1", "object-multi:1", "object-none:1", "l2-sp", "lp", "lp-ft", "ensemble",
+    "wise:fd:4", "wise:object-single:1", "model-stock", "ft-average", "fd-trajectory:4", "ft-lora", "ft-last-blocks",
+    "ft-layer-decay", "ft-mixup", "ft-randaugment",
 )  # fmt: skip
 
 
@@ -129,7 +131,7 @@ class Seed:
         tests = tuple(f"{name}={images / name}" for name in (*TESTS, "val"))
         config = TableConfig(
             methods=(name + colon + weight,),
-            seeds=(self.seed,),
+            seeds=(self.seed, self.seed + 1000) if row in MERGED else (self.seed,),  # of the training, on these images
             test=(tests,),
             id="known-usual",
             out=out,
@@ -156,7 +158,7 @@ class Seed:
             maps.remember(self.images, "train", config.image_size, config.patch_size)
         table = self.table(row)
         table.run()
-        run = table.config.out / f"{row_name(table.config.methods[0], '-')}-seed{self.seed}"
+        run = table.run_folder(table.config.methods[0], self.seed)
         content: dict[str, Any] = {"about": self.about, "row": row, "seed": self.seed}
         content["rows"] = read_json(table.config.out / "table.json")["rows"]
         if row in WATCHED:
@@ -164,7 +166,7 @@ class Seed:
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, json.dumps(content, indent=1).encode())
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        if row != "ft" and row != "lp":  # which other rows are made of
+        if run.name.rpartition("-")[0] not in ("ft", "lp"):  # which other rows are made of
             shutil.rmtree(run, ignore_errors=True)
 
     def watch(self, run: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,12 @@ class Suite:
             processes.barrier()
         published = [b.name for b in self.benchmarks if b.layout == "imagenet"]
         self.id = id or (published[0] if published else self.benchmarks[0].name)
+
+    def on(self, *benchmarks: Benchmark) -> Suite:
+        """The same for other test sets."""
+        other = copy.copy(self)
+        other.benchmarks, other.id = list(benchmarks), benchmarks[0].name
+        return other
 
     @property
     def shifted(self) -> list[str]:

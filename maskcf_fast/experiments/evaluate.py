@@ -14,7 +14,7 @@ from ..evaluation.report import Report, Row
 from ..evaluation.results import Results
 from ..evaluation.suite import Suite, check_known, choose_specs
 from ..training.build import named_test_sets
-from ..training.runs import Run, parse_alphas, read_run
+from ..training.runs import Run, parse_alphas, read_run, stock
 from .evaluate_settings import EvaluateConfig, flat
 
 
@@ -34,6 +34,8 @@ class Evaluation:
             raise UserError("--run DIR is missing: the folder of a training run")
         self.config, self.processes = config, processes
         self.alphas = parse_alphas(config.wise_ft)
+        if config.model_stock and len(folders) < 2:
+            raise UserError("--model-stock needs at least two runs of --run, got one")
         self.baselines = read_baselines(config.baseline) if config.baseline else {}
         names = _distinct_names(folders)
         self.runs = [
@@ -55,6 +57,9 @@ class Evaluation:
             check_known(f"--baseline {self.config.baseline}", list(self.baselines), names)
         first.describe()
         rows = [row for run in self.runs for row in self._rows(run)]
+        if self.config.model_stock:
+            name, precision = "model stock", self.config.precision or self.runs[0].config.precision
+            rows.append(Row(name, None, first.measure(stock(self.runs), precision, name, model=name)))
         report = Report(rows, first.benchmarks, first.id, self.baselines)
         self._write(report, first)
         return report

@@ -33,6 +33,8 @@ class EvaluateConfig:
     """Name of the test set in distribution; by default the one of layout imagenet, else the first."""
     wise_ft: str = ""
     """Also measure (1 - α) · initial + α · fine-tuned weights, for α from FIRST:LAST:STEP (0:1:0.1) or A,B,C."""
+    model_stock: bool = False
+    """Also measure the Model Stock of all runs, which started from the same weights."""
     weights: Literal["auto", "final", "best"] = "auto"
     """The model after the last epoch, or of the best one; auto is best where held-out images chose it, else final."""
     baseline: Path | None = None

@@ -8,12 +8,13 @@ is not measured again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from safetensors.torch import load_file
@@ -28,16 +29,24 @@ from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.benchmark import read_class_map
 from ..evaluation.report import table_line
 from ..methods import OutputEnsemble, average, registry, strategy_names
-from ..training.build import build_model, named_test_sets, scan
-from ..training.runs import Run, read_run
-from ..training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig, check_seeds, find_yaml
+from ..training.build import as_benchmark, build_model, named_test_sets, scan
+from ..training.runs import Run, read_run, stock
+from ..training.settings import DataConfig, ModelConfig, OptimConfig, TrainConfig, check_seeds, find_yaml, parse
 from ..visualization.plots import Point, plot_tradeoff
 from .comparison import build_suite, images_checksum, spread, train_or_reuse
 from .evaluate_settings import Repeated, flat
 
-TRAINED = ("lp", "ft", "lp-ft", "l2-sp", "kd", "cf-kd", "fd", *strategy_names())
-DERIVED = ("zero-shot", "wise-ft", "ensemble", "soup")  # of the pre-trained model and the runs of ft
-METHODS = ("zero-shot", *TRAINED[:4], "wise-ft", "ensemble", "soup", *TRAINED[4:])
+PAPER = ("lp", "ft", "lp-ft", "l2-sp", "kd", "cf-kd", "fd", *strategy_names())
+FURTHER = (
+    "ft-ema", "ft-average", "ft-lora", "ft-last-blocks", "ft-layer-decay", "ft-mixup", "ft-randaugment",
+    "fd-trajectory",
+)  # fmt: skip
+TRAINED = (*PAPER, *FURTHER)
+MERGED = ("soup", "model-stock")  # of all seeds
+DERIVED = ("zero-shot", "wise-ft", "ensemble", *MERGED)  # of the pre-trained model and the runs of ft
+METHODS = ("zero-shot", *PAPER[:4], "wise-ft", "ensemble", "soup", *PAPER[4:])
+WISE = "wise:"  # before a method: its weights and the initial ones, in shares that validation images choose
+WISE_ALPHAS = tuple(i / 10 for i in range(11))
 DEMO_WEIGHT = 1.0  # of distillation: the features of a tiny model are larger than CLIP's, for which 30 is meant
 
 
@@ -47,8 +56,11 @@ class TableConfig:
 
     methods: tuple[str, ...] = METHODS
     """Rows: trained ones are presets of maskcf_fast.train, or YAML files of your own (lp-ft is lp, then ft from its
-    head); wise-ft (weights between zero-shot and ft), ensemble (their mean probabilities) and soup (the mean weights of
-    ft's seeds) train nothing but ft. fd:4 is fd with --method.weight 4; several weights of a method make a curve."""
+    head); wise-ft (weights between zero-shot and ft), ensemble (their mean probabilities), soup (the mean weights of
+    ft's seeds) and model-stock (these, nearer to zero-shot the less they agree) train nothing but ft. fd:4 is fd with
+    --method.weight 4; several weights of a method make a curve. wise:fd:4 lies between zero-shot and fd:4, where
+    validation images (--data.val, --data.holdout) are best. By default the paper's, without ft-ema, ft-average,
+    ft-lora, ft-last-blocks, ft-layer-decay, ft-mixup, ft-randaugment and fd-trajectory."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to fine-tune with."""
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
@@ -85,9 +97,11 @@ class TableConfig:
         """
         for text in self.methods:
             name, weight = parse_row(text)
-            if name not in METHODS and not Path(name).is_file():
-                raise unknown("method", name, METHODS)
-            if weight is not None and not ("weight" in registry.METHODS[_section(name).name].reads and weight >= 0):
+            known = TRAINED if text.startswith(WISE) else (*TRAINED, *DERIVED)
+            if name not in known and not Path(name).is_file():
+                raise unknown("method", name, known)
+            reads = registry.METHODS[_preset(name)[0].method.name].reads
+            if weight is not None and not (weight >= 0 and "weight" in reads):
                 raise UserError(f"--methods {text}: {name} takes no weight {weight:g}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise UserError("--methods needs at least one, and none twice")
@@ -98,6 +112,8 @@ class TableConfig:
             raise UserError("--alphas needs at least one for wise-ft: give one, or --methods without wise-ft")
         if self.demo and (fixed := self._fixed_by_demo()):
             raise UserError(f"--demo has its own data, model and settings: leave out {', '.join(fixed)}, or --demo")
+        if "model-stock" in self.methods and len(self.seeds) < 2:
+            raise UserError("model-stock needs at least two seeds, whose runs of ft it is made of: --seeds 0 1")
         if self.quick and not self.demo:
             raise UserError("--quick shortens the demo only: add --demo")
         if not self.demo and self.data.train is None:
@@ -143,6 +159,10 @@ class Table:
 
             self.base, self.basis = Demo(DemoConfig(quick=config.quick)).prepare()
         data = self.base.data
+        if not data.holdout and data.val is None and any(method.startswith(WISE) for method in config.methods):
+            raise UserError(f"{WISE}METHOD needs images to choose its α with: --data.holdout N or --data.val DIR")
+        for method in set(config.methods) - set(DERIVED):  # now, and not when its turn comes
+            self.settings(method, config.seeds[0]).validate()
         specs = choose_specs(flat(config.test), config.id, named_test_sets(data))
         if len(specs) < 2:
             raise UserError(
@@ -166,10 +186,10 @@ class Table:
         rows = []
         for seed in config.seeds:
             for i, method in enumerate(config.methods):
-                if method != "soup":
+                if method not in MERGED:
                     rows += self._rows(method, seed, f"[seed {seed}: {i + 1}/{len(config.methods)}]")
-        if "soup" in config.methods:
-            rows += self._rows("soup", None, "[all seeds]")
+        for method in [method for method in config.methods if method in MERGED]:
+            rows += self._rows(method, None, "[all seeds]")
         notes = [f"- {' '.join(note.split())}" for benchmark in suite.benchmarks for note in benchmark.notes]
         text = "\n".join([markdown(rows, suite.id), *(["", *notes] if notes else [])])
         if self.processes.main:
@@ -181,7 +201,7 @@ class Table:
 
     def _rows(self, method: str, seed: int | None, title: str) -> list[TableRow]:
         rows = []
-        for name, model in self._soup() if seed is None else self._models(method, seed):
+        for name, model in self._merged(method) if seed is None else self._models(method, seed):
             found = self.suite.measure(model, self.base.precision, f"{title} {name}", model=name, seed=seed)
             accuracy = {data: result.top1 for data, result in found.items()}
             rows.append(TableRow(name, seed, accuracy, {data: result.per_class for data, result in found.items()}))
@@ -198,14 +218,33 @@ class Table:
             for alpha, model in self._trained("ft", seed, "final").models(self.config.alphas):
                 if alpha is not None:
                     yield f"wise-ft α {alpha:g}", model
+        elif method.startswith(WISE):
+            run = self._trained(method, seed, "final")
+            *_, (_, model) = run.models([self._best_alpha(run, row_name(method))])
+            yield row_name(method), model
         else:
             yield row_name(method), self._trained(method, seed).tuned()
 
-    def _soup(self) -> Iterator[tuple[str, nn.Module]]:
+    def _best_alpha(self, run: Run, title: str) -> float:
+        """WiSE-FT's α that is best on the run's validation images; of equal ones the nearest to the start."""
+        images = scan(run.config.data, self.processes, run.config.seed)[1]["holdout"]
+        suite = self.suite.on(as_benchmark("holdout", images))
+        found = {}
+        for alpha, model in run.models(WISE_ALPHAS):
+            if alpha is not None:
+                about = {"model": title, "alpha": alpha, "seed": run.config.seed}
+                result = suite.measure(model, self.base.precision, f"{title} α {alpha:g}", **about)
+                found[alpha] = result["holdout"].top1
+        return max(found, key=lambda alpha: (found[alpha], -alpha))
+
+    def _merged(self, method: str) -> Iterator[tuple[str, nn.Module]]:
         runs = [self._trained("ft", seed) for seed in self.config.seeds]
-        model = runs[0].tuned()
-        model.load_state_dict(average([load_file(run.weights) for run in runs]))
-        yield "soup", model
+        if method == "soup":
+            model = runs[0].tuned()
+            model.load_state_dict(average([load_file(run.weights) for run in runs]))
+        else:
+            model = stock(runs)
+        yield method, model
 
     def _trained(self, method: str, seed: int, weights: Literal["auto", "final"] = "auto") -> Run:
         """The run of a method: its best epoch on the held-out images, as in the paper, or without them the last.
@@ -219,14 +258,22 @@ class Table:
         train_or_reuse(config, self.processes, f"{method}, seed {seed}", self.basis)
         return read_run(config.out, weights)
 
+    def run_folder(self, method: str, seed: int) -> Path:
+        """Where the run of a method is, or would be."""
+        return self.config.out / f"{row_name(method.removeprefix(WISE), '-')}-seed{seed}"
+
     def settings(self, method: str, seed: int) -> TrainConfig:
-        """The run of a method: its preset's method section, on the table's data, model and optimiser."""
+        """The run of a method: its preset's settings on top of the table's, which say what is held out."""
         name, weight = parse_row(method)
-        config = dataclasses.replace(self.base, seed=seed, out=self.config.out / f"{row_name(method, '-')}-seed{seed}")
-        if method == "lp-ft":  # Kumar et al., "Fine-tuning can distort pretrained features", ICLR 2022
+        config = dataclasses.replace(self.base, seed=seed, out=self.run_folder(method, seed))
+        if name == "lp-ft":  # Kumar et al., "Fine-tuning can distort pretrained features", ICLR 2022
             probe = self.config.out / f"lp-seed{seed}" / "model.safetensors"
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=probe, head=None))
-        chosen = _section(name)
+        preset, optim, data = _preset(name)
+        config = dataclasses.replace(
+            config, optim=dataclasses.replace(config.optim, **optim), data=dataclasses.replace(config.data, **data)
+        )
+        chosen = preset.method
         if weight is None and self.config.demo and registry.METHODS[chosen.name].distils:
             weight = DEMO_WEIGHT
         if weight is not None:
@@ -235,7 +282,9 @@ class Table:
 
 
 def parse_row(text: str) -> tuple[str, float | None]:
-    """A method, or preset of one's own, and its weight where one is given, from NAME or NAME:WEIGHT."""
+    """A method, or preset of one's own, and its weight where one is given, from NAME or NAME:WEIGHT, with or without
+    wise: before it."""
+    text = text.removeprefix(WISE)
     name, colon, weight = text.rpartition(":")
     try:
         return (name, float(weight)) if colon else (text, None)
@@ -246,14 +295,21 @@ def parse_row(text: str) -> tuple[str, float | None]:
 def row_name(text: str, between: str = " ") -> str:
     """What a row is called: ``fd 4``."""
     name, weight = parse_row(text)
-    return Path(name).stem + (f"{between}{weight:g}" if weight is not None else "")
+    wise = WISE if text.startswith(WISE) else ""
+    return wise + Path(name).stem + (f"{between}{weight:g}" if weight is not None else "")
 
 
-def _section(name: str) -> MethodConfig:
-    """The method section of a preset, or of a file of one's own; lp-ft is ft, and what trains nothing stands on it."""
-    if name in DERIVED or name == "lp-ft":
-        name = "ft"
-    return MethodConfig(**yaml.safe_load(find_yaml(name).read_text())["method"])
+@functools.cache
+def _preset(name: str) -> tuple[TrainConfig, dict[str, Any], dict[str, Any]]:
+    """A preset or a file of one's own, and what it says of the optimiser and of what images are made into.
+
+    lp-ft is ft, and what trains nothing stands on it.
+    """
+    path = find_yaml("ft" if name in DERIVED or name == "lp-ft" else name)
+    config, said = parse(["--config", str(path)], name="table"), yaml.safe_load(path.read_text())
+    optim = {key: getattr(config.optim, key) for key in said.get("optim", {})}
+    data = {key: getattr(config.data, key) for key in said.get("data", {}) if key in ("augment", "mixup", "cache")}
+    return config, optim, data
 
 
 def grouped(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:

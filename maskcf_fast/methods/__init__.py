@@ -3,7 +3,7 @@
 import pkgutil
 from importlib import import_module
 
-from .averaging import OutputEnsemble, average, interpolate
+from .averaging import OutputEnsemble, average, interpolate, model_stock
 from .counterfactual import CounterfactualDistiller
 from .feature_distillation import FeatureDistillation
 from .fills import FILLS, Fill, register_fill
@@ -36,6 +36,7 @@ __all__ = [
     "average",
     "build_method",
     "interpolate",
+    "model_stock",
     "paper_order_step",
     "register",
     "register_fill",

@@ -38,6 +38,31 @@ def average(states: Sequence[State]) -> dict[str, Tensor]:
     return {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
 
 
+def model_stock(start: State, states: Sequence[State]) -> dict[str, Tensor]:
+    """Fine-tuned models merged tensor by tensor: ``t · mean + (1 - t) · start``, with less t where they agree less.
+
+    Of k models whose ways from the start have the angle θ, ``t = k cos θ / ((k - 1) cos θ + 1)``: then the result is
+    the point nearest to the centre that they lie around. The cosine is the mean over the pairs, a negative one counts
+    as 0, and a tensor that has not moved stays.
+
+    Source: Jang, Yun, Han, "Model Stock: All we need is just a few fine-tuned models", ECCV 2024.
+
+    Raises:
+        ValueError: Fewer than two models, or states that differ in their names or shapes.
+    """
+    if (k := len(states)) < 2:
+        raise UserError(f"a model stock needs at least two fine-tuned models, got {k}")
+    _same_shapes([start, *states])
+    merged = {}
+    for name, origin in start.items():
+        ways = torch.stack([state[name] - origin for state in states]).flatten(1).double()
+        total = torch.nn.functional.normalize(ways, dim=1).sum(dim=0)
+        cos = float((total @ total - k) / (k * (k - 1)))
+        t = k * cos / ((k - 1) * cos + 1) if cos > 0 else 0.0
+        merged[name] = origin + (t * ways.mean(dim=0)).to(origin.dtype).view_as(origin)
+    return merged
+
+
 class OutputEnsemble(nn.Module):
     """The mean of the class probabilities of several models, as log-probabilities.
 

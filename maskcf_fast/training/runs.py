@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from ..core.errors import UserError
 from ..core.tensors import fingerprint
 from ..evaluation.classes import classes_of_run
-from ..methods import interpolate
+from ..methods import interpolate, model_stock
 from ..models import ImageClassifier
 from .build import build_model
 from .checkpoint import checkpoints, load_checkpoint
@@ -81,6 +82,19 @@ class Run:
             for alpha in alphas:
                 model.load_state_dict(interpolate(start, tuned, alpha))
                 yield alpha, model
+
+
+def stock(runs: Sequence[Run]) -> ImageClassifier:
+    """The Model Stock of several runs from the same start (see `model_stock`), on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: As `Run.initial`; or fewer than two runs, or ones that started otherwise.
+    """
+    starts = [run.initial() for run in runs]
+    if other := [run for run, start in zip(runs, starts, strict=True) if fingerprint(start) != fingerprint(starts[0])]:
+        raise UserError(f"{other[0].folder} started from other weights than {runs[0].folder}: no model stock of both")
+    starts[0].load_state_dict(model_stock(starts[0].state_dict(), [load_file(run.weights) for run in runs]))
+    return starts[0]
 
 
 def read_run(

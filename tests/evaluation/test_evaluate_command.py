@@ -18,6 +18,8 @@ from maskcf_fast.evaluate import main
 from maskcf_fast.evaluation import report, suite
 from maskcf_fast.evaluation.metrics import Baseline
 from maskcf_fast.evaluation.results import Results
+from maskcf_fast.evaluation.suite import _identity
+from maskcf_fast.methods import model_stock
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training.runs import parse_alphas, read_run
 from maskcf_fast.training.settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
@@ -102,6 +104,26 @@ def test_wise_ft_is_between_the_weights(runs):
             torch.testing.assert_close(tensor, (1 - alpha) * start[name] + alpha * end[name], rtol=1e-6, atol=1e-6)
             if alpha in (0, 1):
                 assert torch.equal(tensor, (start, end)[int(alpha)][name])
+
+
+def test_model_stock_of_several_runs(runs, call, tmp_path, weights):
+    both = ["--run", runs / "ft", runs / "fd"]
+    code, _, results = call(*both, "--model-stock")
+    assert code == 0
+    assert [row["model"] for row in results["rows"]] == ["ft", "fd", "model stock"]
+    model = read_run(runs / "ft").tuned()
+    states = [load_file(runs / name / "model.safetensors") for name in ("ft", "fd")]
+    model.load_state_dict(model_stock(load_file(weights), states))
+    keys = {key.split("-")[0] for key, entry in results["measurements"].items() if entry["model"] == "model stock"}
+    assert keys == {_identity(model)[:32]}
+    shutil.copytree(runs / "fd", tmp_path / "other")
+    config = (tmp_path / "other" / "config.yaml").read_text()
+    (tmp_path / "other" / "config.yaml").write_text(
+        config.replace(str(weights), "random").replace("\nseed: 0", "\nseed: 1")
+    )
+    shutil.rmtree(tmp_path / "other" / "checkpoints")
+    code, printed, _ = call("--run", runs / "ft", tmp_path / "other", "--model-stock")
+    assert (code, "other started from other weights than" in printed) == (1, True)
 
 
 def test_several_runs_and_effective_robustness(runs, call, image_folders, tmp_path):
@@ -289,6 +311,7 @@ def test_names_of_another_data_set(runs, call, tmp_path, image_folders):
             ["--run", "{runs}/ft", "--id", "odo"],
             "--id: unknown test set 'odo' (there are id, ood); did you mean 'ood'?",
         ),
+        (["--run", "{runs}/ft", "--model-stock"], "--model-stock needs at least two runs"),
         (["--run", "{runs}/ft", "--wise-ft", "0:1"], "neither FIRST:LAST:STEP, such as 0:1:0.1, nor A,B,C"),
         (["--run", "{runs}/ft", "--wise-ft", "0,1.5"], "every α must lie in [0, 1]"),
         (["--run", "{runs}/ft", "--baseline", "{ood}/b.yaml"], "no baseline at"),

@@ -15,7 +15,17 @@ from safetensors.torch import load_file
 
 from maskcf_fast.core.tensors import fingerprint, save_tensors
 from maskcf_fast.evaluation.suite import _identity
-from maskcf_fast.experiments.table import METHODS, TRAINED, Table, TableConfig, TableRow, markdown, plot
+from maskcf_fast.experiments.table import (
+    DERIVED,
+    FURTHER,
+    METHODS,
+    TRAINED,
+    Table,
+    TableConfig,
+    TableRow,
+    markdown,
+    plot,
+)
 from maskcf_fast.methods import strategy_names
 from maskcf_fast.table import main
 from maskcf_fast.training import Trainer
@@ -204,7 +214,7 @@ def test_mistakes(line, capsys):
 
 
 def test_every_trained_method_has_a_preset():
-    assert len(METHODS) == len(TRAINED) + 4
+    assert {*METHODS, *FURTHER, "model-stock"} == {*TRAINED, *DERIVED}
     for method in set(TRAINED) - {"lp-ft"}:
         assert find_yaml(method).stem == method
 
@@ -215,13 +225,47 @@ def test_settings_of_every_method(tmp_path):
     for method in TRAINED:
         config = made.settings(method, 3)
         assert (config.seed, config.out) == (3, tmp_path / f"{method}-seed3")
-        name = {"lp-ft": "ft"}.get(method, "counterfactual" if method in strategy_names() else method)
+        name = method.partition("-")[0] if method in FURTHER else method
+        name = {"lp-ft": "ft"}.get(name, "counterfactual" if method in strategy_names() else name)
         assert config.method.name == name
         assert name != "counterfactual" or config.method.strategy == method
-        assert config.optim == made.base.optim
+        own = {"ft-ema", "ft-average", "ft-lora", "ft-last-blocks", "ft-layer-decay"}
+        assert (config.optim != made.base.optim) == (method in own)
+        assert (config.data != made.base.data) == (method in {"ft-mixup", "ft-randaugment"})
+        assert config.data.holdout == 0
+        config.validate()
         probe = tmp_path / "lp-seed3" / "model.safetensors"
         expected = dataclasses.replace(TrainConfig().model, weights=probe) if method == "lp-ft" else TrainConfig().model
         assert config.model == expected
+
+
+def test_further_rows(line, tmp_path, capsys):
+    """Model Stock of two seeds; and WiSE-FT of any method, whose α the held-out images choose."""
+    chosen = ["--methods", "model-stock", "wise:fd:0.5", "ft-lora", "--seeds", "0", "1", "--data.holdout", "12"]
+    line = [*line, "--optim.lr", "3e-3"]
+    assert main([*line, *chosen]) == 0
+    out = tmp_path / "table"
+    names = ["wise:fd 0.5", "ft-lora"]
+    rows = json.loads((out / "table.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == [*names, *names, "model-stock"]
+    assert {path.parent.name for path in out.glob("*/model.safetensors")} == {
+        f"{name}-seed{seed}" for name in ("ft", "fd-0.5", "ft-lora") for seed in (0, 1)
+    }
+    measured = json.loads((out / "results.json").read_text())["measurements"]
+    own = {key: e for key, e in measured.items() if e["model"] == "wise:fd 0.5" and e["seed"] == 1}
+    held_out = {e["alpha"]: e["top1"] for e in own.values() if e["data"] == "holdout"}
+    assert sorted(held_out) == [i / 10 for i in range(11)]
+    alpha = min(a for a, value in held_out.items() if value == max(held_out.values()))
+    *_, (_, model) = read_run(out / "fd-0.5-seed1", "final").models([alpha])
+    assert {key.split("-")[0] for key, e in own.items() if e["data"] == "ood"} == {_identity(model)[:32]}
+    for wrong, message in (
+        (["wise:object-single"], "needs images to choose its α with: --data.holdout N or --data.val DIR"),
+        (["wise:zero-shot"], "unknown method 'zero-shot'"),
+        (["model-stock", "--seeds", "0"], "model-stock needs at least two seeds"),
+        (["l2-sp", "--optim.lora-rank", "2"], "rests the weights that l2-sp"),
+    ):
+        assert main([*line, "--methods", *wrong]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("exif", [True, False])

@@ -16,6 +16,7 @@ from maskcf_fast.methods import (
     OutputEnsemble,
     average,
     interpolate,
+    model_stock,
 )
 from maskcf_fast.methods.trajectory import RunningAverage
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
@@ -143,6 +144,25 @@ def test_averages(pair):
     torch.testing.assert_close(both.exp(), expected, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match=r"differ in head\.bias"):
         average([a, {name: t for name, t in a.items() if name != "head.bias"}])
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_model_stock_is_nearest_to_the_centre(k):
+    """Of models around a centre, in directions square to each other: the foot of the centre on the line to the mean."""
+    torch.manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(40, k + 1, dtype=torch.float64))[0].T
+    origin, centre = torch.randn(40, dtype=torch.float64), 2.0 * axes[0]
+    around = [origin + centre + 3.0 * axis for axis in axes[1:]]
+    still = torch.randn(3)
+    states = [{"a": point.view(5, 8), "still": still, "apart": (-1) ** i * still} for i, point in enumerate(around)]
+    merged = model_stock({"a": origin.view(5, 8), "still": still, "apart": torch.zeros(3)}, states)
+    mean = torch.stack(around).mean(dim=0) - origin
+    foot = (centre @ mean) / (mean @ mean) * mean
+    torch.testing.assert_close(merged["a"], (origin + foot).view(5, 8), rtol=1e-10, atol=1e-10)
+    assert torch.equal(merged["still"], still)
+    assert torch.equal(merged["apart"], torch.zeros(3))  # they disagree: as it was
+    with pytest.raises(ValueError, match="at least two fine-tuned models, got 1"):
+        model_stock(states[0], states[:1])
 
 
 @pytest.mark.parametrize("decay", [0.9, "beta"])
