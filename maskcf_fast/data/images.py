@@ -173,4 +173,5 @@ def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
         image = image.transpose(turn)
     width, height = (min(side, LONGEST * min(image.size)) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    whole = (width, height) == image.size  # a large picture is not copied once more
+    return image if whole else image.crop((left, top, left + width, top + height))

@@ -16,7 +16,7 @@ _TURNED = re.compile(rb"(?<!/tiff:)Orientation(?!\W{1,2}1\b)")  # in XMP: anothe
 def is_plain_jpeg(data: bytes) -> bool:
     """Whether a file is a JPEG of the common form.
 
-    8 bits of grey or of YCbCr, coded as baseline or progressive; its segments without a gap, its end there; an
+    8 bits of grey or of YCbCr, coded as baseline or progressive; its segments without a gap, its own end there; an
     orientation in EXIF, as the standard has it, or nowhere; of a size that `read_image` leaves as it is. Whether the
     pixels are sound is not looked at.
     """
@@ -51,7 +51,8 @@ def _is_plain(data: bytes) -> bool:
             break
         elif kind not in _TABLES and not 0xE0 <= kind <= 0xEF:
             return False
-    return frames == 1 and data.rfind(b"\xff\xd9", at) >= 0
+    end = data.find(b"\xff\xd9", at)  # of coded pixels neither this nor the next is ever a part
+    return frames == 1 and end >= 0 and data.find(b"\xff\xd8", at, end) < 0
 
 
 def _plain_frame(data: bytes, at: int) -> bool:

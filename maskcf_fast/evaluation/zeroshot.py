@@ -200,7 +200,7 @@ def write_head(config: ZeroShotConfig) -> None:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     tower = load_text_tower(config.model, device)
     directions = text_directions(tower.encode, names, templates, config.batch_size)
-    head = CosineClassifier.from_text(directions, tower.scale)
+    head = CosineClassifier.from_text(directions, float(tower.scale))
     metadata = {
         "head_kind": "cosine",
         "classes": json.dumps(folders),
@@ -209,4 +209,4 @@ def write_head(config: ZeroShotConfig) -> None:
         "templates": config.templates,
     }
     save_tensors(config.out, head.state_dict(), metadata)
-    print(f"{config.out}: {len(folders)} classes × {directions.shape[1]} features, scale {tower.scale:.4g}")
+    print(f"{config.out}: {len(folders)} classes × {directions.shape[1]} features, scale {float(tower.scale):.4g}")

@@ -49,6 +49,8 @@ class VisualizeConfig:
     """The model after the last epoch, or of the best one; auto is best where held-out images chose it, else final."""
     classes: str | None = None
     """Names of the model's outputs: a file with one per line, or "imagenet". By default the training folder's."""
+    exif: bool | None = None
+    """Turn images as the orientation in their EXIF or XMP data says; by default as the run did."""
     seed: int = 0
     """Of the donors and the random masks."""
     device: str = "auto"
@@ -75,7 +77,8 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     out = config.out or config.run / "visualize"
     check_writable(out)
     model = run.tuned()
-    images = read_images(config.images, run.classes, model.backbone.config.image_size, config.count, out)
+    upright = run.config.data.exif if config.exif is None else config.exif
+    images = read_images(config.images, run.classes, model.backbone.config.image_size, config.count, out, upright)
     strategies = [_strategy(name, run) for name in dict.fromkeys(config.strategies)]
     filled = [strategy.name for strategy in strategies if strategy.filling.other_images]
     if len(images.names) == 1 and filled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..core.errors import UserError
@@ -17,7 +19,7 @@ from ..data.images import ImageError, read_image
 from ..data.scan import find_pictures
 from ..models.libraries import Classifier
 from ..models.sources import load_classifier
-from .models import explained, known_readout
+from .models import check_explicable, explained, known_readout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +45,8 @@ class GalleryConfig:
     """First layer that counts; negative counts from the last."""
     pretrained: bool = True
     """Load the weights; --no-pretrained leaves them random (a test of the command)."""
+    exif: bool = True
+    """Turn images as the orientation in their EXIF or XMP data says."""
     batch_size: int = 16
     """Images explained at a time."""
     device: str = "auto"
@@ -75,6 +79,8 @@ def draw_gallery(config: GalleryConfig) -> list[Path]:
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     )
+    if config.pretrained:
+        _try_without_weights(config)
     model = load_classifier(config.model, pretrained=config.pretrained, prompts=config.prompts, device=device)
     config.out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -90,6 +96,26 @@ def draw_gallery(config: GalleryConfig) -> list[Path]:
     return written
 
 
+def _try_without_weights(config: GalleryConfig) -> None:
+    """Refuse a model that cannot be explained before its weights are downloaded: its layers run without values."""
+    meta = torch.device("meta")
+    logging.disable(logging.WARNING)  # of libraries: that there are no weights
+    try:
+        with meta:
+            model = load_classifier(config.model, pretrained=False, prompts=config.prompts, device=meta)
+        images = model.transform(Image.new("RGB", (64, 64)))[None].to(meta)
+    except Exception:  # the true one will say, or it does not go without values
+        return
+    finally:
+        logging.disable(logging.NOTSET)
+    try:
+        check_explicable(model.logits, images)
+    except UserError as error:
+        raise UserError(f"{config.model} cannot be explained: {error}") from error
+    except Exception:  # an operation that needs values
+        return
+
+
 def _pictures(model: Classifier, paths: list[Path], config: GalleryConfig, device: torch.device) -> Iterator[Picture]:
     """Explained images; those that cannot be read are named and left out."""
     unread = 0
@@ -97,7 +123,7 @@ def _pictures(model: Classifier, paths: list[Path], config: GalleryConfig, devic
         batch: list[tuple[Path, Tensor]] = []
         for path in paths[at : at + config.batch_size]:
             try:
-                batch.append((path, model.transform(read_image(path))))
+                batch.append((path, model.transform(read_image(path, config.exif))))
             except ImageError as error:
                 unread += 1
                 print(f"skipped: {path}: {error}", file=sys.stderr)

@@ -142,7 +142,8 @@ def _nothing_recorded(record: Calls) -> str:
             f"maps were seen). Switch fused attention on. {FUSED}"
         )
     return (
-        "no attention call was recorded. Call the model inside record_attention(), in the same thread and not "
+        "no attention call was recorded. A model that has none, such as a convolutional network, cannot be explained. "
+        "Of another: call the model inside record_attention(), in the same thread and not "
         "scripted. Only torch's scaled_dot_product_attention is seen: "
         'switch flash_attn, xformers or flex_attention off (Hugging Face: attn_implementation="sdpa")'
     )

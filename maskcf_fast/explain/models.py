@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from ..models import ImageClassifier, VisionTransformer
+from .layers import select_layers
 from .readout import ReadOut
 from .record import record_attention
 
@@ -85,6 +86,18 @@ def explained(
         prefix_tokens = known
     cam = record.relevance(logits, labels, start_layer=start_layer, prefix_tokens=prefix_tokens, readout=readout)
     return cam, logits.detach(), record.grid
+
+
+def check_explicable(model: Callable[[Tensor], Any], images: Tensor) -> None:
+    """Raise where a model's layers cannot be explained; it and ``images [N, 3, S, S]`` may lie on the meta device.
+
+    Raises:
+        ValueError: As `AttentionRecord.relevance`, as far as it depends on no values.
+    """
+    with torch.enable_grad(), record_attention() as record:
+        record.one_pass = True
+        logits = _logits(model(images))
+    select_layers(record, logits)
 
 
 def _outside(value: Any) -> Any:

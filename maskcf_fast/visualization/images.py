@@ -31,7 +31,9 @@ class Images:
     labels: Tensor
 
 
-def read_images(root: Path, classes: Sequence[str], image_size: int, count: int, without: Path) -> Images:
+def read_images(
+    root: Path, classes: Sequence[str], image_size: int, count: int, without: Path, upright: bool = True
+) -> Images:
     """Read ``count`` images, spread evenly over the sorted files; what cannot be read is named and left out.
 
     Args:
@@ -40,6 +42,7 @@ def read_images(root: Path, classes: Sequence[str], image_size: int, count: int,
         image_size: Side that the images are resized and cropped to.
         count: How many.
         without: Folder whose images are not meant: pictures of an earlier look may lie there.
+        upright: As `read_image` takes it.
 
     Raises:
         FileNotFoundError: No such folder.
@@ -53,7 +56,7 @@ def read_images(root: Path, classes: Sequence[str], image_size: int, count: int,
     names, pixels, labels = [], [], []
     for path in (paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)):
         try:
-            pixels.append(torch.from_numpy(resize_and_crop(read_image(path), image_size)))
+            pixels.append(torch.from_numpy(resize_and_crop(read_image(path, upright), image_size)))
         except ImageError as error:
             print(f"skipped: {path}: {error}", file=sys.stderr)
             continue

@@ -116,12 +116,19 @@ def one_bit_png(side: int) -> bytes:
 
 
 JPEG = encoded(RGB, "JPEG")
+SIDES = JPEG.index(b"\xff\xc0") + 5
 REFUSED = {
     "text": (b"no image", "not an image of a format that is read"),
     "nothing": (b"", "not an image"),
     "cut short": (JPEG[:-300], "truncated"),
+    "without its end mark": (JPEG[:-2], "truncated"),
     "a program's format": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "100 megapixels": (one_bit_png(10_000), "10000×10000 pixels exceed the limit of 89,478,485: make it smaller"),
+    "3,600 megapixels": (JPEG[:SIDES] + struct.pack(">HH", 60_000, 60_000) + JPEG[SIDES + 4 :], "pixels exceed"),
+    "268 megapixels in 34 bytes": (
+        b"RIFF\x1a\0\0\0WEBPVP8L\x0e\0\0\0\x2f\xfe\xbf\xff\x0f\x07\x10\x11\xfd\x0f\x44\x44\xff\x03",
+        "pixels exceed the limit",
+    ),
     "196 megapixels": (one_bit_png(14_000), "pixels exceed the limit"),
     "floats": (encoded(Image.fromarray(GREY / np.float32(255)), "TIFF"), "mode F has no 8-bit RGB form"),
     "32-bit integers": (encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "mode I has no"),

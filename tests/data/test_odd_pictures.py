@@ -70,6 +70,7 @@ PLAIN = {
 }
 ODD = {
     "extraneous byte": JPEG[:TABLE] + b"\0" + JPEG[TABLE:],
+    "junk in place of its end": JPEG[:-2] + b"junk" * 9,
     "fill bytes": JPEG[:TABLE] + b"\xff\xff" + JPEG[TABLE:],
     "XMP, turned": with_segment(0xE1, xmp(6)),
     "EXIF, turned by a LONG": with_segment(0xE1, exif(6, kind=4)),

@@ -477,3 +477,20 @@ def test_rows_for_board(image_folders, name, columns):
         refilled = mf.refill_patches(images.permute(0, 3, 1, 2), mask, draws.donors["multi"]).permute(0, 2, 3, 1)
         assert torch.equal(torch.stack([row[2] for row in cells]), refilled)
         assert mask.any()
+
+
+@pytest.mark.parametrize("of_run", [True, False])
+@pytest.mark.parametrize("option", [None, True, False])
+def test_images_are_turned_as_in_the_run(run, tmp_path, of_run, option):
+    shutil.copytree(run, tmp_path / "run")
+    settings = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(settings.replace("exif: true", f"exif: {str(of_run).lower()}"))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = np.random.default_rng(1).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    options = [] if option is None else ["--exif", str(option)]
+    assert visualize(tmp_path / "run", tmp_path / "a.png", "--strategies", "object-none", *options) == 0
+    data = data_of((tmp_path / "run" / "visualize" / "index.html").read_text())
+    upright = of_run if option is None else option
+    assert np.array_equal(pixels_of(data["images"][0]["source"]), pixels[::-1, ::-1] if upright else pixels)

@@ -9,9 +9,10 @@ import torch
 import zoo
 from PIL import Image
 
+from maskcf_fast.core.errors import UserError
 from maskcf_fast.data.images import read_image
 from maskcf_fast.explain.__main__ import main
-from maskcf_fast.explain.gallery import _explain
+from maskcf_fast.explain.gallery import _explain, draw_gallery
 from maskcf_fast.explain.models import explain
 from maskcf_fast.models.libraries import Classifier
 from maskcf_fast.models.sources import load_classifier
@@ -201,3 +202,57 @@ def test_folder_without_images(tmp_path, capsys, content):
         (tmp_path / "images" / name).write_bytes(data)
     assert command(tmp_path / "images", "timm:vit_tiny_patch16_224", "--no-pretrained")[0] == 1
     assert "images in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "prompts", "said"),
+    [
+        ("timm:resnet18", (), "A model that has none, such as a convolutional network, cannot be explained"),
+        ("timm:swin_tiny_patch4_window7_224", (), "computes attention by an explicit softmax"),
+        ("timm:cait_xxs24_224", (), "cross-attention leads to the score"),
+        ("torchvision:resnet18", (), "A model that has none"),
+        ("open_clip:convnext_base/laion400m_s13b_b51k", ("a cat", "a dog"), "A model that has none"),
+    ],
+)
+def test_a_model_that_cannot_be_explained_is_not_downloaded_first(tmp_path, monkeypatch, caplog, model, prompts, said):
+    pytest.importorskip(model.partition(":")[0])
+    real = gallery.load_classifier
+
+    def load(name, *, pretrained, **options):
+        assert not pretrained, "this downloads"
+        return real(name, pretrained=pretrained, **options)
+
+    monkeypatch.setattr(gallery, "load_classifier", load)
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=f"{model} cannot be explained: (?s:.*){said}"):
+        draw_gallery(gallery.GalleryConfig(model, tmp_path, tmp_path / "out", prompts=prompts))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("model", ["timm:vit_tiny_patch16_224", "torchvision:vit_b_32", "open_clip:ViT-B-32/openai"])
+def test_a_model_that_can_be_explained_is_downloaded(tmp_path, monkeypatch, model):
+    pytest.importorskip(model.partition(":")[0])
+    real = gallery.load_classifier
+
+    def load(name, *, pretrained, **options):
+        if pretrained:
+            raise FileNotFoundError("the download")
+        return real(name, pretrained=pretrained, **options)
+
+    monkeypatch.setattr(gallery, "load_classifier", load)
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    prompts = ("a cat", "a dog") if model.startswith("open_clip") else ()
+    with pytest.raises(FileNotFoundError, match="the download"):
+        draw_gallery(gallery.GalleryConfig(model, tmp_path, tmp_path / "out", prompts=prompts))
+
+
+@pytest.mark.parametrize(("option", "turned"), [((), True), (("--exif",), True), (("--no-exif",), False)])
+def test_images_are_turned_as_the_setting_says(tmp_path, monkeypatch, option, turned):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    seen = []
+    monkeypatch.setattr(gallery, "read_image", lambda *arguments: seen.append(read_image(*arguments)) or seen[-1])
+    arguments = ["--model", "torchvision:vit_b_32", "--no-pretrained", "--images", str(tmp_path), *option]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert [image.size for image in seen] == [(40, 60) if turned else (60, 40)]

@@ -33,11 +33,11 @@ class TextTower:
 
     Attributes:
         encode: Prompts to features ``[prompts, D]`` of any float dtype, not normalised.
-        scale: What the model multiplies cosines with. SigLIP's bias, the same for all classes, is left out.
+        scale: ``[]``, what the model multiplies cosines with. SigLIP's bias, the same for all classes, is left out.
     """
 
     encode: Callable[[list[str]], Tensor]
-    scale: float
+    scale: Tensor
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def _text(model: Any, name: str) -> TextTower:
         with torch.no_grad():
             return _features(model.get_text_features(**{k: v.to(model.device) for k, v in tokens.items()}))
 
-    return TextTower(encode, float(model.logit_scale.detach().exp()))
+    return TextTower(encode, model.logit_scale.detach().exp())
 
 
 def classifier(name: str, pretrained: bool, prompts: Sequence[str], device: torch.device) -> Classifier:

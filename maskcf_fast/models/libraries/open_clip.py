@@ -57,6 +57,7 @@ def load_module(name: str, pretrained: bool = True, device: torch.device | str =
         known = f"one of {', '.join(tags)}" if tags else "weights, of which it has none"
         raise UserError(f"open_clip:{model}/PRETRAINED needs {known}, got {tag!r}{did_you_mean(tag, tags)}")
     quick = bool(tag and (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
+    tag = tag if pretrained else ""  # even without load_weights, open_clip would download them
     with loading(f"open_clip:{name}"), no_questions():
         return open_clip.create_model(model, tag or None, force_quick_gelu=quick, **options).eval()
 
@@ -98,7 +99,7 @@ def _text(clip: Any, name: str) -> TextTower:
         with torch.no_grad():
             return clip.encode_text(tokenizer(prompts).to(scale.device))
 
-    return TextTower(encode, float(scale.exp()))
+    return TextTower(encode, scale.exp())
 
 
 def classifier(name: str, pretrained: bool, prompts: Sequence[str], device: torch.device) -> Classifier:

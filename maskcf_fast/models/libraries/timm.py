@@ -90,7 +90,8 @@ def classifier(name: str, pretrained: bool, prompts: Sequence[str], device: torc
     if model.num_classes == 1000:
         info = timm.data.ImageNetInfo()
         classes = {i: info.index_to_description(i) for i in range(1000)}
-    transform = timm.data.create_transform(**data, is_training=False)
+    with torch.device("cpu"):  # its normalisation, also of a model without values
+        transform = timm.data.create_transform(**data, is_training=False)
     return Classifier(model, model, transform, data["mean"], data["std"], classes)
 
 
