@@ -61,7 +61,7 @@ def step_flops(model: ImageClassifier, images: Tensor, labels: Tensor, name: str
     with FlopCounterMode(display=False) as counter:
         method.backward(images, labels)
     method.zero_grad()
-    return counter.get_total_flops() / (len(images) * forward_flops(model.backbone.config))
+    return counter.get_total_flops() / (len(images) * forward_flops(model.transformer.config))
 
 
 @command()

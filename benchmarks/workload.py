@@ -147,13 +147,13 @@ class Workload:
         torch.compiler.reset()  # this model's shapes are the first: no limit on recompilations
         if reason := speed.compile_pointwise(method, self.device):
             raise Unavailable(reason.partition("left out, ")[2])
-        block: Any = self.student.backbone.blocks[0]
+        block: Any = self.student.transformer.blocks[0]
         compiled = block.pointwise
         self._set(POINTWISE)
         return compiled
 
     def _set(self, pointwise: Any) -> None:
-        for backbone in (self.student.backbone, self.teacher):
+        for backbone in (self.student.transformer, self.teacher):
             backbone.set_pointwise(pointwise)
 
     def _graphed(self, method: Method) -> Callable[..., None]:

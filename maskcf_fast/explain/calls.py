@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of scaled-dot-product attention; tensors are references, detached."""
+    """One call of scaled-dot-product attention; inputs are references, detached."""
 
     q: Tensor  # [N, H, Tq, d]
     k: Tensor  # [N, H, T, d], or fewer heads
@@ -20,6 +20,7 @@ class Call:
     dropout: float
     causal: bool
     scale: float | None
+    o: Tensor  # [N, H, Tq, d], the output, in the graph
     edge: GradientEdge | None  # the output's place in the graph; None without gradients
     grid: tuple[int, int, int] | None  # [N, rows, columns] of the last convolution before
 

@@ -77,7 +77,7 @@ def chain_relevance(
     edges = [call.edge for call in used if call.edge is not None]
     grads = list(torch.autograd.grad(score, edges, retain_graph=True))
 
-    start = _start(layers[-1], grads[-1], prefix, readout)  # [T]
+    start = start_weights(layers[-1], grads[-1], prefix, readout)  # [T]
 
     def steps() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, float | None]]:
         for call, grad in zip(reversed(used), reversed(grads), strict=True):
@@ -89,7 +89,7 @@ def chain_relevance(
     return carried(steps(), None if pooled else start)[:, prefix:]
 
 
-def _start(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tensor | None) -> Tensor:
+def start_weights(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tensor | None) -> Tensor:
     """Weights ``[T]`` float32 or float64 by which the read-out takes the last layer's tokens."""
     t = last.k.shape[2]
     start = torch.zeros(t, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class AttentionRecord(Calls):
     def __init__(self) -> None:
         super().__init__()
         self.grid: tuple[int, int] | None = None
+        self.visible: Tensor | None = None  # [N, T] bool, the keys that attention over all tokens is to see
         self._last_convolution: tuple[int, int, int] | None = None
         self._paused = False
 
@@ -123,7 +125,8 @@ class _Watch(TorchFunctionMode):
         if record._paused:
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            return _record_call(record, func(*args, **kwargs), *args, **kwargs)
+            call = func if record.visible is None else partial(_attend_to, record.visible)
+            return _record_call(record, call(*args, **kwargs), *args, **kwargs)
         if func is F.multi_head_attention_forward:
             asked = kwargs.get("need_weights", True)
             with self:  # on again, for the calls inside
@@ -141,6 +144,20 @@ class _Watch(TorchFunctionMode):
 
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+def _attend_to(
+    visible: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention that sees some of the keys, where it is over all tokens."""
+    mask = visible[:, None, None, :] if key.shape[2] == visible.shape[1] else attn_mask
+    return F.scaled_dot_product_attention(query, key, value, mask, *args, **kwargs)
 
 
 def _record_call(
@@ -166,7 +183,7 @@ def _record_call(
             out = out.detach().requires_grad_()  # nothing before asks for gradients: the graph starts here
         edge = get_gradient_edge(out)
     q, k, v = (x.detach().to(out.dtype) for x in (query, key, value))  # autocast narrows them inside the call
-    record.calls.append(Call(q, k, v, attn_mask, dropout_p, is_causal, scale, edge, record._last_convolution))
+    record.calls.append(Call(q, k, v, attn_mask, dropout_p, is_causal, scale, out, edge, record._last_convolution))
     return out
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.checks import check_tensor, value_checks
 from ..core.errors import UserError
 from ..core.precision import autocast
-from ..models import ImageClassifier, Tap, VisionTransformer
+from ..models import Backbone, ImageClassifier, Tap
 from .label_map import LabelMap
 from .losses import StepOutput, check_temperature, feature_loss, logit_loss, step_output, task_loss
 from .method import Method
@@ -59,7 +59,7 @@ class CounterfactualDistiller(Method):
     def __init__(
         self,
         student: ImageClassifier,
-        teacher: VisionTransformer | ImageClassifier,
+        teacher: Backbone | ImageClassifier,
         strategy: MaskStrategy | str,
         weight: float = 30.0,
         *,
@@ -139,7 +139,7 @@ class CounterfactualDistiller(Method):
         draw = draw or self._draw(images, generator)
         with autocast(images.device, self.precision):
             tokens, embed_teacher = self._embed(images)
-            shared = tokens.detach().requires_grad_()  # where the two branches meet
+            shared = tokens.detach().requires_grad_(tokens.requires_grad)  # where the two branches meet
             logits, taps = self._clean(shared, labels, mask)
             task = task_loss(logits, labels)
             out = step_output(task, logits)
@@ -220,9 +220,9 @@ class CounterfactualDistiller(Method):
         return logit_loss(self.student.head(masked), wanted, self.temperature)
 
     @property
-    def _teacher_backbone(self) -> VisionTransformer:
+    def _teacher_backbone(self) -> Backbone:
         teacher = self.teacher
-        return teacher.backbone if isinstance(teacher, ImageClassifier) else cast(VisionTransformer, teacher)
+        return teacher.backbone if isinstance(teacher, ImageClassifier) else cast(Backbone, teacher)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """The student's tokens, and what makes the teacher's: of the same rows, unless it normalises otherwise."""

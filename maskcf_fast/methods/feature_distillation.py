@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import ImageClassifier, VisionTransformer
+from ..models import Backbone, ImageClassifier
 from .losses import StepOutput, feature_loss, step_output, task_loss
 from .method import Method
 from .registry import register
@@ -17,7 +17,7 @@ from .registry import register
 class FeatureDistillation(Method):
     """Cross-entropy, and the student's features pulled to the teacher's on the clean images (FD)."""
 
-    def __init__(self, student: ImageClassifier, teacher: VisionTransformer, weight: float = 30.0) -> None:
+    def __init__(self, student: ImageClassifier, teacher: Backbone, weight: float = 30.0) -> None:
         super().__init__(student, teacher, weight)
 
     def losses(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.names import unknown
 from ..core.precision import no_autocast
-from ..models import Tap, VisionTransformerConfig
+from ..models import Shape, Tap
 from ..ops import relevance_cam
 
 KINDS = ("relevance", "gradcam")
@@ -33,13 +33,15 @@ class LabelMap:
         ValueError: Unknown kind or target (the nearest is suggested), or a ``start_layer`` outside the model.
     """
 
-    def __init__(self, kind: str, target: str, start_layer: int, config: VisionTransformerConfig) -> None:
+    def __init__(self, kind: str, target: str, start_layer: int, config: Shape) -> None:
         depth = config.depth
         for name, value, known in (("cam", kind, KINDS), ("cam_target", target, TARGETS)):
             if value not in known:
                 raise unknown(name, value, known)
         if not -depth <= start_layer < depth:
             raise UserError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
+        if kind == "gradcam" and not config.native:
+            raise UserError("Grad-CAM reads a layer's input, which an unmodified model does not show: take relevance")
         self.kind = kind
         self.target = target
         self.config = config
@@ -60,8 +62,9 @@ class LabelMap:
     def from_gradients(self, taps: Sequence[Tap], grads: Sequence[Tensor]) -> Tensor:
         """The map from the gradients of what was `read`."""
         with no_autocast(grads[0].device):
-            prefix, readout = self.config.prefix, self.config.pool
+            prefix, pool = self.config.prefix, self.config.pool
             if self.kind == "relevance":
+                readout = pool if isinstance(pool, str) else torch.tensor(pool, device=grads[0].device)
                 return relevance_cam(taps[self.start_layer :], grads, prefix=prefix, readout=readout)
             activations, channels = taps[-1].x.detach().float(), grads[0].float().sum(dim=1)
             return (activations[:, prefix:] @ channels[:, :, None])[..., 0].clamp(min=0)

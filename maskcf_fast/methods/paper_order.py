@@ -41,26 +41,26 @@ def paper_order_step(
         hidden = mask
     with torch.no_grad():
         target, _ = plain_forward(teacher, counterfactual, hidden, dropped)
-    feature, _ = plain_forward(student.backbone, counterfactual, hidden, dropped)
+    feature, _ = plain_forward(student.transformer, counterfactual, hidden, dropped)
 
-    logits = student.head(plain_forward(student.backbone, images)[0])
+    logits = student.head(plain_forward(student.transformer, images)[0])
     task, distill = F.cross_entropy(logits, labels), ((feature - target) ** 2).mean()
     return StepOutput(task + weight * distill, task.detach(), distill.detach(), logits.detach(), cam, mask)
 
 
 def paper_cam(student: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:  # [N, L]
     """Relevance by Chefer et al.: ``R <- R + mean_h max(0, P * dP) R`` from the first layer to the last."""
-    feature, maps = plain_forward(student.backbone, images)
+    feature, maps = plain_forward(student.transformer, images)
     score = student.head(feature).gather(1, labels[:, None]).sum()
     grads = torch.autograd.grad(score, maps)
     n, tokens = images.shape[0], maps[0].shape[-1]
     relevance = torch.eye(tokens, dtype=maps[0].dtype, device=images.device).expand(n, tokens, tokens)
     for attention, grad in zip(maps, grads, strict=True):
         weights = (attention.detach() * grad).clamp(min=0).mean(dim=1)  # [N, T, T], or a pool's [N, 1, L]
-        if attention is maps[-1] and student.backbone.pool is not None:  # the probe is no token: no identity
-            return (weights @ relevance)[:, 0, student.backbone.config.prefix :]
+        if attention is maps[-1] and student.transformer.pool is not None:  # the probe is no token: no identity
+            return (weights @ relevance)[:, 0, student.transformer.config.prefix :]
         relevance = relevance + weights @ relevance
-    config = student.backbone.config
+    config = student.transformer.config
     if config.pool == "mean":  # what attention brought from each patch, without its own share of the mean
         relevance = relevance - torch.eye(tokens, dtype=maps[0].dtype, device=images.device)
         return relevance[:, config.prefix :, config.prefix :].mean(dim=1)

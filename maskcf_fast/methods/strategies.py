@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.names import unknown
-from ..models import VisionTransformer
+from ..models import Backbone
 from ..ops import select_patches
 from .fills import FILLS, REGIONS, Fill
 
@@ -138,9 +138,9 @@ class MaskStrategy:
             raise UserError(f"strategy {self.name!r} selects from a relevance map: cam must be given")
         return select_patches(cam, threshold=self.threshold, top_k=self.top_k, region=self.region)
 
-    def encode(self, backbone: VisionTransformer, tokens: Tensor, mask: Tensor, draw: Draw) -> Tensor:
+    def encode(self, backbone: Backbone, tokens: Tensor, mask: Tensor, draw: Draw) -> Tensor:
         """Features ``[N, D]`` of the counterfactual images, from the tokens of the clean ones."""
-        return self.filling.encode(backbone, tokens, mask, draw.donors, self.masked(mask.shape[1]))
+        return backbone.encode_filled(self.filling, tokens, mask, draw.donors, self.masked(mask.shape[1]))
 
 
 def _check_name(name: str) -> None:

@@ -1,5 +1,6 @@
 """Vision transformers, heads, and loading weights."""
 
+from .backbone import Backbone, Shape
 from .blocks import Tap
 from .config import PRESETS, Rotary, VisionTransformerConfig, preset
 from .head import HEADS, CosineClassifier, ImageClassifier, LinearClassifier
@@ -11,11 +12,13 @@ from .weights import load_backbone
 __all__ = [
     "HEADS",
     "PRESETS",
+    "Backbone",
     "CosineClassifier",
     "ImageClassifier",
     "LinearClassifier",
     "PoolTap",
     "Rotary",
+    "Shape",
     "Tap",
     "VisionTransformer",
     "VisionTransformerConfig",

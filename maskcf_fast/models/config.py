@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from ..core.errors import UserError
 from ..core.names import unknown
@@ -128,6 +128,7 @@ class VisionTransformerConfig:
     pool_heads: int | None = None
     pool_mlp_width: int | None = None
     projection_bias: bool = False
+    native: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():

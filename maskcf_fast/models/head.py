@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..core.checks import FLOATS, check_tensor
 from ..core.errors import UserError
 from ..core.precision import no_autocast
+from .backbone import Backbone
 from .vit import VisionTransformer
 
 
@@ -81,7 +82,7 @@ class ImageClassifier(nn.Module):
         ValueError: The head expects features of another size.
     """
 
-    def __init__(self, backbone: VisionTransformer, head: CosineClassifier | LinearClassifier) -> None:
+    def __init__(self, backbone: Backbone, head: CosineClassifier | LinearClassifier) -> None:
         super().__init__()
         if head.weight.shape[1] != backbone.config.feature_dim:
             raise UserError(
@@ -90,6 +91,17 @@ class ImageClassifier(nn.Module):
             )
         self.backbone = backbone
         self.head = head
+
+    @property
+    def transformer(self) -> VisionTransformer:
+        """The backbone where it is the compact vision transformer.
+
+        Raises:
+            ValueError: It is another library's, unmodified.
+        """
+        if not isinstance(self.backbone, VisionTransformer):
+            raise UserError("this needs the compact vision transformer, and the model is another library's, unmodified")
+        return self.backbone
 
     @property
     def num_prefix_tokens(self) -> int:

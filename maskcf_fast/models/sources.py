@@ -13,7 +13,7 @@ from ..core.errors import UserError
 from ..core.names import did_you_mean
 from ..core.optional import need
 from .config import VisionTransformerConfig
-from .libraries import Classifier, TextTower
+from .libraries import Classifier, TextTower, Unmodified
 from .naming import State
 from .vit import VisionTransformer
 from .weights import check_holds, load_backbone
@@ -54,6 +54,20 @@ def load_named(name: str, image_size: int | None = None) -> VisionTransformer:
     """The vision transformer that ``name`` stands for, with its weights; arguments and errors as `load_source`."""
     config, state = load_source(name, image_size)
     return load_backbone(VisionTransformer(config), state)
+
+
+def load_unmodified(name: str, image_size: int | None = None, *, pretrained: bool = True) -> Unmodified:
+    """The library's own module, unmodified and in eval mode, as what gives features.
+
+    Args:
+        name: As `load_source` takes it.
+        image_size: Side of the images in pixels, where the library can make the model so; by default its own.
+        pretrained: Load the weights, or leave them random.
+
+    Raises:
+        As `load_classifier`.
+    """
+    return _call(name, "unmodified", image_size, pretrained)
 
 
 def load_text_tower(name: str, device: str) -> TextTower:
@@ -105,7 +119,12 @@ def _call(name: str, function: str, *arguments: Any) -> Any:
         hint = did_you_mean(prefix, able)
         if function == "text_tower" and prefix in LIBRARIES:
             hint = "; for a model without one, train with --model.head-kind linear"
-        kind = {"tower": "a model", "text_tower": "a text tower", "classifier": "a classifier"}[function]
+        kind = {
+            "tower": "a model",
+            "unmodified": "a model",
+            "text_tower": "a text tower",
+            "classifier": "a classifier",
+        }[function]
         raise UserError(f"{kind} is named {', '.join(forms[:-1])} or {forms[-1]}, got {name!r}{hint}")
     need(LIBRARIES[prefix][1])
     return getattr(library(prefix), function)(model, *arguments)

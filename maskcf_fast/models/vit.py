@@ -19,6 +19,7 @@ from ..core.checks import check_tensor, value_checks
 from ..core.precision import compute_dtype
 from ..ops.drop import Packing
 from ..ops.patchify import patchify
+from .backbone import Backbone
 from .blocks import POINTWISE, Attention, Block, Tap, WithMlp
 from .config import VisionTransformerConfig, preset
 from .pool import AttentionPool, mean_pool
@@ -43,7 +44,7 @@ def check_pixels(images: Tensor) -> None:
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """A vision transformer: image → feature, not L2-normalised.
 
     Args:
@@ -53,6 +54,8 @@ class VisionTransformer(nn.Module):
     Raises:
         ValueError: Unknown preset (the nearest is suggested).
     """
+
+    config: VisionTransformerConfig
 
     def __init__(self, config: VisionTransformerConfig | str) -> None:
         super().__init__()
@@ -219,7 +222,3 @@ class VisionTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention | WithMlp):
                 module.pointwise = functions
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (as `embed` takes them) to features ``[N, D]``."""
-        return self.encode(self.embed(images))[0]

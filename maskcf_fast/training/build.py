@@ -18,9 +18,11 @@ from ..core.processes import Processes
 from ..core.tensors import fingerprint
 from ..data import Loader, LoaderConfig, Manifest, build_loader, scan_images
 from ..evaluation.benchmark import Benchmark
+from ..explain.backbone import COST, LibraryBackbone
 from ..methods import METHODS, Method, registry
 from ..models import (
     HEADS,
+    Backbone,
     CosineClassifier,
     ImageClassifier,
     LinearClassifier,
@@ -30,11 +32,14 @@ from ..models import (
     load_source,
     preset,
 )
+from ..models.libraries import Unsupported
 from ..models.naming import State
 from ..models.weights import architecture_metadata, read_architecture, read_metadata, read_state
 from .parts import parameter_groups
 from .settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 
+UNMODIFIED = "unmodified"  # what a file with an unmodified model's weights calls the model by
+OF_LIBRARY = "backbone.module."
 PAPER_HOLDOUT = 10_240  # images of ImageNet, 0.8 % of it
 
 
@@ -60,20 +65,44 @@ def build_model(
             "fine-tuning starts from a pre-trained model: pass --model.name LIBRARY:MODEL, or --model.weights "
             'FILE.safetensors ("random" starts from scratch)'
         )
-    architecture, state = _architecture(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = VisionTransformer(architecture)
-        head = HEADS[config.head_kind](architecture.feature_dim, num_classes)
-    if state is not None:
-        load_backbone(backbone, state)
-    elif str(source) != "random":
-        load_backbone(backbone, source)
+        backbone = _backbone(config)
+        head = HEADS[config.head_kind](backbone.config.feature_dim, num_classes)
     _load_head(config, head, classes)
     model = ImageClassifier(backbone, head)
     if bad := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise UserError(f"the weights in {source} hold NaN or infinity, first in {bad[0]}: get them again")
     return model
+
+
+def _backbone(config: ModelConfig) -> Backbone:
+    """The model, with its weights: ours, or its library's own where that is asked for or no other is possible."""
+    if config.weights is not None and (name := read_metadata(config.weights).get(UNMODIFIED)):
+        whole = read_state(config.weights).items()
+        own = {key.removeprefix(OF_LIBRARY): tensor for key, tensor in whole if key.startswith(OF_LIBRARY)}
+        return LibraryBackbone(name, config.image_size, own)
+    if not config.native and config.name is not None:
+        return LibraryBackbone(config.name, config.image_size)
+    if not config.native:
+        raise UserError("--model.native False is for models of other libraries: pass --model.name LIBRARY:MODEL")
+    try:
+        architecture, state = _architecture(config)
+    except Unsupported as error:
+        assert config.name is not None
+        try:
+            unmodified = LibraryBackbone(config.name, config.image_size)
+        except UserError as neither:
+            raise UserError(f"{error}; {neither}") from error
+        print(f"note: {error}. So it is: {COST}", file=sys.stderr)
+        return unmodified
+    backbone = VisionTransformer(architecture)
+    if state is not None:
+        load_backbone(backbone, state)
+    elif str(config.weights) != "random":
+        assert config.weights is not None
+        load_backbone(backbone, config.weights)
+    return backbone
 
 
 def _architecture(config: ModelConfig) -> tuple[VisionTransformerConfig, State | None]:
@@ -111,7 +140,7 @@ def initial_model(
         nonlocal weights
         model = build()
         weights = model.state_dict()
-        return model.backbone.config, fingerprint(model)
+        return model.transformer.config, fingerprint(model)
 
     architecture, started = processes.on_main(look)
     with torch.device("meta"):
@@ -129,6 +158,8 @@ def _load_head(config: ModelConfig, head: CosineClassifier | LinearClassifier, c
     state = read_state(path)
     # Whatever a trainer put in front of the names.
     if config.head is None:  # another library's file has a head on other classes, if any, or a projection
+        if UNMODIFIED in read_metadata(path):
+            state |= {"backbone.patch_weight": state["head.weight"]}  # told from a library's names by what it says
         backbones = [name for name in state if re.fullmatch(r"(.+\.)?backbone\.patch_weight", name)]
         found = [re.sub(r"backbone\.patch_weight$", "head.weight", name) for name in backbones]
         if not state.keys() & set(found):
@@ -173,7 +204,12 @@ def _check_metadata(path: Path, kind: str, classes: Sequence[str] | None) -> Non
 def describe(model: ImageClassifier, classes: Sequence[str]) -> dict[str, str]:
     """What a file with the model's weights says of them: architecture, kind of head, and names of the outputs."""
     kind = next(name for name, head in HEADS.items() if type(model.head) is head)
-    return {**architecture_metadata(model.backbone.config), "head_kind": kind, "classes": json.dumps(list(classes))}
+    backbone = model.backbone
+    if isinstance(backbone, VisionTransformer):
+        own = architecture_metadata(backbone.config)
+    else:
+        own = {UNMODIFIED: cast(LibraryBackbone, backbone).config.name}
+    return {**own, "head_kind": kind, "classes": json.dumps(list(classes))}
 
 
 def build_method(config: MethodConfig, student: ImageClassifier) -> Method:

@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from ..core.errors import UserError
 from ..core.files import check_writable
 from ..core.optional import need
-from ..models import ImageClassifier
+from ..core.tensors import save_tensors
+from ..explain.backbone import LibraryBackbone
+from ..models import Backbone, ImageClassifier, VisionTransformer
 
 Target = Literal["hf", "open_clip", "timm", "onnx"]
 
@@ -64,7 +66,6 @@ def export_model(model: ImageClassifier, classes: Sequence[str], to: Target, out
         ValueError: ``out`` is not empty, or the library has no such model.
         OSError: It cannot be written.
     """
-    from ..core.tensors import save_tensors
     from ..models.sources import LIBRARIES, library
     from .build import describe
 
@@ -81,7 +82,10 @@ def export_model(model: ImageClassifier, classes: Sequence[str], to: Target, out
     parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}."))
     try:
-        load, inside = library(to).write(model, classes, work)
+        if isinstance(model.backbone, VisionTransformer):
+            load, inside = library(to).write(model, classes, work)
+        else:
+            load, inside = _write_unmodified(model.backbone, to, work), False
         if not inside:
             said = {name: text for name, text in describe(model, classes).items() if name != "architecture"}
             save_tensors(work / "head.safetensors", model.head.state_dict(), said)
@@ -90,6 +94,16 @@ def export_model(model: ImageClassifier, classes: Sequence[str], to: Target, out
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Exported(out, load.replace("{out}", str(out)), inside)
+
+
+def _write_unmodified(backbone: Backbone, to: Target, folder: Path) -> str:
+    """The library's own state dict of its own model; how to load it."""
+    model = cast(LibraryBackbone, backbone)
+    if (own := model.config.name.partition(":")[0]) != to:
+        raise UserError(f"{model.config.name} was trained unmodified, as a model of its own library: take --to {own}")
+    state = {name: tensor.contiguous() for name, tensor in model.module.state_dict().items()}
+    save_tensors(folder / "model.safetensors", state, {"format": "pt"})
+    return f'{model.call}.load_state_dict(safetensors.torch.load_file("{{out}}/model.safetensors"))'
 
 
 def export_run(config: ExportConfig) -> Exported:

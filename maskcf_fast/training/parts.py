@@ -17,9 +17,9 @@ def choose_trained(config: OptimConfig, student: ImageClassifier, seed: int) -> 
     With ``last_blocks``, the head and all that comes after the blocks is trained as well; with adapters, these and the
     head alone.
     """
-    backbone = student.backbone
     if not config.lora_rank and config.last_blocks is None:
         return
+    backbone = student.transformer
     last = list(backbone.blocks)[-(config.last_blocks or len(backbone.blocks)) :]
     after = [module for module in (backbone.ln_post, backbone.pool) if module is not None]
     backbone.requires_grad_(False)
@@ -42,7 +42,7 @@ def parameter_groups(config: OptimConfig, method: Method) -> list[dict[str, obje
 
     Source: Clark et al., "ELECTRA", ICLR 2020; for vision transformers Bao et al., "BEiT", ICLR 2022.
     """
-    depth = len(method.student.backbone.blocks)
+    depth = method.student.backbone.config.depth
     groups: dict[int, list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:

@@ -24,8 +24,8 @@ from ..core.optional import need
 from ..data.loader import MOST_SEED, MOST_THREADS, Augment
 from ..methods import METHODS, MaskStrategy, strategy_names
 from ..methods.trajectory import Average, check_average
-from ..models import VisionTransformerConfig, preset
-from ..models.weights import read_architecture
+from ..models import Shape, preset
+from ..models.weights import read_metadata
 
 NONE = {"null": "None", "~": "None", "": "None"}  # what YAML's words are on the command line
 BOOL = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
@@ -50,6 +50,9 @@ class ModelConfig:
     """In place of arch and weights, a model of another library with its own architecture and weights:
     open_clip:MODEL/PRETRAINED, hf:ID_OR_FOLDER (CLIP, SigLIP, ViT, DINO) or timm:MODEL.TAG. Weights that a run of
     such a model wrote may be given with it."""
+    native: bool = True
+    """False: run the model of another library unmodified, by a slower path. It is taken by itself, with a notice, for
+    models that the compact vision transformer cannot express."""
     head_kind: Literal["cosine", "linear"] = "cosine"
     """cosine: on the feature's direction, as CLIP's zero-shot classifier; linear: on the feature itself, for models
     without a text tower."""
@@ -313,7 +316,9 @@ class TrainConfig:
             self._check_masks_can_be_kept()
         if self.model.name is None:
             self.check_fits(preset(self.model.arch).resized(self.model.image_size), self.model.arch)
-        elif self.model.weights is not None and read_architecture(self.model.weights) is None:
+        elif self.model.weights is not None and not {"architecture", "unmodified"} & set(
+            read_metadata(self.model.weights)
+        ):
             raise UserError("--model.name brings its own weights: leave out --model.weights, or --model.name")
 
     def _check_masks_can_be_kept(self) -> None:
@@ -330,13 +335,25 @@ class TrainConfig:
         if self.parallel == "fsdp":
             raise UserError(f"{every} does not go with --parallel fsdp: use --parallel ddp")
 
-    def check_fits(self, model: VisionTransformerConfig, name: str) -> None:
+    def check_fits(self, model: Shape, name: str) -> None:
         """Check the method's settings against an architecture.
 
         Raises:
             ValueError: More patches to mask, more blocks to train, or another first layer, than the model has.
         """
         strategy = self.method.mask_strategy()
+        asked = {
+            "parallel fsdp": self.parallel == "fsdp",
+            "recompute": self.recompute,
+            "compile": self.compile,
+            "cuda_graph": self.cuda_graph,
+            "optim.lora_rank": self.optim.lora_rank,
+            "optim.last_blocks": self.optim.last_blocks,
+            "optim.layer_decay": self.optim.layer_decay < 1,
+            "method.cam gradcam": self.method.cam == "gradcam",
+        }
+        if not model.native and (given := [option for option, value in asked.items() if value]):
+            raise UserError(f"{given[0]} does not go with {name}, which is trained unmodified: leave it out")
         if (self.optim.last_blocks or 0) > model.depth:
             raise UserError(f"optim.last_blocks={self.optim.last_blocks} exceeds the {model.depth} blocks of {name}")
         if strategy.top_k is not None and strategy.top_k > model.num_patches:

@@ -195,7 +195,7 @@ def test_maps_against_their_definition(kind, target, size):
     student, teacher, images, labels = make(SIZES[size])
     if kind == "relevance":
         head = student.head if target == "logit" else lambda feature: student.head(feature).log_softmax(dim=1)
-        expected = paper_cam(SimpleNamespace(backbone=student.backbone, head=head), images, labels)
+        expected = paper_cam(SimpleNamespace(transformer=student.backbone, head=head), images, labels)
     else:
         last = student.backbone.pool or student.backbone.blocks[-1]
         seen = []

@@ -61,6 +61,31 @@ class Classifier:
     classes: Mapping[int, str]
 
 
+@dataclass(frozen=True)
+class Unmodified:
+    """A model as its library makes it.
+
+    Attributes:
+        module: The model.
+        features: It and normalised pixels ``[N, 3, S, S]`` to features ``[N, D]``.
+        image_size: Side of its images in pixels.
+        mean: Per-channel mean of the normalisation.
+        std: Per-channel standard deviation.
+        call: What makes it in the library.
+    """
+
+    module: nn.Module
+    features: Callable[[nn.Module, Tensor], Tensor]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    call: str
+
+
+class Unsupported(UserError):
+    """A model that the compact vision transformer cannot express."""
+
+
 def zero_shot(image: Callable[[Tensor], Tensor], text: TextTower, prompts: Sequence[str]) -> Callable[[Tensor], Tensor]:
     """CLIP's logits of images for ``prompts``."""
     directions = F.normalize(text.encode(list(prompts)).detach(), dim=-1)
@@ -135,9 +160,12 @@ def fits(config: VisionTransformerConfig, traits: Mapping[str, object]) -> bool:
     return all(value is ANY or getattr(config, name) == value for name, value in traits.items())
 
 
-def unsupported(reason: str) -> UserError:
+def unsupported(reason: str) -> Unsupported:
     """The error for a model that the compact vision transformer cannot express."""
-    return UserError(f"this model is not supported because {reason}")
+    return Unsupported(
+        f"this model is not supported because {reason}: --model.native False trains it unmodified, if its attention "
+        "can be seen"
+    )
 
 
 def no_place(library: str, kinds: str, config: VisionTransformerConfig) -> UserError:

@@ -45,6 +45,7 @@ from . import (
     PT,
     Classifier,
     TextTower,
+    Unmodified,
     check_sizes,
     fits,
     loading,
@@ -167,6 +168,31 @@ def vision_config(settings: Any, state: State, pixels: dict[str, Any]) -> Vision
     )
 
 
+def unmodified(name: str, image_size: int | None, pretrained: bool) -> Unmodified:
+    """A model that `AutoModel` makes: a CLIP's projection, or the class token after the last layer."""
+    from transformers import AutoModel
+
+    if image_size is not None:
+        raise UserError(f"hf:{name} runs unmodified at its own image size only: leave out --model.image-size")
+    settings = _settings(name)
+    with loading(f"hf:{name}"):
+        load: Any = AutoModel.from_pretrained if pretrained else AutoModel.from_config
+        model = load(name if pretrained else settings, trust_remote_code=False, dtype=torch.float32).eval()
+        file = _file(name, "preprocessor_config.json")
+    pixels = read_json(file) if file else {}
+    if not {"image_mean", "image_std"} <= pixels.keys():
+        raise UserError(f"hf:{name} has no preprocessor_config.json that says how pixels are normalised: add it")
+    vision, mean, std = getattr(settings, "vision_config", settings), pixels["image_mean"], pixels["image_std"]
+    call = f"transformers.AutoModel.from_pretrained({name!r})"
+    return Unmodified(model, _class_token, square(vision.image_size), three(mean), three(std), call)
+
+
+def _class_token(model: Any, pixels: Tensor) -> Tensor:
+    if hasattr(model, "get_image_features"):
+        return _features(model.get_image_features(pixel_values=pixels))
+    return model(pixel_values=pixels).last_hidden_state[:, 0]
+
+
 def text_tower(name: str, device: str) -> TextTower:
     """The text tower of a CLIP or SigLIP."""
     from transformers import AutoModel
@@ -278,7 +304,7 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
         ImportError: transformers is not installed.
         ValueError: It has no such architecture.
     """
-    config, state = class_position(model.backbone.config, model.backbone.state_dict())
+    config, state = class_position(model.transformer.config, model.transformer.state_dict())
     kind, prefix, naming, settings = _kind(config, isinstance(model.head, LinearClassifier))
     state = naming.to_theirs(state)
     state = {name if name.startswith("visual_projection.") else prefix + name: t for name, t in state.items()}

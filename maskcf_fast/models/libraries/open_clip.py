@@ -23,6 +23,7 @@ from . import (
     PT,
     Classifier,
     TextTower,
+    Unmodified,
     check_settings,
     fits,
     is_exactly,
@@ -37,14 +38,14 @@ from . import (
 from . import timm as timm_library
 
 
-def load_module(name: str, pretrained: bool = True, device: torch.device | str = "cpu") -> Any:
+def load_module(name: str, pretrained: bool = True, device: torch.device | str = "cpu", **own: Any) -> Any:
     """The model that ``name`` stands for, in eval mode, with the activation its weights were trained with.
 
     open_clip itself only warns where the two differ, as for ``ViT-B-32/openai``.
     """
     import open_clip
 
-    options: dict[str, Any] = {"device": device, "weights_only": True, "load_weights": pretrained}
+    options: dict[str, Any] = {**own, "device": device, "weights_only": True, "load_weights": pretrained}
     if name.startswith(("hf-hub:", "local-dir:")):
         with loading(f"open_clip:{name}"), no_questions():
             check_settings(name, "open_clip_config.json")
@@ -81,6 +82,22 @@ def tower(name: str) -> tuple[VisionTransformerConfig, State]:
     """The architecture and the tensors of the ``visual`` part."""
     visual = load_module(name).visual
     return vision_config(visual), visual.state_dict()
+
+
+def unmodified(name: str, image_size: int | None, pretrained: bool) -> Unmodified:
+    """The ``visual`` part."""
+    options: dict[str, Any] = {} if image_size is None else {"force_image_size": image_size}
+    visual = load_module(name, pretrained, **options).visual
+    mean, std = (getattr(visual, f"image_{part}", None) for part in ("mean", "std"))
+    model, _, tag = name.partition("/") if ":" not in name else (name, "", "")
+    given = [repr(part) for part in (model, tag) if part] + [f"{key}={value}" for key, value in options.items()]
+    call = f"open_clip.create_model({', '.join(given)}).visual"
+    side = square(visual.image_size)
+    return Unmodified(visual, _features, side, three(mean or CLIP_MEAN), three(std or CLIP_STD), call)
+
+
+def _features(visual: Any, pixels: torch.Tensor) -> torch.Tensor:
+    return visual(pixels)
 
 
 def text_tower(name: str, device: str) -> TextTower:
@@ -155,8 +172,8 @@ def vision_config(visual: Any) -> VisionTransformerConfig:
 
 def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple[str, bool]:
     """Write the ``visual`` part of a model; arguments, result and errors as for Hugging Face."""
-    config = model.backbone.config
-    state = model.backbone.state_dict()
+    config = model.transformer.config
+    state = model.transformer.state_dict()
     name = known_name(config)
     if _own(config):
         state = OPEN_CLIP.to_theirs(state)

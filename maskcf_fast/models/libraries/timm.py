@@ -22,6 +22,7 @@ from . import (
     PLAIN,
     PT,
     Classifier,
+    Unmodified,
     check_settings,
     fits,
     is_exactly,
@@ -50,7 +51,7 @@ WRITTEN = ("output_dim", "layer_scale", "pool", "class_token", "registers", "pos
            "pool_norm", "pool_heads", "pool_mlp_width")  # fmt: skip
 
 
-def load_module(name: str, pretrained: bool = True) -> Any:
+def load_module(name: str, pretrained: bool = True, **options: Any) -> Any:
     """The model that ``name`` stands for, in eval mode."""
     import timm
 
@@ -63,7 +64,7 @@ def load_module(name: str, pretrained: bool = True) -> Any:
             raise UserError(f"timm has no weights for {name!r}; there are {', '.join(tags) or 'none for this model'}")
     with loading(f"timm:{name}"):
         check_settings(name, "config.json")
-        model = timm.create_model(name, pretrained=pretrained).eval()
+        model = timm.create_model(name, pretrained=pretrained, **options).eval()
     data = getattr(model, "pretrained_cfg", {})
     known = str(data.get("architecture"))
     quick = pretrained and any("natively QuickGELU" in note for note in data.get("notes") or ())
@@ -77,6 +78,27 @@ def tower(name: str) -> tuple[VisionTransformerConfig, State]:
     """The architecture and the tensors of the whole model."""
     model = load_module(name)
     return vision_config(model), model.state_dict()
+
+
+def unmodified(name: str, image_size: int | None, pretrained: bool) -> Unmodified:
+    """The model without its classifier; that of a CLIP is the projection."""
+    import timm
+
+    options = {} if image_size is None else {"img_size": image_size}
+    model = load_module(name, pretrained, **options)
+    data = timm.data.resolve_model_data_config(model)
+    side = image_size or getattr(getattr(model, "patch_embed", None), "img_size", None) or data["input_size"][1:]
+    features = _whole if "_clip_" in str(model.pretrained_cfg.get("architecture")) else _before_classifier
+    call = f"timm.create_model({', '.join([repr(name), *(f'{k}={v}' for k, v in options.items())])})"
+    return Unmodified(model, features, square(side), three(data["mean"]), three(data["std"]), call)
+
+
+def _whole(model: Any, pixels: Tensor) -> Tensor:
+    return model(pixels)
+
+
+def _before_classifier(model: Any, pixels: Tensor) -> Tensor:
+    return model.forward_head(model.forward_features(pixels), pre_logits=True)
 
 
 def classifier(name: str, pretrained: bool, prompts: Sequence[str], device: torch.device) -> Classifier:
@@ -248,7 +270,7 @@ def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple
     timm's head is a linear layer on the class token. A linear head on a projected feature is one too, once the two
     products are multiplied. A cosine head is none: then the projection takes that place, as in timm's own CLIPs.
     """
-    config, state = _without_class_position(model.backbone.config, model.backbone.state_dict())
+    config, state = _without_class_position(model.transformer.config, model.transformer.state_dict())
     name, args = _eva(config) if is_eva(config) else _vit(config)
     projection, bias = state.pop("projection", None), state.pop("projection_bias", None)
     inside = isinstance(model.head, LinearClassifier)

@@ -1,0 +1,262 @@
+"""Models of other libraries trained unmodified: their step against the paper's order, and a run from start to export.
+
+The paper's order is written here for a function of pixels: counterfactual pixels, whole forward passes, maps that are
+written out. It shares with the package the selection of patches and the fill's pixels alone.
+"""
+
+import copy
+import json
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from maskcf_fast.core.errors import UserError
+from maskcf_fast.explain.backbone import LibraryBackbone
+from maskcf_fast.methods import CounterfactualDistiller, MaskStrategy, strategy_names
+from maskcf_fast.methods.registry import METHODS, build_method
+from maskcf_fast.models import CosineClassifier, ImageClassifier, LinearClassifier
+from maskcf_fast.training.build import build_model
+from maskcf_fast.training.export import export_model
+from maskcf_fast.training.runs import read_run
+from maskcf_fast.training.settings import ModelConfig
+from maskcf_fast.training.trainer import Trainer
+
+timm = pytest.importorskip("timm")
+SIDE, PATCHES = 32, 16
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.45, 0.5)
+MODELS = {  # name, arguments, tokens before the patches, what of the last layer the feature reads
+    "relu": ("vit_tiny_patch16_224", {"act_layer": "relu"}, 1, "class"),
+    "two class tokens": ("deit_tiny_distilled_patch16_224", {}, 2, "both"),
+    "mixed rotary positions, a mean": ("vit_small_patch16_rope_mixed_224", {"global_pool": "avg"}, 1, "mean"),
+    "gated attention pool": ("vit_base_patch16_siglip_224", {"act_layer": "relu"}, 0, "pool"),
+}
+
+
+def save(folder, name, **options):
+    args = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, **options}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **args)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    config = {"architecture": name, "num_classes": 5, "model_args": args, "pretrained_cfg": {"mean": MEAN, "std": STD}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return f"timm:local-dir:{folder}"
+
+
+def forward(backbone, images, hidden=None):
+    """Features, and the maps [N, H, Tq, T], of the library's module on its own."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    maps = []
+
+    def written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if hidden is not None:
+            prefix = k.shape[2] - PATCHES
+            logits = logits.masked_fill(F.pad(hidden, (prefix, 0))[:, None, None, :], -torch.inf)
+        maps.append(logits.softmax(dim=-1))
+        return maps[-1] @ v
+
+    module = backbone.module
+    with mock.patch.object(F, "scaled_dot_product_attention", written_out):
+        x = module.forward_features((images - mean) / std)
+        return module.forward_head(x, pre_logits=True), maps
+
+
+def paper(student, teacher, strategy, images, labels, draw, prefix, reads):
+    feature, maps = forward(student.backbone, images)
+    logits = student.head(feature)
+    cam = None
+    if strategy.needs_cam:
+        grads = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), maps, retain_graph=True)
+        layers = [(p * g).clamp(min=0).mean(dim=1) for p, g in zip(maps, grads, strict=True)]
+        t = PATCHES + prefix
+        start = torch.zeros(len(images), 1, t)
+        start[:, :, : {"class": 1, "both": 2}.get(reads, 0)] = {"class": 1, "both": 0.5}.get(reads, 0)
+        if reads == "mean":
+            start[:, :, prefix:] = 1 / PATCHES
+        rows = layers.pop() if reads == "pool" else start
+        r = torch.eye(t).expand(len(images), t, t)
+        for layer in layers:
+            r = r + layer @ r
+        cam = (rows @ r - start)[:, 0, prefix:].detach()
+    mask = strategy.mask(cam, draw)
+    fill = strategy.filling
+    made, hidden = (images, mask) if fill.leaves_out else (fill.pixels(images, mask, draw.donors), None)
+    with torch.no_grad():
+        target = forward(teacher, made, hidden)[0]
+    distill = F.mse_loss(forward(student.backbone, made, hidden)[0], target)
+    return F.cross_entropy(logits, labels) + 30 * distill, cam, mask
+
+
+def prepared(folder, key):
+    name, options, *known = MODELS[key]
+    backbone = LibraryBackbone(save(folder, name, **options))
+    student = ImageClassifier(backbone, CosineClassifier(backbone.config.feature_dim, 5))
+    teacher = copy.deepcopy(backbone)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    return student, teacher, *known
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_step(tmp_path, key):
+    """Loss, map, mask and every gradient are the paper's; in one graph, and in two passes."""
+    student, teacher, prefix, reads = prepared(tmp_path, key)
+    images, labels = torch.rand(3, 3, SIDE, SIDE), torch.tensor([0, 3, 4])
+    assert (student.backbone.config.prefix, student.backbone.config.depth) == (prefix, 2)
+    for strategy in map(MaskStrategy.from_name, strategy_names()):
+        draw = strategy.draw(3, PATCHES, generator=torch.Generator().manual_seed(0))
+        method = CounterfactualDistiller(student, teacher, strategy).train()
+        if strategy.filling.leaves_out and reads in ("mean", "pool"):
+            with pytest.raises(UserError, match=r"reads its feature from all tokens.*single, multi"):
+                method(images, labels, draw=draw)
+            continue
+        fast = method(images, labels, draw=draw)
+        loss, cam, mask = paper(student, teacher, strategy, images, labels, draw, prefix, reads)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        grads = [torch.autograd.grad(x, trained) for x in (fast.loss, loss)]
+        method.zero_grad()
+        assert torch.equal(method.backward(images, labels, draw=draw).mask, mask)
+        grads.insert(1, [p.grad for p in trained])
+        assert torch.equal(fast.mask, mask)
+        assert mask.any()
+        torch.testing.assert_close(fast.loss, loss, rtol=1e-5, atol=0)
+        if cam is not None:
+            assert (fast.cam - cam).norm() <= 1e-4 * cam.norm()
+        whole = torch.cat([grad.flatten() for grad in grads[2]]).norm()
+        for one, two, expected in zip(*grads, strict=True):
+            for got in (one, two):
+                assert (got - expected).norm() <= 5e-5 * expected.norm() + 1e-6 * whole
+
+
+def test_uint8_pixels_are_the_same_images(tmp_path):
+    student, *_ = prepared(tmp_path, "relu")
+    images = torch.randint(256, (2, SIDE, SIDE, 3), dtype=torch.uint8)
+    assert torch.equal(student(images), student(images.permute(0, 3, 1, 2) / 255))
+
+
+def test_every_method_takes_it(tmp_path):
+    student, *_ = prepared(tmp_path, "relu")
+    settings = {"strategy": "object-single", "weight": 1.0, "temperature": 2.0, "cam_target": "logprob"}
+    images, labels = torch.rand(3, 3, SIDE, SIDE), torch.tensor([0, 3, 4])
+    for name in METHODS:
+        method = build_method(name, copy.deepcopy(student), settings).train()
+        out = method.backward(images, labels, generator=torch.Generator().manual_seed(0))
+        assert out.loss.isfinite()
+        trained = [p for p in method.student.parameters() if p.requires_grad]
+        assert any(p.grad is not None and p.grad.any() for p in trained), name
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_run_from_start_to_export(tmp_path, change, capsys, asked):
+    """By itself, with a notice of what it costs; resumed exactly; evaluated from its file; given back."""
+    source = tmp_path / "source"
+    source.mkdir()
+    name = save(source, "vit_tiny_patch16_224", **({} if asked else {"act_layer": "relu"}))
+    model = {"name": name, "weights": None, "head_kind": "linear", "native": not asked}
+    config = change(model=model, optim={"epochs": 2, "lr": 1e-3}, out=tmp_path / "whole")
+    Trainer(config, quiet=True).run()
+    said = capsys.readouterr().err
+    assert ("its activation is ReLU" in said and "pixels are refilled" in said) == (not asked)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+
+    halved = Trainer(replace(config, out=tmp_path / "half"), quiet=True)
+    halved._save()
+    for _ in range(1):
+        halved._train_epoch()
+        halved._save()
+    halved.loader.close()
+    halved._lock.release()
+    Trainer(replace(config, out=tmp_path / "half", resume=tmp_path / "half"), quiet=True).run()
+    again = load_file(tmp_path / "half" / "model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+    run = read_run(tmp_path / "whole")
+    tuned = run.tuned()
+    initial = run.initial()
+    images = torch.rand(2, 3, SIDE, SIDE)
+    assert not torch.equal(tuned(images), initial(images))
+    with pytest.raises(UserError, match=r"was trained unmodified, as a model of its own library: take --to timm"):
+        export_model(tuned, run.classes, "hf", tmp_path / "hf")
+    exported = export_model(tuned, run.classes, "timm", tmp_path / "out")
+    theirs = timm.create_model(f"local-dir:{source}")
+    assert exported.load.startswith(f"timm.create_model('local-dir:{source}').load_state_dict(")
+    theirs.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    x = theirs.eval().forward_features((images - mean) / std)
+    torch.testing.assert_close(theirs.forward_head(x, pre_logits=True), tuned.features(images))
+
+
+SWIN = {"img_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("swin_tiny_patch4_window7_224", SWIN, "windowed attention, or heads or frames folded into the batch"),
+        ("swin_tiny_patch4_window7_224", SWIN, "attention by an explicit softmax"),
+        ("resnet18", {}, "no attention call was recorded"),
+        ("beit_base_patch16_224", {"depth": 1}, "a mask, a position bias"),
+        ("vit_base_patch16_224", {"global_pool": "max"}, r"the score reads \d+ of 16 patches"),
+    ],
+)
+def test_models_that_neither_can_take(tmp_path, monkeypatch, name, options, reason):
+    if "windowed" in reason:  # timm's switch for it
+        monkeypatch.setattr(timm.layers.config, "_USE_FUSED_ATTN", 2)
+    if "depth" in options or "global_pool" in options:
+        name = save(tmp_path, name, **options)
+    else:
+        config = {"architecture": name, "num_classes": 5, "model_args": options, "pretrained_cfg": {"mean": MEAN}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        model = timm.create_model(name, num_classes=5, **options)
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        name = f"timm:local-dir:{tmp_path}"
+    message = f"(?s)not supported because .*cannot be trained unmodified either: .*{reason}"
+    with pytest.raises(UserError, match=message):
+        build_model(ModelConfig(name=name), 5, seed=0)
+
+
+@pytest.mark.parametrize("library", ["hf", "open_clip"])
+def test_models_of_the_other_libraries(tmp_path, library):
+    """Against the features of the library's own module."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    images = torch.rand(2, 3, SIDE, SIDE)
+    if library == "hf":
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        config = transformers.DeiTConfig(**sizes, image_size=SIDE, patch_size=8)
+        theirs = transformers.DeiTModel(config, add_pooling_layer=False).eval()
+        theirs.save_pretrained(tmp_path)
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+        name, expected = f"hf:{tmp_path}", theirs((images - mean) / std).last_hidden_state[:, 0]
+    else:
+        open_clip = pytest.importorskip("open_clip")
+        vision = {"image_size": SIDE, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "qk_norm": True}
+        text = {"context_length": 7, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
+        theirs = open_clip.CLIP(48, vision, text).eval()
+        cfg = {"model_cfg": {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text}}
+        cfg["preprocess_cfg"] = {"mean": MEAN, "std": STD}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(cfg))
+        save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+        name, expected = f"open_clip:local-dir:{tmp_path}", theirs.visual((images - mean) / std)
+    backbone = LibraryBackbone(name)
+    torch.testing.assert_close(backbone(images), expected)
+    student = ImageClassifier(backbone, LinearClassifier(backbone.config.feature_dim, 3))
+    method = CounterfactualDistiller(student, copy.deepcopy(backbone), "object-none")
+    assert method.backward(images, torch.tensor([0, 2])).cam.abs().max() > 0
+
+
+def test_what_needs_the_compact_transformer_is_refused(tmp_path, change):
+    name = save(tmp_path, "vit_tiny_patch16_224", act_layer="relu")
+    model = {"name": name, "weights": None, "head_kind": "linear"}
+    for section, option in ({"recompute": True}, "recompute"), ({"optim": {"lora_rank": 2}}, "optim.lora_rank"):
+        with pytest.raises(UserError, match=f"{option} does not go with {name}, which is trained unmodified"):
+            Trainer(change(model=model, **section), quiet=True)
