@@ -15,11 +15,11 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskcf_fast.methods.cost import complete_flop_counter, forward_flops
 from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import preset
 
 from . import measure as m
-from .flops import complete_flop_counter, forward_flops
 from .workload import Variant, Workload
 
 PHASES = (

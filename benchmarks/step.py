@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskcf_fast.methods.cost import complete_flop_counter, forward_flops
 from maskcf_fast.models import VisionTransformerConfig, preset
 
 from . import measure as m
-from .flops import complete_flop_counter, forward_flops
 from .workload import STRATEGIES, Variant, Workload, products
 
 ROUNDS = (3, 15)

@@ -12,7 +12,7 @@ import torch
 from ..core.errors import UserError
 from ..core.names import did_you_mean
 from ..core.optional import need
-from .config import VisionTransformerConfig
+from .config import VisionTransformerConfig, preset
 from .libraries import Classifier, TextTower, Unmodified
 from .naming import State
 from .vit import VisionTransformer
@@ -48,6 +48,12 @@ def load_source(name: str, image_size: int | None = None) -> tuple[VisionTransfo
     config, state = _call(name, "tower")
     check_holds(config, sum(tensor.numel() for tensor in state.values()), name)
     return config.resized(image_size), state
+
+
+def load_architecture(name: str, image_size: int | None = None) -> VisionTransformerConfig:
+    """The architecture of a preset, or of what ``name`` stands for, without its weights; else as `load_source`."""
+    config = preset(name) if ":" not in name else _call(name, "architecture")
+    return config.resized(image_size)
 
 
 def load_named(name: str, image_size: int | None = None) -> VisionTransformer:

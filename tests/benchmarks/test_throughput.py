@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import breakdown, compare, flops, loader, memory, page, rehearsal, report, step, workload
+from benchmarks import breakdown, compare, loader, memory, page, rehearsal, report, step, workload
+from maskcf_fast.methods import cost
 from maskcf_fast.models import preset
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ def test_figures_agree_with_each_other(measured):
     assert fast["utilisation"] * rate * fast["ms"] / 1e3 == pytest.approx(fast["flops"])
     assert fast["times_as_fast"].keys() == {"paper", "paper fp32", "random"}
     assert paper["flops"] > 1.15 * fast["flops"]
-    assert fast["forwards"] == pytest.approx(fast["flops"] / 4 / flops.forward_flops(preset("tiny")))
+    assert fast["forwards"] == pytest.approx(fast["flops"] / 4 / cost.forward_flops(preset("tiny")))
 
 
 def theory(config, batch, method):
@@ -118,7 +119,7 @@ def theory(config, batch, method):
 @pytest.mark.parametrize("method", ["object-single", "context-multi", "random-single"])
 @pytest.mark.parametrize("config", [preset("tiny"), replace(preset("ViT-B/32"), depth=2, width=192, heads=3)])
 def test_flops_of_every_phase_are_those_of_the_theory(config, method):
-    flops.complete_flop_counter()
+    cost.complete_flop_counter()
     work = workload.Workload(config, 2, CPU)
     run = work.step(work.backward(workload.Variant(method)))
     with FlopCounterMode(display=False) as counter, breakdown.watched(work, counter.get_total_flops) as counted:
@@ -136,8 +137,8 @@ def test_the_phases_make_up_the_step(measured):
 
 @pytest.mark.parametrize("op", ["maskcf_triton", "maskcf"])
 def test_both_relevance_kernels_have_a_flop_formula(op):
-    flops.complete_flop_counter()
-    formula = flops.flop_registry[getattr(torch.ops, op).attention_relevance]
+    cost.complete_flop_counter()
+    formula = cost.flop_registry[getattr(torch.ops, op).attention_relevance]
     q, k, row = (torch.empty(shape, device="meta") for shape in ((2, 3, 5, 8), (2, 3, 7, 8), (2, 7)))
     products = 2 * (2 * 2 * 3 * 5 * 7 * 8)  # q kT, and dO vT
     assert formula(q, k, k, q, row, 1.0, out_val=row) == products

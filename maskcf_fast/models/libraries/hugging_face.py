@@ -125,6 +125,14 @@ def tower(name: str) -> tuple[VisionTransformerConfig, State]:
     return vision_config(settings, state, read_json(pixels) if pixels else {}), state
 
 
+def architecture(name: str) -> VisionTransformerConfig:
+    """The architecture that its configuration says."""
+    settings = _settings(name)
+    width = getattr(settings, "projection_dim", None)
+    state = {"visual_projection.weight": torch.empty(width, 0)} if width and hasattr(settings, "vision_config") else {}
+    return vision_config(settings, state, {})
+
+
 def vision_config(settings: Any, state: State, pixels: dict[str, Any]) -> VisionTransformerConfig:
     """The architecture that a configuration, its weights and its preprocessor's settings describe."""
     kind = settings.model_type.removesuffix("_vision_model")

@@ -84,6 +84,14 @@ def tower(name: str) -> tuple[VisionTransformerConfig, State]:
     return vision_config(visual), visual.state_dict()
 
 
+def architecture(name: str) -> VisionTransformerConfig:
+    """The architecture, of a model on the meta device."""
+    visual = load_module(name, pretrained=False, device="meta").visual
+    if hasattr(visual, "trunk"):
+        timm_library.readable(visual.trunk)
+    return vision_config(visual)
+
+
 def unmodified(name: str, image_size: int | None, pretrained: bool) -> Unmodified:
     """The ``visual`` part."""
     options: dict[str, Any] = {} if image_size is None else {"force_image_size": image_size}
@@ -248,7 +256,7 @@ def _is_trunk(theirs: dict[str, Any], config: VisionTransformerConfig) -> bool:
     if getattr(trunk, "embed_dim", None) != config.width:
         return False
     if config.output_dim and not config.projection_bias:
-        trunk.head.bias = nn.Parameter(torch.zeros(config.output_dim))  # one of the meta device cannot be read
+        timm_library.readable(trunk)
     try:
         known = timm_library.vision_config(trunk)
     except UserError:

@@ -80,6 +80,19 @@ def tower(name: str) -> tuple[VisionTransformerConfig, State]:
     return vision_config(model), model.state_dict()
 
 
+def architecture(name: str) -> VisionTransformerConfig:
+    """The architecture, of a model on the meta device."""
+    with torch.device("meta"):
+        return vision_config(readable(load_module(name, pretrained=False)))
+
+
+def readable(model: Any) -> Any:
+    """A model on the meta device with a head whose bias can be read: zeros, as a projection has it."""
+    if isinstance(model.head, nn.Linear) and not isinstance(model.norm_pre, nn.Identity):
+        model.head.bias = nn.Parameter(torch.zeros(model.head.out_features, device="cpu"))
+    return model
+
+
 def unmodified(name: str, image_size: int | None, pretrained: bool) -> Unmodified:
     """The model without its classifier; that of a CLIP is the projection."""
     import timm
