@@ -92,3 +92,27 @@ def test_a_place_that_cannot_be_written_is_named_at_once(name, arguments, out, t
     said = capsys.readouterr().err
     assert f"cannot write to {out} (" in said
     assert "choose another --out" in said
+
+
+@pytest.mark.parametrize("name", ["quantum", "meta", "mps", "cuda:99999999999999999999", "cuda:7", ""])
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", "--data.train {folder} --model.weights random --model.arch tiny"),
+        ("explain", "--model torchvision:vit_b_16 --images {folder}"),
+        ("zeroshot", "--model open_clip:ViT-B-32/openai --classes {folder}/file"),
+    ],
+)
+def test_a_device_that_is_none_is_named_by_every_command(command, arguments, name, tmp_path, capsys):
+    (tmp_path / "file").write_text("cat\ndog")
+    (tmp_path / "a.png").touch()
+    given = arguments.format(folder=tmp_path).split()
+    assert main([command, *given, "--out", str(tmp_path / "out"), "--device", name]) == 1
+    said = capsys.readouterr().err
+    assert "device must be cpu, cuda or auto" in said or f"device={name!r}, but torch sees" in said
+
+
+@pytest.mark.parametrize("option", ["--data.train", "--data.ood", "--out", "--model.weights"])
+def test_a_path_of_nothing_is_not_this_folder(option, capsys):
+    assert main(["train", option, "", "--seed", "1"]) == 1
+    assert f'{option} "" names no path: is a variable of the shell not set?' in capsys.readouterr().err

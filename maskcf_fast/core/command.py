@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from .errors import report_errors
+from .errors import UserError, report_errors
 from .optional import need
 
 T = TypeVar("T")
@@ -49,17 +50,31 @@ def read_settings(kind: type[T], arguments: Sequence[str], name: str, before: Se
     need("tyro")
     import tyro
 
-    lists = list(_lists(kind))
+    known = dict(_options(kind))
+    lists = [option for option, hint in known.items() if _is_list(hint)]
+    for option, value in pairwise(arguments):  # a path of "" would be this folder
+        if not value and Path in _kinds(known.get(option.replace("_", "-"))):
+            raise UserError(f'{option} "" names no path: is a variable of the shell not set?')
     return _at_home(tyro.cli(kind, args=[*before, *_joined(arguments, lists)], prog=f"maskcf {name}", **options))
 
 
-def _lists(kind: type, prefix: str = "--") -> Iterator[str]:
-    """The options of several values; tyro itself would take the last occurrence alone, without a word."""
+def _options(kind: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Every option and its type."""
     for field, hint in get_type_hints(kind).items():  # one that may be appended to is Annotated, and not stripped here
         if is_dataclass(hint) and isinstance(hint, type):
-            yield from _lists(hint, f"{prefix}{field.replace('_', '-')}.")
-        elif get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is not tuple:
-            yield f"{prefix}{field.replace('_', '-')}"
+            yield from _options(hint, f"{prefix}{field.replace('_', '-')}.")
+        else:
+            yield f"{prefix}{field.replace('_', '-')}", hint
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether an option takes several values; tyro itself would take the last occurrence alone, without a word."""
+    return get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is not tuple
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """A type and those it is made of."""
+    return {hint}.union(*map(_kinds, get_args(hint)))
 
 
 def _joined(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:

@@ -103,8 +103,9 @@ def check_writable(folder: Path, file: str = "") -> None:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror or error}): choose another --out") from error
+    except (OSError, ValueError) as error:  # the latter of a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write to {folder} ({reason}): choose another --out") from error
     if file and (folder / file).is_dir():
         raise UserError(f"{folder / file} is a folder: choose another --out, or remove it")
 
@@ -189,8 +190,15 @@ def read_yaml(path: Path) -> Any:
     """
     import yaml
 
+    class Loader(yaml.BaseLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise UserError(f"{path} says {twice} twice: YAML would take the last alone")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.load(decode_text(path.read_bytes(), path), yaml.BaseLoader)
+        return yaml.load(decode_text(path.read_bytes(), path), Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is neither YAML nor JSON: {error}") from error
 

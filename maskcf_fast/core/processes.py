@@ -52,17 +52,10 @@ class Processes:
         Raises:
             ValueError: ``device`` is unknown, or there is no such device.
         """
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        try:
-            chosen = torch.device(kind)
-        except RuntimeError as error:
-            raise UserError(f"device must be cpu, cuda or auto, got {device!r}") from error
+        chosen = choose_device(device)
         if chosen.type == "cuda":
-            if not torch.cuda.is_available():
-                raise UserError(f"device={device!r}, but torch sees no GPU: use --device cpu")
             if chosen.index is None:
-                chosen = torch.device("cuda", local_rank)
+                chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(chosen)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
@@ -226,6 +219,24 @@ class Processes:
             f"{names} ended without a word, killed or out of memory, and the others with it: see that machine's log. "
             "--resume auto continues from the last checkpoint"
         )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a setting names: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, which is cuda where there is one.
+
+    Raises:
+        ValueError: It is none of these, or there is no such device.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(kind)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device must be cpu, cuda or auto, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name!r}, but torch sees {torch.cuda.device_count() or 'no'} GPU: use --device cpu")
+    return device
 
 
 def _own_part(store: Any, rank: int, world_size: int) -> Any:

@@ -12,7 +12,7 @@ from ..core.errors import UserError
 from ..core.files import composed
 from .images import SUFFIXES
 from .manifest import Manifest, some
-from .shards import COMPRESSED, is_shards, list_shards
+from .shards import COMPRESSED, is_folder, is_shards, list_shards
 from .verify import drop, verified
 
 LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"}  # by systems, among the images
@@ -103,7 +103,7 @@ def _list_folders(root: Path) -> tuple[Manifest, dict[str, str]]:
 
 def class_folders(root: Path) -> tuple[str, ...]:
     """Names of the visible folders in ``root``, sorted."""
-    return tuple(sorted(entry.name for entry in os.scandir(root) if _visible(entry.name) and entry.is_dir()))
+    return tuple(sorted(entry.name for entry in os.scandir(root) if _visible(entry.name) and is_folder(entry)))
 
 
 def walk(root: Path, folder: str = "") -> Iterator[str]:
@@ -119,7 +119,7 @@ def walk(root: Path, folder: str = "") -> Iterator[str]:
         for entry in os.scandir(where):
             if _visible(entry.name):
                 path = f"{here}/{entry.name}" if here else entry.name
-                if entry.is_dir():
+                if is_folder(entry):
                     waiting.append(path)
                 else:
                     yield path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import posixpath
 import re
@@ -20,12 +21,13 @@ from .images import SUFFIXES, read_file
 from .manifest import Manifest, Span
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+MOST_SHARDS = 1_000_000
 MOST_CLASSES = 100_000  # that are numbered; a higher number is taken for a slip
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 _INDEX_VERSION = 3  # to be raised whenever an index would hold something else
 _LONGEST_LABEL = 2**24  # bytes of a .cls or .json
 _BLOCK = 512
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 # Of one sample: its key, the name of its image, where that lies, and its class; an image or class may be missing.
 Sample = tuple[str, str | None, Span | None, int | str | None]
 Member = tuple[str, Span]
@@ -36,7 +38,15 @@ def is_shards(source: Path) -> bool:
     if not source.is_dir():
         return source.name.lower().endswith((".tar", *COMPRESSED)) or _BRACES.search(str(source)) is not None
     visible = [entry for entry in os.scandir(source) if entry.name[0] != "."]
-    return any(entry.name.lower().endswith(".tar") for entry in visible) and not any(e.is_dir() for e in visible)
+    return any(entry.name.lower().endswith(".tar") for entry in visible) and not any(map(is_folder, visible))
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def list_shards(source: Path) -> tuple[Manifest, dict[str, str]]:
@@ -65,20 +75,27 @@ def list_shards(source: Path) -> tuple[Manifest, dict[str, str]]:
 def _expand(source: Path) -> list[Path]:
     """The shards of a folder, or of a pattern with ranges in braces."""
     if source.is_dir():
-        return sorted(path for path in source.iterdir() if path.suffix.lower() == ".tar" and path.name[0] != ".")
-    parts = _BRACES.split(str(source))  # text, first, last, text, …
-    ranges = [
-        [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
-        for first, last in zip(parts[1::3], parts[2::3], strict=True)
-    ]
-    if not all(ranges):
-        raise UserError(f"{source} has an empty range: write the smaller number first")
-    shards = [
-        Path("".join(itertools.chain(*itertools.zip_longest(parts[::3], numbers, fillvalue=""))))
-        for numbers in itertools.product(*ranges)
-    ]
+        shards = sorted(path for path in source.iterdir() if path.suffix.lower() == ".tar" and path.name[0] != ".")
+    else:
+        parts = _BRACES.split(str(source))  # text, first, last, text, …
+        bounds = [(int(first), int(last)) for first, last in zip(parts[1::3], parts[2::3], strict=True)]
+        count = math.prod(max(0, last - first + 1) for first, last in bounds)
+        if not count:
+            raise UserError(f"{source} has an empty range: write the smaller number first")
+        if count > MOST_SHARDS:
+            raise UserError(f"{source} stands for {count:,} shards: at most {MOST_SHARDS:,} are read")
+        ranges = [
+            [f"{i:0{len(text)}}" for i in range(first, last + 1)]
+            for text, (first, last) in zip(parts[1::3], bounds, strict=True)
+        ]
+        shards = [
+            Path("".join(itertools.chain(*itertools.zip_longest(parts[::3], numbers, fillvalue=""))))
+            for numbers in itertools.product(*ranges)
+        ]
     if missing := [str(shard) for shard in shards if not shard.is_file()]:
-        raise FileNotFoundError(f"{len(missing)} of {len(shards)} tar shard(s) are missing, first {missing[0]}")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(shards)} tar shard(s) are missing or no files, first {missing[0]}"
+        )
     return shards
 
 

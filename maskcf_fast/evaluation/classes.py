@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..data import scan_images
 from ..data.manifest import some
 from ..data.scan import class_folders
 from ..data.shards import is_shards
-from ..models.weights import read_metadata
+from ..models.weights import read_class_names
 
 WNID = re.compile(r"n\d{8}")  # a WordNet id, which is what ImageNet's class folders are called
 
@@ -77,11 +76,11 @@ def classes_of_run(weights: Path, train: Path | None, outputs: int, source: str 
     Raises:
         ImportError, OSError, ValueError: There is no source of names, or it has another number of them.
     """
-    stored = read_metadata(weights).get("classes")
+    stored = read_class_names(weights)
     if source is not None:
         names, where = read_classes(source), f"--classes {source}"
     elif stored is not None:
-        names, where = tuple(json.loads(stored)), str(weights)
+        names, where = stored, str(weights)
     elif train is not None and (train.is_dir() or train.suffix == ".tar"):
         names, where = scan_images(train, on_bad_image="skip", verify=False).classes, f"the training folder {train}"
     elif outputs == 1000:

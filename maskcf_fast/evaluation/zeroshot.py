@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.files import check_writable, composed, read_lines
+from ..core.processes import choose_device
 from ..data.scan import class_folders
 from ..models import CosineClassifier
 from ..models.sources import load_text_tower
@@ -197,8 +198,7 @@ def write_head(config: ZeroShotConfig) -> None:
         raise FileNotFoundError(f"--out {config.out}: there is no folder {folder}")
     if config.out.is_dir():
         raise UserError(f"--out {config.out} is a folder: name a file in it")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    tower = load_text_tower(config.model, device)
+    tower = load_text_tower(config.model, str(choose_device(config.device)))
     directions = text_directions(tower.encode, names, templates, config.batch_size)
     head = CosineClassifier.from_text(directions, float(tower.scale))
     metadata = {

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..core.errors import UserError
 from ..core.files import atomic_write, check_writable
+from ..core.processes import choose_device
 from ..data.loader import MOST_SEED
 from ..methods import METHODS, MaskStrategy, strategy_names
 from ..methods.label_map import LabelMap
@@ -103,10 +104,7 @@ def _strategy(name: str, run: Run) -> MaskStrategy:
 def _page(
     run: Run, model: ImageClassifier, images: Images, strategies: Sequence[MaskStrategy], config: VisualizeConfig
 ) -> Page:
-    cuda = torch.cuda.is_available() if config.device == "auto" else config.device != "cpu"
-    if cuda and not torch.cuda.is_available():
-        raise UserError(f"--device {config.device}: there is no GPU here; leave it out, or --device cpu")
-    device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
+    device = choose_device(config.device)
     model = model.to(device)
     method, vit = run.config.method, model.backbone.config
     label_map = LabelMap(method.cam, method.cam_target, method.start_layer, vit)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.files import check_writable
+from ..core.processes import choose_device
 from ..data.images import ImageError, read_image
 from ..data.scan import find_pictures
 from ..models.libraries import Classifier
@@ -74,11 +75,11 @@ def draw_gallery(config: GalleryConfig) -> list[Path]:
     """
     if config.batch_size < 1:
         raise UserError(f"batch-size must be at least 1, got {config.batch_size}")
+    if config.label is not None and not 0 <= config.label < 2**31:
+        raise UserError(f"--label must be the number of a class, got {config.label}")
     check_writable(config.out)
     paths = find_pictures(config.images, without=config.out)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
+    device = choose_device(config.device)
     if config.pretrained:
         _try_without_weights(config)
     model = load_classifier(config.model, pretrained=config.pretrained, prompts=config.prompts, device=device)

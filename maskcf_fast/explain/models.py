@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import FLOATS, check_tensor
 from ..core.errors import UserError
 from ..models import ImageClassifier, VisionTransformer
 from .layers import select_layers
@@ -144,8 +145,12 @@ def known_readout(model: object) -> ReadOut | None:
 
 def _logits(output: Any) -> Tensor:
     """The logits in what a model returned."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", output)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
+    if isinstance(logits, Tensor):
+        check_tensor("the logits that the model returns", logits, ["N", "C"], dtypes=FLOATS)
+    else:
         raise TypeError(
             f"the model returns {type(output).__name__} without logits: pass a classifier, or a function of the "
             f"images that returns logits [N, C] (such as image features times text features)"

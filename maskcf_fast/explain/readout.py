@@ -69,8 +69,8 @@ def chain_relevance(
     if pooled and layers[-1].q.shape[2] == layers[-1].k.shape[2]:
         raise UserError('readout="attention" needs a last fused attention call with one query, and none was recorded')
     depth = len(layers) - pooled
-    if not -depth <= start_layer < depth:
-        raise UserError(f"start_layer must lie in [{-depth}, {depth - 1}], got {start_layer}")
+    if not isinstance(start_layer, int) or not -depth <= start_layer < depth:
+        raise UserError(f"start_layer must be an int in [{-depth}, {depth - 1}], got {start_layer}")
     used = layers[start_layer % depth :]
 
     score = logits.gather(1, labels[:, None]).sum()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.files import parse_json, read_json
+from ..core.schema import conform
 from ..core.tensors import LONGEST_HEADER, load_tensors
 from .config import Rotary, VisionTransformerConfig
 from .naming import NAMINGS, TIMM, State
@@ -109,6 +110,8 @@ def read_state(path: Path) -> State:
     else:
         said = next((said for mark, said in STRANGE.items() if start.lstrip().startswith(mark)), "something else")
         raise UserError(f"{path} holds neither safetensors nor a pickled state dict, but {said}")
+    if odd := [name for name, t in state.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]:
+        raise UserError(f"{path} holds {odd[0]} without its values (meta), sparse or quantised: save it dense")
     state = {INSERTED.sub("", name): tensor for name, tensor in state.items()}
     if all(name.startswith("module.") for name in state):  # of DistributedDataParallel
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -184,6 +187,16 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError):
         return {}
+
+
+def read_class_names(path: Path) -> tuple[str, ...] | None:
+    """Names of the outputs that a file of this package's weights has beside them, if any.
+
+    Raises:
+        ValueError: They are no names.
+    """
+    stored, source = read_metadata(path).get("classes"), f"the classes in {path}"
+    return None if stored is None else conform(parse_json(stored, source), tuple[str, ...], source)
 
 
 def read_architecture(path: Path) -> VisionTransformerConfig | None:

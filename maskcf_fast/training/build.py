@@ -34,7 +34,7 @@ from ..models import (
 )
 from ..models.libraries import Unsupported
 from ..models.naming import State
-from ..models.weights import architecture_metadata, read_architecture, read_metadata, read_state
+from ..models.weights import architecture_metadata, read_architecture, read_class_names, read_metadata, read_state
 from .parts import parameter_groups
 from .settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainConfig
 
@@ -190,7 +190,7 @@ def _check_metadata(path: Path, kind: str, classes: Sequence[str] | None) -> Non
     stored = read_metadata(path)
     if (own := stored.get("head_kind", kind)) != kind:
         raise UserError(f"the head in {path} is a {own} one: pass --model.head-kind {own}, or another head")
-    names = json.loads(stored["classes"]) if "classes" in stored else None
+    names = read_class_names(path)
     if names is None or classes is None or [*map(composed, names)] == [*map(composed, classes)]:
         return
     at = next(i for i, (name, folder) in enumerate(zip_longest(names, classes)) if name != folder)

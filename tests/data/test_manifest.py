@@ -333,6 +333,14 @@ def test_a_pipe_is_refused_without_a_scan_too(make_folder):
         reader.image(1)
 
 
+def test_a_link_to_itself_is_a_file_that_is_not_usable(make_folder):
+    root = make_folder({"a": 1})
+    (root / "loop").symlink_to("loop")
+    assert scan_images(root).classes == ("a",)
+    (root / "a" / "loop").symlink_to("loop")
+    assert scan_images(root, on_bad_image="skip").skipped == (("a/loop", "Too many levels of symbolic links"),)
+
+
 def test_pictures_are_found_in_links_and_alone(make_folder, tmp_path):
     root = make_folder({"a": 1})
     (root / "a" / "b.JPEG").symlink_to(root / "a" / "000.jpg")

@@ -1,4 +1,5 @@
 import io
+import os
 import tarfile
 
 import pytest
@@ -57,8 +58,14 @@ def test_bad_samples_are_errors_or_skipped(folder):
 
 
 def test_bad_shards(folder):
-    with pytest.raises(FileNotFoundError, match=r"2 of 2 tar shard\(s\) are missing, first .*08\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"2 of 2 tar shard\(s\) are missing or no files, first .*08\.tar"):
         scan_images(folder / "{08..09}.tar")
+    with pytest.raises(ValueError, match=r"stands for 10,000,000,000 shards: at most 1,000,000 are read"):
+        scan_images(folder / "{00000..99999}-{00000..99999}.tar")
+    os.mkfifo(folder / "0.tar")  # waits for whoever writes to it
+    with pytest.raises(FileNotFoundError, match=r"1 of 1 tar shard\(s\) are missing or no files, first .*0\.tar"):
+        scan_images(folder)
+    (folder / "0.tar").unlink()
     (folder / "0.tar").write_bytes(b"junk" * 500)
     with pytest.raises(ValueError, match=r"0\.tar is no tar file that can be read .*: get it again"):
         scan_images(folder)

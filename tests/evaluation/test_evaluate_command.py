@@ -303,7 +303,10 @@ def test_names_of_another_data_set(runs, call, tmp_path, image_folders):
         (["--run", "/absent"], "/absent is no run: it has no config.yaml"),
         (["--run", "{runs}/ft", "{runs}/ft"], "names a folder twice"),
         (["--run", "{runs}/ft", "--data", "x=/absent"], "no data set folder /absent (for x)"),
-        (["--run", "{runs}/ft", "--data", "x={tmp}/{{0..1}}.tar"], "2 of 2 tar shard(s) are missing, first"),
+        (
+            ["--run", "{runs}/ft", "--data", "x={tmp}/{{0..1}}.tar"],
+            "2 of 2 tar shard(s) are missing or no files, first",
+        ),
         (["--run", "{runs}/ft", "--data", "imagnet:{ood}"], "did you mean 'imagenet'?"),
         (["--run", "{runs}/ft", "--data", "imagenet-r:{ood}"], "expected class folders called by WordNet id"),
         (["--run", "{runs}/ft", "--data", "{ood}", "{ood}"], "several test sets are called 'ood'"),

@@ -99,7 +99,10 @@ def test_mistakes(score, wnids, tmp_path):
             r"imagenet-v2; .*numbers/classes\.txt names the classes of tar shards, one per line",
         ),
         (f"imagenet-v2:{write_shards(tmp_path / 'names', tree)}", "expected class folders called by number"),
-        (f"imagenet:{tmp_path}/numbers/{{0..3}}.tar", r"2 of 4 tar shard\(s\) are missing, first .*/2\.tar"),
+        (
+            f"imagenet:{tmp_path}/numbers/{{0..3}}.tar",
+            r"2 of 4 tar shard\(s\) are missing or no files, first .*/2\.tar",
+        ),
         (f"imagenet:{tmp_path}/absent/0.tar", r"1 of 1 tar shard\(s\) are missing"),
         (f"objectnet:{pattern}", "not laid out as objectnet: .* found classes '0', '5'"),
         (f"hf:{pattern}", r"not laid out as hf: .* found '0\.tar', '1\.tar'"),

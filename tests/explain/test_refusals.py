@@ -182,8 +182,9 @@ def test_labels(labels, error, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start_layer": 3}, r"start_layer must lie in \[-3, 2\], got 3"),
-        ({"start_layer": -4}, r"start_layer must lie in \[-3, 2\], got -4"),
+        ({"start_layer": 3}, r"start_layer must be an int in \[-3, 2\], got 3"),
+        ({"start_layer": 1.5}, r"start_layer must be an int in \[-3, 2\], got 1.5"),
+        ({"start_layer": -4}, r"start_layer must be an int in \[-3, 2\], got -4"),
         ({"prefix_tokens": 17}, r"prefix_tokens must lie in \[0, 16\], got 17"),
         ({"readout": "mean"}, "reads 0 of 16 patches and 1 of 1 tokens"),
         ({"readout": "attention"}, "a last fused attention call with one query"),
@@ -195,6 +196,20 @@ def test_labels(labels, error, message):
 def test_options(options, message):
     with pytest.raises(ValueError, match=message):
         explain(Toy(), IMAGES, LABELS, **options)
+
+
+@pytest.mark.parametrize("made", [torch.Tensor.mean, lambda x: x[:, 0], lambda x: x.argmax(1), lambda x: x[..., None]])
+def test_what_a_function_returns_must_be_logits(made):
+    model, message = Toy(), r"the logits that the model returns must have (shape \[N, C\]|dtype)"
+    with pytest.raises((ValueError, TypeError), match=message):
+        explain(lambda images: made(model(images)), IMAGES)
+
+
+def test_logits_in_a_dictionary():
+    model = Toy()
+    assert torch.equal(explain(lambda images: {"logits": model(images)}, IMAGES), explain(model, IMAGES))
+    with pytest.raises(TypeError, match="returns dict without logits"):
+        explain(lambda images: {"score": model(images)}, IMAGES)
 
 
 def test_one_query_in_the_last_call_must_be_explained():

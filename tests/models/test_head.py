@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.models import HEADS, CosineClassifier, ImageClassifier, LinearClassifier, VisionTransformer
@@ -49,6 +50,14 @@ def test_a_head_in_other_trainers_checkpoints(tmp_path, before, wrapper):
     for head in (None, *(tmp_path / name for name in states)):
         read = build_model(ModelConfig(arch="tiny", weights=weights, head=head), 3, seed=1).state_dict()
         assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("classes", ["no JSON", "{}", "[1, 2, 3]", "null", 9999 * "[", '["a", "b"]'])
+def test_class_names_beside_a_head_that_are_none(tmp_path, classes):
+    save_file({"weight": torch.ones(3, 64)}, tmp_path / "head", {"classes": classes})
+    config = ModelConfig(arch="tiny", weights=Path("random"), head=tmp_path / "head")
+    with pytest.raises(UserError, match=r"the classes in .*head|the head in .*head is of other classes"):
+        build_model(config, 3, 0, ["a", "b", "c"])
 
 
 def test_a_file_with_other_than_one_head_is_refused(tmp_path):

@@ -39,6 +39,10 @@ def randomise(model):
     return model.eval()
 
 
+def quantised(tensor):
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
 def test_own_weights_round_trip(tmp_path):
     model, other = VisionTransformer("tiny"), VisionTransformer("tiny")
     save_file(model.state_dict(), tmp_path / "own.safetensors")
@@ -174,6 +178,13 @@ def test_shards_named_by_an_index_and_half_precision(tmp_path, tower, kind):
     index.write_text("{" + "[" * 10**5)
     with pytest.raises(UserError, match="no JSON that"):
         read_state(index)
+
+
+@pytest.mark.parametrize("made", [torch.Tensor.to_sparse, lambda t: t.to("meta"), quantised])
+def test_tensors_that_are_not_plain(tmp_path, tower, made):
+    torch.save({name: made(tensor) for name, tensor in tower[1].items()}, tmp_path / "x")
+    with pytest.raises(UserError, match=r"x holds \S+ without its values \(meta\), sparse or quantised: save it dense"):
+        load_backbone(VisionTransformer("tiny"), tmp_path / "x")
 
 
 @pytest.mark.parametrize("place", ["../secret", "{folder}/secret", "below/secret", "../model/model.safetensors"])

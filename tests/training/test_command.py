@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import maskcf_fast.configs
+from maskcf_fast.core.errors import UserError
 from maskcf_fast.experiments.table import FURTHER
 from maskcf_fast.methods import MaskStrategy
 from maskcf_fast.methods.registry import METHODS
@@ -233,6 +234,13 @@ def test_bad_settings(line, words, image_folders, weights, tmp_path, capsys):
     assert main(line) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nseed: 2", "optim:\n  lr: 1\n  epochs: 2\n  lr: 1", "{seed: 1, 'seed': 2}"])
+def test_a_setting_that_a_file_gives_twice(tmp_path, text):
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"twice.yaml says (seed|lr) twice: YAML would take the last alone"):
+        parse(["--config", str(tmp_path / "twice.yaml")])
 
 
 def test_words_of_yaml_are_what_they_look_like(tmp_path):
