@@ -15,9 +15,9 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskcf_fast.methods.cost import complete_flop_counter, forward_flops
 from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import preset
+from maskcf_fast.training.cost import complete_flop_counter, forward_flops
 
 from . import measure as m
 from .workload import Variant, Workload

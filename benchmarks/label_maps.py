@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskcf_fast.core.command import command
 from maskcf_fast.data import LoaderConfig, build_loader, scan_images
 from maskcf_fast.methods import CounterfactualDistiller
-from maskcf_fast.methods.cost import complete_flop_counter, forward_flops
 from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import ImageClassifier
 from maskcf_fast.ops import select_patches
 from maskcf_fast.training.build import build_model
+from maskcf_fast.training.cost import complete_flop_counter, forward_flops
 from maskcf_fast.training.settings import ModelConfig
 
 from .tables import options, table

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskcf_fast.methods.cost import complete_flop_counter, forward_flops
 from maskcf_fast.models import VisionTransformerConfig, preset
+from maskcf_fast.training.cost import complete_flop_counter, forward_flops
 
 from . import measure as m
 from .workload import STRATEGIES, Variant, Workload, products

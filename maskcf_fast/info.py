@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> None:
 
 def describe_training(given: argparse.Namespace) -> str:
     """What a step of training a model takes, as lines of text."""
-    from .methods.cost import step_cost
     from .models.sources import load_architecture
+    from .training.cost import step_cost
 
     if given.batch < 2:
         raise UserError(f"--batch must be at least 2, from which images are refilled, got {given.batch}")

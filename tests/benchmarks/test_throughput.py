@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import breakdown, compare, loader, memory, page, rehearsal, report, step, workload
-from maskcf_fast.methods import cost
 from maskcf_fast.models import preset
+from maskcf_fast.training import cost
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from ..methods import CounterfactualDistiller
 from ..models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
-from .counterfactual import CounterfactualDistiller
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskcf_fast import info
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.methods import CounterfactualDistiller
-from maskcf_fast.methods.cost import complete_flop_counter, step_cost
 from maskcf_fast.models import CosineClassifier, ImageClassifier, Rotary, VisionTransformer, preset
 from maskcf_fast.models.sources import load_architecture
+from maskcf_fast.training.cost import complete_flop_counter, step_cost
 
 CONFIGS = {
     "class token": preset("tiny", width=192, depth=2),
