@@ -175,9 +175,10 @@ def parse_json(text: str | bytes, source: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: It is no JSON, or nested too deeply.
     """
+    text = text if isinstance(text, str) else decode_text(text, source)
     try:
-        return json.loads(text if isinstance(text, str) else decode_text(text, source))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the former also of a number of thousands of digits
         raise UserError(f"{os.fspath(source)} holds no JSON that can be read: {error}") from error
 
 

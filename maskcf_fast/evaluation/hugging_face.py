@@ -85,7 +85,10 @@ def read_table(source: Path, known: Collection[str] = ()) -> TableImages:
         datasets: Any = import_module("datasets")
     except ImportError as error:
         raise ImportError(f"{root} is a Hugging Face data set, which needs: pip install datasets") from error
-    table = datasets.load_from_disk(str(root))
+    try:
+        table = datasets.load_from_disk(str(root))
+    except Exception as error:  # its own, Arrow's, and whatever comes up in files that are damaged or empty
+        raise UserError(f"datasets cannot open {root}: {error!r}; save it again with save_to_disk") from error
     pictures = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
     kinds = table.features.items()
     columns = {name: tuple(kind.names) for name, kind in kinds if isinstance(kind, datasets.ClassLabel)}

@@ -47,3 +47,9 @@ def test_json(tmp_path):
     for text in ("{", "[" * 10**6):
         with pytest.raises(UserError, match=r"config.json holds no JSON that can be read"):
             parse_json(text, "config.json")
+
+
+def test_json_of_a_number_of_thousands_of_digits():
+    """Which Python refuses to read, by an error of its own."""
+    with pytest.raises(UserError, match=r"config\.json holds no JSON that can be read: Exceeds the limit"):
+        parse_json("9" * 100_000, "config.json")

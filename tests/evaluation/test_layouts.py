@@ -7,6 +7,7 @@ import sys
 import pytest
 from coloured import NUMBERS, SIZE, write, write_framed, write_objectnet, write_tree
 
+from maskcf_fast.core.errors import UserError
 from maskcf_fast.data import LoaderConfig, LoadingError, build_loader
 from maskcf_fast.evaluation import Reader, Spec, read_benchmark
 from maskcf_fast.evaluation.classes import numbered_classes
@@ -369,3 +370,23 @@ def test_published_sizes():
         "imagenet-sketch": (1000, 50889),
         "objectnet": (113, 18574),
     }
+
+
+@pytest.mark.parametrize("damage", ["no rows", "state", "files elsewhere", "arrow"])
+def test_a_hugging_face_folder_that_cannot_be_opened(tmp_path, damage):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [], "label": []} if damage == "no rows" else {"image": [None], "label": [0]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))
+    if damage == "state":
+        (tmp_path / "set" / "state.json").write_text("{}")
+    elif damage == "files elsewhere":
+        (tmp_path / "secret").write_text("secret" * 99)
+        state = json.loads((tmp_path / "set" / "state.json").read_text())
+        state["_data_files"] = [{"filename": "../secret"}]
+        (tmp_path / "set" / "state.json").write_text(json.dumps(state))
+    elif damage == "arrow":
+        [file] = (tmp_path / "set").glob("*.arrow")
+        file.write_bytes(b"junk" * 99)
+    with pytest.raises(UserError, match=r"datasets cannot open .*set: |no usable image is left|no images"):
+        read_benchmark(Spec.parse(f"hf:{tmp_path / 'set'}"), Reader(("cat", "dog")))
