@@ -144,6 +144,49 @@ def small_trunks(monkeypatch) -> None:
     monkeypatch.setattr(timm, "create_model", create_model)
 
 
+# Hugging Face's vision towers of models that have a text tower, too.
+WITH_TEXT = {
+    "CLIPVisionModelWithProjection": "CLIP",
+    "MetaClip2VisionModelWithProjection": "MetaClip2",
+    "SiglipVisionModel": "Siglip",
+}
+
+
+def with_text(family: Family, folder: Path, images: Tensor) -> tuple[str, Tensor, list[str]]:
+    """A family's whole model, of both towers: its name, its logits of normalised images, and for which prompts."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<unk>", "<end>", "a", "photo", "of", "the", "cat", "dog", "bus"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    whole.save_pretrained(folder)
+    kind = WITH_TEXT[family.kind]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "intermediate_size": 64, "vocab_size": 16, "max_position_embeddings": 9}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {**sizes, "image_size": SIDE, "patch_size": 8, **family.options}
+    text |= {"hidden_size": vision["hidden_size"], "projection_size": vision["hidden_size"]} if kind == "Siglip" else {}
+    width = {} if kind == "Siglip" else {"projection_dim": vision.pop("projection_dim")}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision, **width)
+    model: Any = randomise(getattr(transformers, f"{kind}Model")(config))
+    with torch.no_grad():
+        model.logit_scale.fill_(3.0)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    prompts = ["a photo of the cat <end>", "the dog <end>", "a bus <end>"]
+    whole.model_max_length = 9
+    tokens = whole(prompts, padding="max_length" if kind == "Siglip" else True, return_tensors="pt")
+    given = {"input_ids": tokens["input_ids"]} | (
+        {} if kind == "Siglip" else {"attention_mask": tokens["attention_mask"]}
+    )
+    with torch.no_grad():
+        logits = model(pixel_values=images, **given).logits_per_image
+    return f"hf:{folder}", logits - getattr(model, "logit_bias", 0), prompts
+
+
 GROWS = {"interpolate_pos_encoding": True}
 SWIGLU = {"use_swiglu_ffn": True, "mlp_ratio": 3}
 GATED = {"use_gated_mlp": True, "hidden_act": "silu", "intermediate_size": 96}

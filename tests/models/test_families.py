@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from maskcf_fast.explain import explain
 from maskcf_fast.methods import CounterfactualDistiller, MaskStrategy, paper_order_step, strategy_names
 from maskcf_fast.models import CosineClassifier, ImageClassifier, load_source
-from maskcf_fast.models.sources import load_named
+from maskcf_fast.models.sources import load_named, load_text_tower
 from maskcf_fast.training.export import export_model
 
 open_clip = pytest.importorskip("open_clip")
@@ -142,10 +142,32 @@ def test_explain(family, tmp_path):
         assert (cam - theirs).norm() <= 2e-5 * theirs.norm()
 
 
+WITH_TEXT = [f for f in FAMILIES if f.library == "open_clip" or f.kind in families.WITH_TEXT]
+
+
+@pytest.mark.parametrize("family", WITH_TEXT, ids=lambda family: family.id)
+def test_zero_shot(family, tmp_path):
+    """The head that is made of the text tower gives the library's own logits; SigLIP's bias is the same for all."""
+    images, normalised = pixels()
+    if family.library == "hf":
+        name, expected, prompts = families.with_text(family, tmp_path, normalised)
+    else:
+        name, model = family.save(tmp_path)
+        prompts = ["a photo of a cat", "a photo of a dog", "a bus"]
+        with torch.no_grad():
+            text = model.encode_text(open_clip.get_tokenizer("ViT-B-32")(prompts), normalize=True)
+            expected = model.logit_scale.exp() * model.encode_image(normalised, normalize=True) @ text.T
+    tower = load_text_tower(name, "cpu")
+    student = ImageClassifier(load_named(name), CosineClassifier.from_text(tower.encode(prompts), tower.scale))
+    assert expected.std(dim=1).min() > 1e-4
+    assert_same(student(images), expected)
+
+
 def test_the_page_has_the_table_of_what_is_tested_here():
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    rows = ["| | open_clip | Hugging Face | timm |", "|---|:-:|:-:|:-:|"]
+    rows = ["| | open_clip | Hugging Face | timm | zero-shot |", "|---|:-:|:-:|:-:|:-:|"]
     for title in dict.fromkeys(family.title for family in FAMILIES):
         there = [any(f.title == title and f.library == at for f in FAMILIES) for at in ("open_clip", "hf", "timm")]
+        there.append(any(f.title == title for f in WITH_TEXT))
         rows.append(f"| {title} | {' | '.join('✓' if held else '' for held in there)} |")
     assert "\n".join(rows) in page, "\n".join(rows)
