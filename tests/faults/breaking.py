@@ -452,7 +452,7 @@ def measure(fault: Fault, bench: Bench, kind: str, count: int, rng: random.Rando
             print(f"{fault.__name__} {kind} trial {trial}: {error}", file=sys.stderr, flush=True)
         for path in bench.folder.glob("run*"):
             shutil.rmtree(path)
-    machine = f"{os.cpu_count()} cores ({cpu_name()}), {platform.platform()}"
+    machine = f"{os.cpu_count()} cores ({cpu_name()}), {platform.system()}"
     return {
         "fault": fault.__name__, "processes": kind, "times": count, "outcomes": dict(outcomes), "lost": dict(lost),
         "minutes": round((time.monotonic() - begun) / 60, 1),
@@ -464,7 +464,8 @@ def row(result: dict[str, Any]) -> str:
     """A result's row of the table."""
     lost = result["lost"]
     steps = [int(number) for text in lost for number in re.findall(r"(\d+) steps", text)]
-    cost = f"{min(steps)} to {max(steps)} steps" if steps else "; ".join(f"{text} ({n})" for text, n in lost.items())
+    span = f"{min(steps)} to {max(steps)}" if len(set(steps)) > 1 else str(*set(steps))
+    cost = f"{span} steps" if steps else "; ".join(f"{text} ({n})" for text, n in lost.items())
     shown = "; ".join(f"{text} ({n})" for text, n in result["outcomes"].items())
     about = globals()[result["fault"]].__doc__
     return f"| {about} | {result['processes']} | {result['times']} | {shown} | {cost} | {result['minutes']} |"
@@ -525,8 +526,18 @@ def write_page(page: Path) -> None:
     start, end = "<!-- faults -->\n", "<!-- end of faults -->\n"
     before, rest = page.read_text().split(start)
     head = "| fault | processes | times | outcome | lost | minutes |\n|---|---|--:|---|---|--:|"
-    made = f"On {'; and on '.join(sorted({r['with'] for r in kept}))}:"
-    page.write_text("\n".join([f"{before}{start}{made}\n", head, *map(row, kept), f"{end}{rest.split(end)[1]}"]))
+    done = {(r["fault"], r["processes"]) for r in kept}
+    left = [
+        f"{fault.__name__} ({kind})"
+        for fault, counts in FAULTS.items()
+        for kind, count in zip(KINDS, counts, strict=True)
+        if count and (fault.__name__, kind) not in done
+    ]
+    missing = f"\nNot measured yet: {', '.join(left)}.\n" if left else ""
+    made = f"Beside other work on {'; and on '.join(sorted({r['with'] for r in kept}))}:"
+    page.write_text(
+        "\n".join([f"{before}{start}{made}\n", head, *map(row, kept), f"{missing}{end}{rest.split(end)[1]}"])
+    )
 
 
 if __name__ == "__main__":
