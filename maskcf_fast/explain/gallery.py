@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..core.errors import UserError
@@ -104,6 +103,8 @@ def _try_without_weights(config: GalleryConfig) -> None:
     try:
         with meta:
             model = load_classifier(config.model, pretrained=False, prompts=config.prompts, device=meta)
+        from PIL import Image  # not before data, which says how to install it
+
         images = model.transform(Image.new("RGB", (64, 64)))[None].to(meta)
     except Exception:  # the true one will say, or it does not go without values
         return
