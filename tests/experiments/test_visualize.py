@@ -22,7 +22,7 @@ from maskcf_fast.data import scan_images
 from maskcf_fast.data.transforms import resize_and_crop
 from maskcf_fast.methods import FILLS, CounterfactualDistiller, MaskStrategy, strategy_names
 from maskcf_fast.methods.label_map import LabelMap
-from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
+from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, preset
 from maskcf_fast.training.build import build_method
 from maskcf_fast.training.settings import DataConfig, MethodConfig, ModelConfig, TrainConfig, to_yaml
 from maskcf_fast.visualization.board import board_images, rows_for_board
@@ -494,3 +494,19 @@ def test_images_are_turned_as_in_the_run(run, tmp_path, of_run, option):
     data = data_of((tmp_path / "run" / "visualize" / "index.html").read_text())
     upright = of_run if option is None else option
     assert np.array_equal(pixels_of(data["images"][0]["source"]), pixels[::-1, ::-1] if upright else pixels)
+
+
+def test_the_page_of_a_run_at_another_image_size(run, images, tmp_path):
+    """48 px and 36 patches: of the pictures, the maps, the donors and what the board shows."""
+    folder = tmp_path / "larger"
+    folder.mkdir()
+    model = ImageClassifier(VisionTransformer(preset("tiny", image_size=48)), CosineClassifier(64, 3))
+    save_tensors(folder / "model.safetensors", model.state_dict())
+    text = (run / "config.yaml").read_text()
+    assert text.count("image_size: null") == 1
+    (folder / "config.yaml").write_text(text.replace("image_size: null", "image_size: 48"))
+    assert visualize(folder, images) == 0
+    data = data_of((folder / "visualize" / "index.html").read_text())
+    assert {len(array(image["cam"], "<f4")) for image in data["images"]} == {36}
+    assert donors_of(data, "multi").shape == (len(data["images"]), 36)
+    assert pixels_of(data["images"][0]["source"]).shape == (48, 48, 3)
