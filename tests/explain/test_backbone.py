@@ -146,7 +146,8 @@ def test_every_method_takes_it(tmp_path):
     student, *_ = prepared(tmp_path, "relu")
     settings = {"strategy": "object-single", "weight": 1.0, "temperature": 2.0, "cam_target": "logprob"}
     images, labels = torch.rand(3, 3, SIDE, SIDE), torch.tensor([0, 3, 4])
-    for name in METHODS:
+    # A benchmark's own method, which another test may have registered, needs that benchmark's images.
+    for name in [name for name, entry in METHODS.items() if entry.build.__module__.startswith("maskcf_fast.")]:
         method = build_method(name, copy.deepcopy(student), settings).train()
         out = method.backward(images, labels, generator=torch.Generator().manual_seed(0))
         assert out.loss.isfinite()
