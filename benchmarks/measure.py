@@ -66,9 +66,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],  # processes that wanted a core in the last minute
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        # As anyone would type it: of an absolute path, which only this machine has, the name.
+        "command": shlex.join(["python", *(re.sub(r"(^|=)/.*/", r"\1", word) for word in sys.orig_argv[1:])]),
     }
 
 

@@ -176,3 +176,10 @@ def test_every_kernel_has_a_sweep_of_at_most_five_that_begins_with_its_present_t
     for kernel, what, _, configurations in tune.KERNELS:
         assert configurations[0] == table[kernel, json.dumps(what)]
         assert 2 <= len(configurations) <= 5
+
+
+def test_what_is_recorded_names_no_folder_of_the_machine(monkeypatch):
+    words = ["python", "-m", "benchmarks.x", "--runs", "/home/me/runs/out", "--out=/srv/new", "docs/page.md"]
+    monkeypatch.setattr(measure.sys, "orig_argv", words)
+    command = measure.environment(torch.device("cpu"))["command"]
+    assert command == "python -m benchmarks.x --runs out --out=new docs/page.md"
