@@ -40,6 +40,7 @@ from .settings import DataConfig, MethodConfig, ModelConfig, OptimConfig, TrainC
 
 UNMODIFIED = "unmodified"  # what a file with an unmodified model's weights calls the model by
 OF_LIBRARY = "backbone.module."
+OURS = re.compile(r"(.+\.)?backbone\.patch_weight")  # in a file of the compact vision transformer
 PAPER_HOLDOUT = 10_240  # images of ImageNet, 0.8 % of it
 
 
@@ -158,10 +159,9 @@ def _load_head(config: ModelConfig, head: CosineClassifier | LinearClassifier, c
     state = read_state(path)
     # Whatever a trainer put in front of the names.
     if config.head is None:  # another library's file has a head on other classes, if any, or a projection
+        found = [re.sub(r"backbone\.patch_weight$", "head.weight", name) for name in state if OURS.fullmatch(name)]
         if UNMODIFIED in read_metadata(path):
-            state |= {"backbone.patch_weight": state["head.weight"]}  # told from a library's names by what it says
-        backbones = [name for name in state if re.fullmatch(r"(.+\.)?backbone\.patch_weight", name)]
-        found = [re.sub(r"backbone\.patch_weight$", "head.weight", name) for name in backbones]
+            found = ["head.weight"]
         if not state.keys() & set(found):
             return
     else:

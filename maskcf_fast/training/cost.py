@@ -153,7 +153,8 @@ def relevance_flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> i
 
 def forward_flops(config: VisionTransformerConfig) -> int:
     """F: products of one plain forward pass of one image, every token in every block."""
-    t, w = 1 + config.num_patches, config.width
+    t, w = config.prefix + config.num_patches, config.width
+    mlp = (config.mlp_width or 4 * w) * (3 if config.gated_mlp else 2)
     embed = 2 * config.num_patches * w * 3 * config.patch_size**2
     projection = 0 if config.output_dim is None else 2 * w * config.output_dim
-    return embed + config.depth * (24 * t * w * w + 4 * t * t * w) + projection
+    return embed + config.depth * (2 * t * w * (4 * w + mlp) + 4 * t * t * w) + projection

@@ -10,7 +10,7 @@ from maskcf_fast.core.errors import UserError
 from maskcf_fast.methods import CounterfactualDistiller
 from maskcf_fast.models import CosineClassifier, ImageClassifier, Rotary, VisionTransformer, preset
 from maskcf_fast.models.sources import load_architecture
-from maskcf_fast.training.cost import complete_flop_counter, step_cost
+from maskcf_fast.training.cost import complete_flop_counter, forward_flops, step_cost
 
 CONFIGS = {
     "class token": preset("tiny", width=192, depth=2),
@@ -103,3 +103,15 @@ def test_the_command(capsys):
     assert "did you mean 'ViT-L/14'" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not divide by patch_size=14"):
         load_architecture("ViT-L/14", 225)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"registers": 4}, {"class_token": False}, {"gated_mlp": True, "mlp_width": 96, "output_dim": None}]
+)
+def test_a_plain_forward_pass_is_what_a_counter_counts(changes):
+    """Of a model that reads all tokens; one that reads its class token leaves out most of the last block."""
+    config = preset("tiny", pool="mean", **changes)
+    complete_flop_counter()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        VisionTransformer(config)(torch.rand(2, 3, config.image_size, config.image_size))
+    assert counter.get_total_flops() == 2 * forward_flops(config)
