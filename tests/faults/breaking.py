@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import date
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -452,10 +453,14 @@ def measure(fault: Fault, bench: Bench, kind: str, count: int, rng: random.Rando
             print(f"{fault.__name__} {kind} trial {trial}: {error}", file=sys.stderr, flush=True)
         for path in bench.folder.glob("run*"):
             shutil.rmtree(path)
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
+    )
+    commit = revision.stdout.strip()  # nothing without a repository
     machine = f"{os.cpu_count()} cores ({cpu_name()}), {platform.system()}"
     return {
         "fault": fault.__name__, "processes": kind, "times": count, "outcomes": dict(outcomes), "lost": dict(lost),
-        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "minutes": round((time.monotonic() - begun) / 60, 1), "date": f"{date.today()}", "commit": commit,
         "with": f"{machine}, Python {platform.python_version()}, torch {version('torch')}",
     }  # fmt: skip
 
@@ -468,7 +473,8 @@ def row(result: dict[str, Any]) -> str:
     cost = f"{span} steps" if steps else "; ".join(f"{text} ({n})" for text, n in lost.items())
     shown = "; ".join(f"{text} ({n})" for text, n in result["outcomes"].items())
     about = globals()[result["fault"]].__doc__
-    return f"| {about} | {result['processes']} | {result['times']} | {shown} | {cost} | {result['minutes']} |"
+    state = f"{result['date']}, {result['commit']}"
+    return f"| {about} | {result['processes']} | {result['times']} | {shown} | {cost} | {result['minutes']} | {state} |"
 
 
 def main() -> int:
@@ -525,7 +531,7 @@ def write_page(page: Path) -> None:
     kept = json.loads(MEASURED.read_text())
     start, end = "<!-- faults -->\n", "<!-- end of faults -->\n"
     before, rest = page.read_text().split(start)
-    head = "| fault | processes | times | outcome | lost | minutes |\n|---|---|--:|---|---|--:|"
+    head = "| fault | processes | times | outcome | lost | minutes | measured of |\n|---|---|--:|---|---|--:|---|"
     done = {(r["fault"], r["processes"]) for r in kept}
     left = [
         f"{fault.__name__} ({kind})"
