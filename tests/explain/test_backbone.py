@@ -5,14 +5,14 @@ written out. It shares with the package the selection of patches and the fill's 
 """
 
 import copy
-import json
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from families import MEAN, PATCHES, SIDE, STD, pixels, save
+from safetensors.torch import load_file
+from zoo import sdpa_maps
 
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.explain.backbone import LibraryBackbone
@@ -26,8 +26,7 @@ from maskcf_fast.training.settings import ModelConfig
 from maskcf_fast.training.trainer import Trainer
 
 timm = pytest.importorskip("timm")
-SIDE, PATCHES = 32, 16
-MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.45, 0.5)
+SMALL = {"embed_dim": 32, "num_heads": 2, "num_classes": 5}
 MODELS = {  # name, arguments, tokens before the patches, what of the last layer the feature reads
     "relu": ("vit_tiny_patch16_224", {"act_layer": "relu"}, 1, "class"),
     "two class tokens": ("deit_tiny_distilled_patch16_224", {}, 2, "both"),
@@ -36,36 +35,12 @@ MODELS = {  # name, arguments, tokens before the patches, what of the last layer
 }
 
 
-def save(folder, name, **options):
-    args = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, **options}
-    torch.manual_seed(0)
-    model = timm.create_model(name, **args)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    config = {"architecture": name, "num_classes": 5, "model_args": args, "pretrained_cfg": {"mean": MEAN, "std": STD}}
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return f"timm:local-dir:{folder}"
-
-
 def forward(backbone, images, hidden=None):
     """Features, and the maps [N, H, Tq, T], of the library's module on its own."""
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    maps = []
-
-    def written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-        logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-        if hidden is not None:
-            prefix = k.shape[2] - PATCHES
-            logits = logits.masked_fill(F.pad(hidden, (prefix, 0))[:, None, None, :], -torch.inf)
-        maps.append(logits.softmax(dim=-1))
-        return maps[-1] @ v
-
     module = backbone.module
-    with mock.patch.object(F, "scaled_dot_product_attention", written_out):
-        x = module.forward_features((images - mean) / std)
-        return module.forward_head(x, pre_logits=True), maps
+    features = lambda x: module.forward_head(module.forward_features(x), pre_logits=True)  # noqa: E731
+    return sdpa_maps(features, (images - mean) / std, hidden)
 
 
 def paper(student, teacher, strategy, images, labels, draw, prefix, reads):
@@ -96,7 +71,7 @@ def paper(student, teacher, strategy, images, labels, draw, prefix, reads):
 
 def prepared(folder, key):
     name, options, *known = MODELS[key]
-    backbone = LibraryBackbone(save(folder, name, **options))
+    backbone = LibraryBackbone(save("timm", name, folder, **SMALL, **options)[0])
     student = ImageClassifier(backbone, CosineClassifier(backbone.config.feature_dim, 5))
     teacher = copy.deepcopy(backbone)
     with torch.no_grad():
@@ -160,7 +135,7 @@ def test_a_run_from_start_to_export(tmp_path, change, capsys, asked):
     """By itself, with a notice of what it costs; resumed exactly; evaluated from its file; given back."""
     source = tmp_path / "source"
     source.mkdir()
-    name = save(source, "vit_tiny_patch16_224", **({} if asked else {"act_layer": "relu"}))
+    name, _ = save("timm", "vit_tiny_patch16_224", source, **SMALL, **({} if asked else {"act_layer": "relu"}))
     model = {"name": name, "weights": None, "head_kind": "linear", "native": not asked}
     config = change(model=model, optim={"epochs": 2, "lr": 1e-3}, out=tmp_path / "whole")
     Trainer(config, quiet=True).run()
@@ -205,21 +180,14 @@ SWIN = {"img_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], 
         ("swin_tiny_patch4_window7_224", SWIN, "windowed attention, or heads or frames folded into the batch"),
         ("swin_tiny_patch4_window7_224", SWIN, "attention by an explicit softmax"),
         ("resnet18", {}, "no attention call was recorded"),
-        ("beit_base_patch16_224", {"depth": 1}, "a mask, a position bias"),
+        ("beit_base_patch16_224", {}, "a mask, a position bias"),
         ("vit_base_patch16_224", {"global_pool": "max"}, r"the score reads \d+ of 16 patches"),
     ],
 )
 def test_models_that_neither_can_take(tmp_path, monkeypatch, name, options, reason):
     if "windowed" in reason:  # timm's switch for it
         monkeypatch.setattr(timm.layers.config, "_USE_FUSED_ATTN", 2)
-    if "depth" in options or "global_pool" in options:
-        name = save(tmp_path, name, **options)
-    else:
-        config = {"architecture": name, "num_classes": 5, "model_args": options, "pretrained_cfg": {"mean": MEAN}}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        model = timm.create_model(name, num_classes=5, **options)
-        save_file(model.state_dict(), tmp_path / "model.safetensors")
-        name = f"timm:local-dir:{tmp_path}"
+    name, _ = save("timm", name, tmp_path, **({} if name.startswith(("swin", "resnet")) else SMALL), **options)
     message = f"(?s)not supported because .*cannot be trained unmodified either: .*{reason}"
     with pytest.raises(UserError, match=message):
         build_model(ModelConfig(name=name), 5, seed=0)
@@ -228,26 +196,13 @@ def test_models_that_neither_can_take(tmp_path, monkeypatch, name, options, reas
 @pytest.mark.parametrize("library", ["hf", "open_clip"])
 def test_models_of_the_other_libraries(tmp_path, library):
     """Against the features of the library's own module."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    images = torch.rand(2, 3, SIDE, SIDE)
+    images, normalised = pixels(count=2)
     if library == "hf":
-        transformers = pytest.importorskip("transformers")
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-        config = transformers.DeiTConfig(**sizes, image_size=SIDE, patch_size=8)
-        theirs = transformers.DeiTModel(config, add_pooling_layer=False).eval()
-        theirs.save_pretrained(tmp_path)
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
-        name, expected = f"hf:{tmp_path}", theirs((images - mean) / std).last_hidden_state[:, 0]
+        name, theirs = save("hf", "DeiTModel", tmp_path, intermediate_size=48)
+        expected = theirs(normalised).last_hidden_state[:, 0]
     else:
-        open_clip = pytest.importorskip("open_clip")
-        vision = {"image_size": SIDE, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "qk_norm": True}
-        text = {"context_length": 7, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
-        theirs = open_clip.CLIP(48, vision, text).eval()
-        cfg = {"model_cfg": {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text}}
-        cfg["preprocess_cfg"] = {"mean": MEAN, "std": STD}
-        (tmp_path / "open_clip_config.json").write_text(json.dumps(cfg))
-        save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
-        name, expected = f"open_clip:local-dir:{tmp_path}", theirs.visual((images - mean) / std)
+        name, theirs = save("open_clip", "VisionTransformer", tmp_path, qk_norm=True)
+        expected = theirs.visual(normalised)
     backbone = LibraryBackbone(name)
     torch.testing.assert_close(backbone(images), expected)
     student = ImageClassifier(backbone, LinearClassifier(backbone.config.feature_dim, 3))
@@ -256,7 +211,7 @@ def test_models_of_the_other_libraries(tmp_path, library):
 
 
 def test_what_needs_the_compact_transformer_is_refused(tmp_path, change):
-    name = save(tmp_path, "vit_tiny_patch16_224", act_layer="relu")
+    name, _ = save("timm", "vit_tiny_patch16_224", tmp_path, act_layer="relu")
     model = {"name": name, "weights": None, "head_kind": "linear"}
     for section, option in ({"recompute": True}, "recompute"), ({"optim": {"lora_rank": 2}}, "optim.lora_rank"):
         with pytest.raises(UserError, match=f"{option} does not go with {name}, which is trained unmodified"):

@@ -7,13 +7,13 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from families import FAMILIES, MEAN, PATCHES, SIDE, STD
+from families import FAMILIES, PATCHES, assert_same, load, pixels
 from safetensors.torch import load_file
 
 from maskcf_fast.explain import explain
 from maskcf_fast.methods import CounterfactualDistiller, MaskStrategy, paper_order_step, strategy_names
-from maskcf_fast.models import CosineClassifier, ImageClassifier, load_source
-from maskcf_fast.models.sources import load_named, load_text_tower
+from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, load_backbone, load_source
+from maskcf_fast.models.sources import load_text_tower
 from maskcf_fast.training.export import export_model
 
 open_clip = pytest.importorskip("open_clip")
@@ -29,25 +29,15 @@ def trunks(request, monkeypatch):
         families.small_trunks(monkeypatch)
 
 
-def pixels(side=SIDE, count=3):
-    """For ours, and normalised for theirs."""
-    images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    return images, (images - mean) / std
-
-
-def assert_same(ours, theirs):
-    torch.testing.assert_close(
-        ours.detach(), theirs.detach(), rtol=1e-5, atol=1e-5 * float(theirs.detach().abs().max())
-    )
-
-
 @every_family
 def test_in(family, tmp_path):
-    """The library's features, by the name of its own folder."""
+    """The library's features, by the name of its own folder, and from its file of weights alone."""
     name, model = family.save(tmp_path)
     images, normalised = pixels()
-    assert_same(load_named(name)(images), family.features(model)(normalised))
+    backbone = load(name)
+    assert_same(backbone(images), family.features(model)(normalised))
+    again = load_backbone(VisionTransformer(backbone.config), next(tmp_path.glob("*.safetensors")))
+    assert torch.equal(again(images), backbone(images))
 
 
 @every_family
@@ -60,14 +50,14 @@ def test_in_at_another_image_size(family, tmp_path, side):
     elif family.library == "timm":
         model.set_input_size(side)
     images, normalised = pixels(side)
-    assert_same(load_named(name, side)(images), family.features(model)(normalised))
+    assert_same(load(name, side)(images), family.features(model)(normalised))
 
 
 @every_family
 def test_step(family, tmp_path):
     """The fast step is the paper's, by all strategies; by two, where another library's model is alike."""
     name, _ = family.save(tmp_path)
-    backbone = load_named(name)
+    backbone = load(name)
     student = ImageClassifier(backbone, CosineClassifier(backbone.config.feature_dim, 5))
     teacher = copy.deepcopy(backbone)
     with torch.no_grad():
@@ -94,15 +84,15 @@ def test_out(family, tmp_path, monkeypatch):
     """Given back to its library, it is loaded as the same model with the same features."""
     (tmp_path / "in").mkdir()
     name, _ = family.save(tmp_path / "in")
-    backbone = load_named(name)
+    backbone = load(name)
     classifier = ImageClassifier(backbone, CosineClassifier(backbone.config.feature_dim, 2))
     out = tmp_path / "out"
     if family.library == "open_clip":
         cfg = json.loads((tmp_path / "in" / "open_clip_config.json").read_text())["model_cfg"]
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Small", cfg)
-        load = export_model(classifier, ["ant", "bee"], "open_clip", out).load
+        call = export_model(classifier, ["ant", "bee"], "open_clip", out).load
         theirs = open_clip.create_model("Small")
-        assert load.startswith('open_clip.create_model("Small").' if "ls_init" not in str(family.options) else "model.")
+        assert call.startswith('open_clip.create_model("Small").' if "ls_init" not in str(family.options) else "model.")
         theirs.visual.load_state_dict(load_file(out / "model.safetensors"))
         images, normalised = pixels()
         assert_same(theirs.eval().visual(normalised), backbone(images))
@@ -120,14 +110,14 @@ def test_out(family, tmp_path, monkeypatch):
         assert not any(report[key] for key in ("unexpected_keys", "mismatched_keys"))
         assert all("pooler" in key for key in report["missing_keys"])
     assert_same(family.features(theirs.eval())(normalised), backbone(images))
-    assert_same(load_named(again)(images), backbone(images))
+    assert_same(load(again)(images), backbone(images))
 
 
 @every_family
 def test_explain(family, tmp_path):
     """The map of the library's unmodified module is the trainer's."""
     name, model = family.save(tmp_path)
-    backbone = load_named(name)
+    backbone = load(name)
     head = CosineClassifier(backbone.config.feature_dim, 4)
     images, normalised = pixels()
     labels = torch.tensor([0, 3, 1])
@@ -158,7 +148,7 @@ def test_zero_shot(family, tmp_path):
             text = model.encode_text(open_clip.get_tokenizer("ViT-B-32")(prompts), normalize=True)
             expected = model.logit_scale.exp() * model.encode_image(normalised, normalize=True) @ text.T
     tower = load_text_tower(name, "cpu")
-    student = ImageClassifier(load_named(name), CosineClassifier.from_text(tower.encode(prompts), tower.scale))
+    student = ImageClassifier(load(name), CosineClassifier.from_text(tower.encode(prompts), tower.scale))
     assert expected.std(dim=1).min() > 1e-4
     assert_same(student(images), expected)
 

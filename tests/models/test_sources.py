@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from families import load, randomise, save, small_trunks
 from safetensors.torch import load_file, save_file
 
 from maskcf_fast.models import VisionTransformer, load_backbone, load_source
-from maskcf_fast.models.sources import load_named
+from maskcf_fast.models.sources import load_classifier, load_text_tower
 
 open_clip = pytest.importorskip("open_clip")
 timm = pytest.importorskip("timm")
@@ -16,22 +17,13 @@ transformers = pytest.importorskip("transformers")
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
 
-def randomise(model):
-    """Random everything: the libraries start biases at zero and norms at one, which would hide a mix-up."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-    return model.eval()
-
-
 def assert_same_features(name, theirs, mean, std, image_size=None):
     """``theirs`` takes normalised pixels, ours the pixels themselves."""
     torch.manual_seed(1)
     pixels = torch.rand(2, 3, image_size or 32, image_size or 32)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
     with torch.no_grad():
-        ours, expected = load_named(name, image_size)(pixels), theirs((pixels - mean) / std)
+        ours, expected = load(name, image_size)(pixels), theirs((pixels - mean) / std)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -92,8 +84,6 @@ CODE = "raise SystemExit('this must not run')"
 
 @pytest.mark.parametrize("load", ["tower", "classifier", "text tower"])
 def test_a_folders_own_code_is_never_run_and_nobody_is_asked(tmp_path, monkeypatch, load):
-    from maskcf_fast.models.sources import load_classifier, load_text_tower
-
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     names = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoModelForImageClassification": "code.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": names}))
@@ -110,10 +100,8 @@ def test_a_folders_own_code_is_never_run_and_nobody_is_asked(tmp_path, monkeypat
 
 @pytest.mark.parametrize("asks", ["code", "kwargs"])
 def test_nor_that_of_a_tokenizer_of_open_clip(tmp_path, monkeypatch, asks):
-    from maskcf_fast.models.sources import load_text_tower
-
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    open_clip_folder(tmp_path)
+    save("open_clip", "VisionTransformer", tmp_path)
     file = tmp_path / "open_clip_config.json"
     config = json.loads(file.read_text())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "mine"
@@ -147,24 +135,11 @@ def test_sizes_that_no_model_has_are_refused_before_the_library_builds(tmp_path,
         load_source(f"{library}:{'' if library == 'hf' else 'local-dir:'}{tmp_path}")
 
 
-def open_clip_folder(folder, quick=True, **vision):
-    vision = {"image_size": 32, "layers": 2, "width": 128, "head_width": 32, "patch_size": 8, **vision}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    model = randomise(open_clip.CLIP(48, vision, text, quick_gelu=quick))
-    cfg = {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick}
-    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4]}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": pixels}))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return model
-
-
 def test_explain_and_zeroshot_take_the_activation_of_the_weights(tmp_path, monkeypatch):
     """As `load_source` does: of weights whose tag says quick_gelu, in a model that says nothing."""
-    from maskcf_fast.models.sources import load_classifier, load_text_tower
-
-    torch.save(open_clip_folder(tmp_path).state_dict(), tmp_path / "w.pt")
+    _, quick = save("open_clip", "VisionTransformer", tmp_path, quick_gelu=True)
+    torch.save(quick.state_dict(), tmp_path / "w.pt")
     cfg = json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
-    quick = open_clip.create_model(f"local-dir:{tmp_path}").eval()
     del cfg["quick_gelu"]
     tag = {"file": str(tmp_path / "w.pt"), "quick_gelu": True, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-Toy", cfg)
@@ -181,84 +156,30 @@ def test_explain_and_zeroshot_take_the_activation_of_the_weights(tmp_path, monke
         torch.testing.assert_close(loaded.logits(images), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def small_siglips(monkeypatch):
-    """open_clip's SigLIPs are timm models whose sizes are in their names: make those smaller."""
-    create = timm.create_model
-    small = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **{**options, **small}))
-
-
-def open_clip_siglip_folder(folder, **vision):
-    vision = {"image_size": 32, "timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", **vision}
-    vision = {"timm_proj": "none", **vision}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    model = randomise(open_clip.CustomTextCLIP(64, vision, text, init_logit_bias=-10.0))
-    cfg = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "custom_text": True, "init_logit_bias": -10.0}
-    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4]}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": pixels}))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return model
-
-
-@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "vit_base_patch32_siglip_256"])
-def test_open_clip_siglip(tmp_path, small_siglips, name):
-    model = open_clip_siglip_folder(tmp_path, timm_model_name=name)
-    source = f"open_clip:local-dir:{tmp_path}"
-    assert_same_features(source, model.visual, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
-    config, _ = load_source(source)
-    assert config.activation == ("gelu" if "16" in name else "gelu_tanh")
-    whole = load_backbone(VisionTransformer(config), tmp_path / "open_clip_model.safetensors")
-    assert torch.equal(whole.pool.probe, model.visual.trunk.attn_pool.latent.flatten())
-
-
-def test_a_head_behind_open_clips_siglip_is_refused(tmp_path, small_siglips):
-    open_clip_siglip_folder(tmp_path, timm_proj="linear")
-    with pytest.raises(ValueError, match="its vision tower has a head of its own: drop, proj"):
-        load_source(f"open_clip:local-dir:{tmp_path}")
-
-
-def timm_folder(folder, name, **changes):
-    args = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, **changes}
-    model = randomise(timm.create_model(name, **args))
-    if "_clip_" in name and args.get("num_classes"):
-        torch.nn.init.zeros_(model.head.bias)
-    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4]}
-    config = {"architecture": name, "num_classes": model.num_classes, "model_args": args, "pretrained_cfg": pixels}
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return model
-
-
 @pytest.mark.parametrize(
-    ("save", "message"),
+    ("kind", "options", "message"),
     [
-        (lambda at: timm_folder(at, "vit_base_patch16_224", reg_tokens=4), "its registers have position embeddings"),
-        (lambda at: timm_folder(at, "vit_base_patch16_224", global_pool="max"), "its feature is pooled by 'max'"),
-        (lambda at: timm_folder(at, "deit_base_distilled_patch16_224"), "it is a VisionTransformerDistilled, neither"),
-        (
-            lambda at: timm_folder(at, "vit_base_patch16_siglip_224", class_token=True),
-            "its attention pool leaves out a class token",
-        ),
-        (lambda at: timm_folder(at, "vit_base_patch16_224", act_layer="relu"), "its activation is ReLU"),
-        (lambda at: timm_folder(at, "vit_base_patch16_224", norm_layer="rmsnorm"), "its blocks have norms other than"),
-        (
-            lambda at: timm_folder(at, "vit_tiny_r_s16_p8_224", img_size=128),
-            "its first layer is a HybridEmbed, no convolution",
-        ),
-        (
-            lambda at: timm_folder(at, "vit_small_patch16_rope_mixed_224"),
-            "its rotary positions are RotaryEmbeddingMixed",
-        ),
-        (lambda at: timm_folder(at, "eva02_tiny_patch14_224", use_post_norm=True), "its blocks are not timm's plain"),
-        (lambda at: open_clip_folder(at, pool_type="avg"), "its feature is pooled from all tokens"),
-        (lambda at: open_clip_folder(at, qk_norm=True), "its blocks are CustomResidualAttentionBlocks"),
+        ("vit_base_patch16_224", {"reg_tokens": 4}, "its registers have position embeddings"),
+        ("vit_base_patch16_224", {"global_pool": "max"}, "its feature is pooled by 'max'"),
+        ("deit_base_distilled_patch16_224", {}, "it is a VisionTransformerDistilled, neither"),
+        ("vit_base_patch16_siglip_224", {"class_token": True}, "its attention pool leaves out a class token"),
+        ("vit_base_patch16_224", {"act_layer": "relu"}, "its activation is ReLU"),
+        ("vit_base_patch16_224", {"norm_layer": "rmsnorm"}, "its blocks have norms other than"),
+        ("vit_tiny_r_s16_p8_224", {"img_size": 128}, "its first layer is a HybridEmbed, no convolution"),
+        ("vit_small_patch16_rope_mixed_224", {}, "its rotary positions are RotaryEmbeddingMixed"),
+        ("eva02_tiny_patch14_224", {"use_post_norm": True}, "its blocks are not timm's plain"),
+        ("VisionTransformer", {"pool_type": "avg"}, "its feature is pooled from all tokens"),
+        ("VisionTransformer", {"qk_norm": True}, "its blocks are CustomResidualAttentionBlocks"),
+        ("vit_base_patch32_siglip_256", {"timm_proj": "linear"}, "its vision tower has a head of its own: drop, proj"),
     ],
 )
-def test_what_the_compact_transformer_cannot_express(tmp_path, save, message):
-    library = "open_clip" if type(save(tmp_path)).__name__ == "CLIP" else "timm"
+def test_what_the_compact_transformer_cannot_express(tmp_path, monkeypatch, kind, options, message):
+    library = "open_clip" if kind == "VisionTransformer" or "timm_proj" in options else "timm"
+    if "timm_proj" in options:
+        small_trunks(monkeypatch)
+    name, _ = save(library, kind, tmp_path, **options)
     with pytest.raises(ValueError, match=f"not supported because {message}"):
-        load_source(f"{library}:local-dir:{tmp_path}")
+        load_source(name)
 
 
 @pytest.mark.parametrize(
@@ -295,13 +216,10 @@ def test_unknown_names(name, message):
 
 
 def test_tensors_that_do_not_fit_their_configuration_are_named(tmp_path):
-    timm_folder(tmp_path, "vit_base_patch16_224")
-    config, state = load_source(f"timm:local-dir:{tmp_path}")
+    config, state = load_source(save("timm", "vit_base_patch16_224", tmp_path)[0])
     state["blocks.1.mlp.fc1.weight"] = torch.zeros(3, 64)
     state["blocks.1.extra"] = torch.zeros(2)
     del state["norm.bias"]
-    from maskcf_fast.models import VisionTransformer
-
     message = r"(?s)missing ln_post\.bias \[64\].*unexpected blocks\.1\.extra \[2\].*blocks\.1\.fc\.weight is \[3, 64\]"
     with pytest.raises(ValueError, match=message):
         load_backbone(VisionTransformer(config), state)
@@ -314,8 +232,7 @@ def test_a_run_starts_from_a_named_model_and_is_rebuilt_from_its_own_file(tmp_pa
 
     source = tmp_path / "source"
     source.mkdir()
-    timm_folder(source, "vit_small_patch14_dinov2")
-    name = f"timm:local-dir:{source}"
+    name, _ = save("timm", "vit_small_patch14_dinov2", source)
     config = change(model={"name": name, "weights": None, "head_kind": "linear"}, optim={"epochs": 1, "lr": 1e-4})
     trainer = Trainer(config, quiet=True)
     student = trainer.method.student
@@ -343,8 +260,8 @@ def test_a_name_and_weights_exclude_each_other(change):
 def test_settings_are_checked_against_the_named_model(tmp_path, change):
     from maskcf_fast.training.trainer import Trainer
 
-    timm_folder(tmp_path, "vit_base_patch16_224")
-    config = change(model={"name": f"timm:local-dir:{tmp_path}", "weights": None}, method={"top_k": 17})
+    name, _ = save("timm", "vit_base_patch16_224", tmp_path)
+    config = change(model={"name": name, "weights": None}, method={"top_k": 17})
     with pytest.raises(ValueError, match="top_k=17 exceeds the 16 patches of timm:"):
         Trainer(config, quiet=True)
 
@@ -367,7 +284,7 @@ def test_a_timm_file_as_weights_of_a_preset_gives_no_head(tmp_path, change):
     """Its ``head.weight`` is the projection."""
     from maskcf_fast.training.build import build_model
 
-    timm_folder(tmp_path, "vit_base_patch16_clip_224", embed_dim=96, depth=4, num_classes=64)
+    save("timm", "vit_base_patch16_clip_224", tmp_path, embed_dim=96, depth=4, num_classes=64)
     config = change(model={"weights": tmp_path / "model.safetensors"}).model
     model = build_model(config, 64, seed=0)
     state = load_file(tmp_path / "model.safetensors")

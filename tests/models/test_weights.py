@@ -4,39 +4,19 @@ import argparse
 import dataclasses
 import io
 import json
-import re
 from dataclasses import replace
 
 import pytest
 import torch
+from families import randomise
 from safetensors.torch import save_file
 
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.core.tensors import save_tensors
 from maskcf_fast.models import Rotary, VisionTransformer, load_backbone, preset
-from maskcf_fast.models.naming import (
-    HF_CLIP,
-    HF_DINOV2,
-    HF_DINOV2_REGISTERS,
-    HF_DINOV3,
-    HF_SIGLIP,
-    HF_VIT,
-    OPEN_CLIP,
-    TIMM,
-    gated,
-    timm_naming,
-)
+from maskcf_fast.models.naming import OPEN_CLIP
 from maskcf_fast.models.sources import load_classifier, load_source
 from maskcf_fast.models.weights import architecture_metadata, read_architecture, read_state
-
-
-def randomise(model):
-    """Random everything: the libraries start biases at zero and norms at one, which would hide a mix-up."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-    return model.eval()
 
 
 def quantised(tensor):
@@ -72,54 +52,6 @@ def test_refusals(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="no complete safetensors file"):
         load_backbone(model, tmp_path / "cut.safetensors")
-
-
-NO_CLASS = {"class_token": False}
-DINO = {"output_dim": None, "pre_norm": False, "patch_bias": True, "layer_scale": True}
-
-
-@pytest.mark.parametrize(
-    ("layout", "changes"),
-    [
-        (OPEN_CLIP, {"layer_scale": True}),
-        (HF_CLIP, {}),
-        (HF_VIT, {"output_dim": None, "pre_norm": False, "patch_bias": True}),
-        (HF_DINOV2, {"output_dim": None, "pre_norm": False, "patch_bias": True, "layer_scale": True}),
-        (HF_SIGLIP, {"output_dim": None, "pre_norm": False, "patch_bias": True, "pool": "attention", **NO_CLASS}),
-        (TIMM, {"layer_scale": True, "patch_bias": True}),
-        (TIMM, {"output_dim": None, "pre_norm": False, "patch_bias": True, "pool": "attention", **NO_CLASS}),
-        (TIMM, {"registers": 3, "qk_norm": True, "projection_bias": True, "patch_bias": True}),
-        (
-            timm_naming(preset("tiny", qkv_bias="qv", mlp_norm=True, gated_mlp=True), eva=True),
-            {
-                "qkv_bias": "qv",
-                "gated_mlp": True,
-                "mlp_norm": True,
-                "attention_norm": True,
-                "layer_scale": True,
-                "patch_bias": True,
-            },
-        ),
-        (
-            timm_naming(preset("tiny", pool="mean", pool_norm=True), eva=True),
-            {"pool": "mean", "pool_norm": True, "qkv_bias": "none", "gated_mlp": True, "patch_bias": True},
-        ),
-        (HF_DINOV2_REGISTERS, {**DINO, "registers": 3}),
-        (gated(HF_DINOV2), {**DINO, "gated_mlp": True}),
-        (HF_DINOV3, {**DINO, "positions": "none", "registers": 2, "qkv_bias": "qv"}),
-        (gated(HF_DINOV3), {**DINO, "positions": "none", "registers": 2, "qkv_bias": "none", "gated_mlp": True}),
-    ],
-    ids=lambda value: getattr(value, "library", ""),
-)
-def test_names_and_shapes_there_and_back(layout, changes):
-    """Every tensor gets one of the library's names, and comes back as it was."""
-    state = randomise(VisionTransformer(preset("tiny", **changes))).state_dict()
-    theirs = layout.to_theirs(state)
-    known = [re.escape(name).replace(r"\#", r"\d+") + r"(\.weight|\.bias)?" for name in layout.names.values()]
-    assert all(any(re.fullmatch(pattern, name) for pattern in known) for name in theirs)
-    ours = layout.to_ours(theirs)
-    assert ours.keys() == state.keys()
-    assert all(torch.equal(ours[name], state[name]) for name in state)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""Small models of every family that the compact transformer takes, by the library that makes them, with random weights.
+"""Small models of other libraries with random weights: every family that the compact transformer takes, and any other.
 
-Each is saved as its library saves it, so that it is loaded by name. None of this uses the package's code.
+Each is saved as its library saves it, so that it is loaded by name. The models use none of the package's code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from maskcf_fast.models import VisionTransformer, load_backbone, load_source
 
 SIDE, PATCHES = 32, 16
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.45, 0.5)
@@ -43,7 +45,7 @@ class Family:
 
     def save(self, folder: Path) -> tuple[str, nn.Module]:
         """The name that it is loaded by, and the library's own module."""
-        return {"hf": _hugging_face, "timm": _timm, "open_clip": _open_clip}[self.library](self, folder)
+        return save(self.library, self.kind, folder, **self.options)
 
     def features(self, model: Any) -> Callable[[Tensor], Tensor]:
         """What the library computes of normalised pixels."""
@@ -77,58 +79,87 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _hugging_face(family: Family, folder: Path) -> tuple[str, nn.Module]:
+def module(library: str, kind: str, **options: Any) -> nn.Module:
+    """A small model as its library makes it, with the library's own random weights."""
+    return _MAKE[library](kind, options)[0]
+
+
+def save(library: str, kind: str, folder: Path, **options: Any) -> tuple[str, nn.Module]:
+    """A `module` with everything random, in ``folder`` as its library saves it; the name that it is loaded by first."""
+    model, config = _MAKE[library](kind, options)
+    randomise(model)
+    head = getattr(getattr(getattr(model, "visual", None), "trunk", model), "head", None)
+    if isinstance(head, nn.Linear) and "eva" not in kind:  # a projection, whose bias there is none of
+        nn.init.zeros_(head.bias)
+    pixels = {"mean": MEAN, "std": STD}
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if library == "hf":
+        model.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+        return f"hf:{folder}", model
+    if library == "timm":
+        config |= {"architecture": kind, "num_classes": model.num_classes, "pretrained_cfg": pixels}
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(state, folder / "model.safetensors")
+    else:
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": pixels}))
+        save_file(state, folder / "open_clip_model.safetensors")
+    return f"{library}:local-dir:{folder}", model
+
+
+def load(name: str, side: int | None = None) -> VisionTransformer:
+    """The compact transformer with the weights of the model of that name."""
+    config, state = load_source(name, side)
+    return load_backbone(VisionTransformer(config), state)
+
+
+def pixels(side: int = SIDE, count: int = 3, mean: Any = MEAN, std: Any = STD) -> tuple[Tensor, Tensor]:
+    """For ours, and normalised for theirs."""
+    images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
+    return images, (images - mean) / std
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    most = float(theirs.detach().abs().max())
+    torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-5, atol=1e-5 * most)
+
+
+def _hugging_face(kind: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import transformers
 
-    kind = getattr(transformers, family.kind)
+    made = getattr(transformers, kind)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8}
-    extra = {"add_pooling_layer": False} if family.kind in ("ViTModel", "IJepaModel") else {}
-    model = randomise(kind(kind.config_class(**{**sizes, **family.options}), **extra))
-    model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
-    return f"hf:{folder}", model
+    extra = {"add_pooling_layer": False} if kind in ("ViTModel", "DeiTModel", "IJepaModel") else {}
+    return made(made.config_class(**{**sizes, **options}), **extra), {}
 
 
-def _timm(family: Family, folder: Path) -> tuple[str, nn.Module]:
+def _timm(kind: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import timm
 
     sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 0}
-    args = {**sizes, **family.options}
-    model = randomise(timm.create_model(family.kind, **args))
-    if isinstance(model.head, nn.Linear) and "eva" not in family.kind:
-        nn.init.zeros_(model.head.bias)
-    pixels = {"mean": MEAN, "std": STD}
-    config = {
-        "architecture": family.kind,
-        "num_classes": model.num_classes,
-        "model_args": args,
-        "pretrained_cfg": pixels,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return f"timm:local-dir:{folder}", model
+    args = options if kind.startswith(("swin", "resnet")) else {**sizes, **options}
+    return timm.create_model(kind, **args), {"model_args": args}
 
 
-def _open_clip(family: Family, folder: Path) -> tuple[str, nn.Module]:
+def _open_clip(kind: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Its own vision transformer, or one of timm's, whose sizes are in their names (see `small_trunks`)."""
     import open_clip
 
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    if family.kind == "VisionTransformer":
-        vision = {"image_size": SIDE, "layers": 2, "width": 128, "head_width": 32, "patch_size": 8, **family.options}
-        quick = vision.pop("quick_gelu", False)
-        cfg = {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick}
-        model = randomise(open_clip.CLIP(**cfg))
-    else:
-        vision = {"image_size": SIDE, "timm_model_name": family.kind, "timm_pool": "map", "timm_proj": "none"}
-        cfg = {"embed_dim": 64, "vision_cfg": vision | family.options, "text_cfg": text, "custom_text": True}
-        model = randomise(open_clip.CustomTextCLIP(64, cfg["vision_cfg"], text))
-        if "_pe_" in family.kind:
-            nn.init.zeros_(model.visual.trunk.head.bias)
-    pixels = {"mean": MEAN, "std": STD}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": pixels}))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return f"open_clip:local-dir:{folder}", model
+    options = dict(options)
+    text = {"context_length": options.pop("context_length", 77), "vocab_size": 49408, "width": 32}
+    text |= {"heads": 2, "layers": 1}
+    if kind == "VisionTransformer":
+        vision = {"image_size": SIDE, "layers": 2, "width": 128, "head_width": 32, "patch_size": 8, **options}
+        cfg = {"quick_gelu": vision.pop("quick_gelu", False), "embed_dim": vision.pop("embed_dim", 48)}
+        cfg |= {"vision_cfg": vision, "text_cfg": text}
+        return open_clip.CLIP(**cfg), cfg
+    vision = {"image_size": SIDE, "timm_model_name": kind, "timm_pool": "map", "timm_proj": "none", **options}
+    cfg = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
+    return open_clip.CustomTextCLIP(64, vision, text), cfg
+
+
+_MAKE = {"hf": _hugging_face, "timm": _timm, "open_clip": _open_clip}
 
 
 def small_trunks(monkeypatch) -> None:
@@ -204,6 +235,7 @@ FAMILIES = [
     Family("SigLIP, SigLIP 2", "hf", "SiglipVisionModel", {"intermediate_size": 100}, GROWS),
     Family("SigLIP, SigLIP 2", "timm", "vit_base_patch16_siglip_224"),
     Family("SigLIP, SigLIP 2", "open_clip", "vit_base_patch32_siglip_256"),
+    Family("SigLIP, SigLIP 2", "open_clip", "vit_base_patch16_siglip_224"),
     Family("SigLIP so400m, heads of 72", "hf", "SiglipVisionModel",
            {"hidden_size": 144, "num_attention_heads": 2, "intermediate_size": 538}, GROWS),
     Family("SigLIP so400m, heads of 72", "timm", "vit_so400m_patch14_siglip_378", {"embed_dim": 144, "num_heads": 2}),

@@ -1,4 +1,4 @@
-"""Small models of other libraries with random weights, and their relevance from attention maps that are written out.
+"""The relevance of small models of other libraries from attention maps that are written out.
 
 The maps come from each library's own eager attention where it has one, else from a scaled-dot-product attention
 with the softmax written out, put in torch's place. None of it uses the package's code.
@@ -14,35 +14,28 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from families import PATCHES, SIDE, module
 from torch import Tensor, nn
 
-CLASSES, SIDE, PATCHES = 5, 32, 16
+CLASSES, LAYERS = 5, 3
+VISION = {
+    "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 48,
+    "image_size": SIDE, "patch_size": 8,
+}  # fmt: skip
 
 
 def timm_model(name: str, **options: Any) -> nn.Module:
-    import timm
-
-    sizes = dict(img_size=SIDE, patch_size=8, depth=3, embed_dim=32, num_heads=2, num_classes=CLASSES)
-    return timm.create_model(name, **{**sizes, **options})
+    return module("timm", name, **{"depth": LAYERS, "num_classes": CLASSES, **options})
 
 
 def torchvision_vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(SIDE, 8, 3, 2, 32, 64, num_classes=CLASSES)
-
-
-VISION = dict(
-    hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=SIDE, patch_size=8
-)
-TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=100)
+    return VisionTransformer(SIDE, 8, LAYERS, 2, 32, 64, num_classes=CLASSES)
 
 
 def hf_model(name: str, **options: Any) -> nn.Module:
-    import transformers
-
-    kind = getattr(transformers, name)
-    return kind(kind.config_class(**VISION, num_labels=CLASSES, **options))
+    return module("hf", name, **VISION, num_labels=CLASSES, **options)
 
 
 def hf_dual_model(name: str) -> nn.Module:
@@ -59,7 +52,7 @@ class TextScores(nn.Module):
         super().__init__()
         self.model = model
         ids = torch.randint(3, 90, (texts, 7), generator=torch.Generator().manual_seed(3))
-        ids[:, -1] = 99  # the end token
+        ids[:, -1] = 99  # the end token, as the largest
         self.ids = ids
 
 
@@ -75,22 +68,16 @@ class HuggingFaceScores(TextScores):
 
 
 def open_clip_model(**changes: Any) -> nn.Module:
-    import open_clip
-
-    vision = dict(image_size=SIDE, layers=3, width=64, head_width=32, patch_size=8, **changes)
-    text = dict(context_length=7, vocab_size=100, width=32, heads=2, layers=2)
-    return open_clip.CLIP(embed_dim=CLASSES, vision_cfg=vision, text_cfg=text)
+    sizes = {"layers": LAYERS, "width": 64, "embed_dim": CLASSES, "context_length": 7}
+    return module("open_clip", "VisionTransformer", **sizes, **changes)
 
 
 def hf_clip() -> nn.Module:
     import transformers
 
-    config = transformers.CLIPConfig(
-        vision_config=VISION,
-        text_config={**TEXT, "bos_token_id": 1, "eos_token_id": 99, "pad_token_id": 0},
-        projection_dim=16,
-    )
-    return transformers.CLIPModel(config)
+    text = {name: VISION[name] for name in ("hidden_size", "num_attention_heads", "intermediate_size")}
+    text |= {"num_hidden_layers": 2, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 99, "pad_token_id": 0}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16))
 
 
 @dataclass(frozen=True)
@@ -99,7 +86,6 @@ class Model:
     maps: str  # where the oracle's maps come from: timm, hf or sdpa
     prefix: int = 1
     start: str = "class"  # or distilled, patches, tokens, class+patches, attention
-    count: int = 3  # layers
 
 
 MODELS = {
@@ -153,7 +139,7 @@ def expected(name: str, model: nn.Module, images: Tensor, labels: Tensor, start_
     model = copy.deepcopy(model).requires_grad_(True)
     logits, maps = {"timm": timm_maps, "hf": hf_maps, "sdpa": sdpa_maps}[spec.maps](model, images)
     maps = [p for p in maps if p.shape[0] == len(images) and p.shape[-1] == PATCHES + spec.prefix]
-    assert len(maps) == spec.count + (spec.start == "attention")
+    assert len(maps) == LAYERS + (spec.start == "attention")
     score = logits[range(len(labels)), labels].sum()
     grads = torch.autograd.grad(score, maps)
     relevances = [(p * g).clamp(min=0).mean(dim=1) for p, g in zip(maps, grads, strict=True)]  # [N, T, T] each
@@ -179,10 +165,10 @@ def expected(name: str, model: nn.Module, images: Tensor, labels: Tensor, start_
 
 def timm_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     maps: list[Tensor] = []
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-            module.attn_drop.register_forward_pre_hook(lambda _, args: maps.append(args[0]))
+    for part in model.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False
+            part.attn_drop.register_forward_pre_hook(lambda _, args: maps.append(args[0]))
     return model(images), maps
 
 
@@ -192,7 +178,8 @@ def hf_maps(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     return out.logits, list(out.attentions)
 
 
-def sdpa_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+def sdpa_maps(model: Callable[[Tensor], Any], images: Tensor, hidden: Tensor | None = None) -> tuple[Any, list[Tensor]]:
+    """What the model returns, and its maps; the ``hidden`` patches, bool [N, L], are seen by no token."""
     maps: list[Tensor] = []
 
     def written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -201,6 +188,8 @@ def sdpa_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
             logits = logits + attn_mask if attn_mask.dtype != torch.bool else logits.masked_fill(~attn_mask, -torch.inf)
         if is_causal:
             logits = logits + torch.full(logits.shape[-2:], -torch.inf).triu(1)
+        if hidden is not None:
+            logits = logits.masked_fill(F.pad(hidden, (k.shape[2] - PATCHES, 0))[:, None, None, :], -torch.inf)
         maps.append(torch.softmax(logits, dim=-1))
         return maps[-1] @ v
 
