@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from families import save, with_text
 from PIL import Image
 
 from maskcf_fast.core.errors import UserError
@@ -15,7 +16,6 @@ from maskcf_fast.explain.__main__ import main
 from maskcf_fast.explain.gallery import _explain, draw_gallery
 from maskcf_fast.explain.models import explain
 from maskcf_fast.models.libraries import Classifier
-from maskcf_fast.models.sources import load_classifier
 
 # The package shares its name with the function `maskcf_fast.explain`, so modules in it are found by import only.
 gallery = sys.modules["maskcf_fast.explain.gallery"]
@@ -30,33 +30,6 @@ def images(tmp_path):
         Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"image{i}.{suffix}")
     (folder / "notes.txt").write_text("no image")
     return folder.parent
-
-
-def saved_hugging_face(folder, name, **options):
-    from transformers import CLIPImageProcessor, ViTImageProcessor
-
-    torch.manual_seed(0)
-    if name == "CLIPModel":
-        model = zoo.hf_clip()
-        processor = CLIPImageProcessor(size={"shortest_edge": zoo.SIDE}, crop_size=zoo.SIDE)
-        save_tokenizer(folder)
-    else:
-        model = zoo.hf_model(name, **options)
-        processor = ViTImageProcessor(size={"height": zoo.SIDE, "width": zoo.SIDE})
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return f"hf:{folder}"
-
-
-def save_tokenizer(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<start>": 1, "a": 2, "cat": 3, "dog": 4, "black": 5, "<end>": 99}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("<start> $A <end>", None, [("<start>", 1), ("<end>", 99)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
 
 
 def command(images, model, *options):
@@ -90,26 +63,13 @@ def test_random_weights(images, model, options, capsys):
     [
         ("ViTForImageClassification", []),
         ("Dinov2ForImageClassification", ["--label", "2"]),
-        ("CLIPModel", ["--prompts", "a cat", "a black dog"]),
+        ("CLIPModel", ["--prompts", "a cat", "a dog"]),
     ],
 )
 @pytest.mark.parametrize("pretrained", ["--pretrained", "--no-pretrained"])
 def test_hugging_face_folder(images, tmp_path, name, options, pretrained):
-    model = saved_hugging_face(tmp_path / "model", name)
-    assert command(images, model, *options, pretrained) == (0, PICTURES)
-
-
-def test_zero_shot_logits_are_the_librarys(tmp_path):
-    name = saved_hugging_face(tmp_path / "model", "CLIPModel")
-    loaded = load_classifier(name, pretrained=True, prompts=["a cat", "a black dog"], device=torch.device("cpu"))
-    from transformers import CLIPModel
-
-    model = CLIPModel.from_pretrained(tmp_path / "model").eval()
-    ids, mask = torch.tensor([[1, 2, 3, 99, 0], [1, 2, 5, 4, 99]]), torch.tensor([[1, 1, 1, 1, 0], [1] * 5])
-    pixels, _ = zoo.inputs()
-    with torch.no_grad():
-        truth = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits_per_image
-        assert torch.allclose(loaded.logits(pixels), truth, atol=1e-5)
+    made = with_text("CLIP", tmp_path) if name == "CLIPModel" else save("hf", name, tmp_path, num_labels=5)
+    assert command(images, made[0], *options, pretrained) == (0, PICTURES)
 
 
 def test_what_is_drawn(images):
@@ -191,8 +151,7 @@ def test_mistakes_are_one_message(images, capsys, model, options, message):
 
 
 def test_classifier_without_head_is_refused(images, tmp_path, capsys):
-    model = saved_hugging_face(tmp_path / "model", "CLIPModel")
-    assert command(images, model)[0] == 1
+    assert command(images, with_text("CLIP", tmp_path)[0])[0] == 1
     assert "no image classifier. For a CLIP-like model, give --prompts" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from maskcf_fast.explain import explain
 from maskcf_fast.methods import CounterfactualDistiller, MaskStrategy, paper_order_step, strategy_names
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, load_backbone, load_source
-from maskcf_fast.models.sources import load_text_tower
+from maskcf_fast.models.sources import load_classifier, load_text_tower
 from maskcf_fast.training.export import export_model
 
 open_clip = pytest.importorskip("open_clip")
@@ -137,13 +137,14 @@ WITH_TEXT = [f for f in FAMILIES if f.library == "open_clip" or f.kind in famili
 
 @pytest.mark.parametrize("family", WITH_TEXT, ids=lambda family: family.id)
 def test_zero_shot(family, tmp_path):
-    """The head that is made of the text tower gives the library's own logits; SigLIP's bias is the same for all."""
+    """The head that is made of the text tower gives the library's own logits, as does `explain`'s classifier."""
     images, normalised = pixels()
+    prompts = ["a photo of the cat <end>", "the dog <end>", "a bus <end>"]
     if family.library == "hf":
-        name, expected, prompts = families.with_text(family, tmp_path, normalised)
+        name, *model = families.with_text(families.WITH_TEXT[family.kind], tmp_path, **family.options)
+        expected = families.text_logits(*model, prompts, normalised)
     else:
         name, model = family.save(tmp_path)
-        prompts = ["a photo of a cat", "a photo of a dog", "a bus"]
         with torch.no_grad():
             text = model.encode_text(open_clip.get_tokenizer("ViT-B-32")(prompts), normalize=True)
             expected = model.logit_scale.exp() * model.encode_image(normalised, normalize=True) @ text.T
@@ -151,6 +152,8 @@ def test_zero_shot(family, tmp_path):
     student = ImageClassifier(load(name), CosineClassifier.from_text(tower.encode(prompts), tower.scale))
     assert expected.std(dim=1).min() > 1e-4
     assert_same(student(images), expected)
+    loaded = load_classifier(name, pretrained=True, prompts=prompts, device=torch.device("cpu"))
+    assert_same(loaded.logits(normalised), expected)
 
 
 def test_the_page_has_the_table_of_what_is_tested_here():

@@ -95,7 +95,7 @@ def save(library: str, kind: str, folder: Path, **options: Any) -> tuple[str, nn
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if library == "hf":
         model.save_pretrained(folder)
-        (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+        _save_preprocessor(folder)
         return f"hf:{folder}", model
     if library == "timm":
         config |= {"architecture": kind, "num_classes": model.num_classes, "pretrained_cfg": pixels}
@@ -183,39 +183,63 @@ WITH_TEXT = {
 }
 
 
-def with_text(family: Family, folder: Path, images: Tensor) -> tuple[str, Tensor, list[str]]:
-    """A family's whole model, of both towers: its name, its logits of normalised images, and for which prompts."""
+def with_text(kind: str, folder: Path, **options: Any) -> tuple[str, Any, Any]:
+    """Both towers of Hugging Face's CLIP, MetaClip2 or Siglip in ``folder``: its name, the model and its tokenizer."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<pad>", "<unk>", "<end>", "a", "photo", "of", "the", "cat", "dog", "bus"]
+    words = [
+        "<pad>",
+        "<unk>",
+        "<end>",
+        "a",
+        "photo",
+        "of",
+        "the",
+        "cat",
+        "dog",
+        "bus",
+        "great",
+        "tit",
+        "zebra",
+        "at",
+        "night",
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
     whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     whole.save_pretrained(folder)
-    kind = WITH_TEXT[family.kind]
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {**sizes, "intermediate_size": 64, "vocab_size": 16, "max_position_embeddings": 9}
     text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    vision = {**sizes, "image_size": SIDE, "patch_size": 8, **family.options}
+    vision = {**sizes, "image_size": SIDE, "patch_size": 8, **options}
     text |= {"hidden_size": vision["hidden_size"], "projection_size": vision["hidden_size"]} if kind == "Siglip" else {}
-    width = {} if kind == "Siglip" else {"projection_dim": vision.pop("projection_dim")}
+    width = {} if kind == "Siglip" else {"projection_dim": vision.pop("projection_dim", 48)}
     config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision, **width)
     model: Any = randomise(getattr(transformers, f"{kind}Model")(config))
     with torch.no_grad():
         model.logit_scale.fill_(3.0)
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
-    prompts = ["a photo of the cat <end>", "the dog <end>", "a bus <end>"]
+    _save_preprocessor(folder)
     whole.model_max_length = 9
-    tokens = whole(prompts, padding="max_length" if kind == "Siglip" else True, return_tensors="pt")
-    given = {"input_ids": tokens["input_ids"]} | (
-        {} if kind == "Siglip" else {"attention_mask": tokens["attention_mask"]}
-    )
+    return f"hf:{folder}", model, whole
+
+
+def text_logits(model: Any, tokenizer: Any, prompts: list[str], images: Tensor) -> Tensor:
+    """The logits of a model of `with_text`, of normalised images; without SigLIP's bias, the same for all prompts."""
+    siglip = model.config.model_type == "siglip"  # trained on the padding as well: without a mask
+    tokens = tokenizer(prompts, padding="max_length" if siglip else True, return_tensors="pt")
+    given = {name: tokens[name] for name in ("input_ids", *([] if siglip else ["attention_mask"]))}
     with torch.no_grad():
-        logits = model(pixel_values=images, **given).logits_per_image
-    return f"hf:{folder}", logits - getattr(model, "logit_bias", 0), prompts
+        return model(pixel_values=images, **given).logits_per_image - getattr(model, "logit_bias", 0)
+
+
+def _save_preprocessor(folder: Path) -> None:
+    crop = {"height": SIDE, "width": SIDE}
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": SIDE}, "crop_size": crop}
+    pixels = {"image_mean": MEAN, "image_std": STD}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | pixels))
 
 
 GROWS = {"interpolate_pos_encoding": True}
