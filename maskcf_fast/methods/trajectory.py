@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any, Literal
 
@@ -33,19 +32,30 @@ class RunningAverage:
     """
 
     def __init__(self, target: nn.Module, source: nn.Module, weights: Average, total_steps: int) -> None:
-        self.target, self.source = target, source
-        if weights == "beta":
-            density = [1 / math.sqrt((t + 0.5) * (total_steps + 0.5 - t)) for t in range(total_steps + 1)]
-            self.rates = [w / below for w, below in zip(density, itertools.accumulate(density), strict=True)]
-        else:
-            self.rates = [1 - weights] * (total_steps + 1)
+        self.target, self.source, self.weights, self.total_steps = target, source, weights, total_steps
+        self._ours = target.state_dict(keep_vars=True)
+        self._theirs = source.state_dict(keep_vars=True)  # the tensors themselves, as above
+        self._counted, self._sum = 0, 0.0  # the densities of so many models, from the initial one
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the model after ``step``, from 1 to the last. Parameters may be divided among processes (FSDP)."""
-        old, new = self.target.state_dict(), merged_state(self.source)  # FSDP's parameters in their divided form
-        ours = [_local(tensor) for tensor in old.values()]
-        torch._foreach_lerp_(ours, [_local(new[name]) for name in old], self.rates[step])
+        merged = self._theirs.keys() == self._ours.keys()  # else there are adapters
+        theirs = self._theirs if merged else merged_state(self.source)
+        ours = [_local(tensor) for tensor in self._ours.values()]  # FSDP's parameters in their divided form
+        torch._foreach_lerp_(ours, [_local(theirs[name]) for name in self._ours], self._rate(step))
+
+    def _rate(self, step: int) -> float:
+        """How far to go to the model after this step."""
+        if self.weights != "beta":
+            return 1 - self.weights
+        for t in range(self._counted, step + 1):  # all of them where a run is continued
+            self._sum += self._density(t)
+        self._counted = step + 1
+        return self._density(step) / self._sum
+
+    def _density(self, t: int) -> float:
+        return 1 / math.sqrt((t + 0.5) * (self.total_steps + 0.5 - t))
 
 
 def _local(tensor: Any) -> Tensor:

@@ -106,7 +106,7 @@ def update_checkpoint(run: Path, step: int, values: dict[str, Any], processes: P
 def remove_old(run: Path, keep: int) -> None:
     """Remove what is older than the newest ``keep`` checkpoints, and what was never finished."""
     kept = checkpoints(run)[:keep]
-    for folder in (run / "checkpoints").glob("*"):
+    for folder in (run / "checkpoints").glob("step-*"):
         if folder not in kept:
             with suppress(FileNotFoundError):
                 (folder / STATE).unlink()  # first, so that no reader takes the rest for complete

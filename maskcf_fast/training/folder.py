@@ -28,9 +28,13 @@ def prepare(folder: Path, resume: Path | None) -> bool:
         resume: As in the settings; `AUTO` goes on where there is something to go on with.
 
     Raises:
-        ValueError: It is to begin, and there is a run of at least one step, or files that are no run's.
+        ValueError: It is to begin, and there is a run of at least one step, or files that are no run's; or a file lies
+            where a folder must be.
     """
     check_writable(folder)
+    kept = folder / "checkpoints"
+    if files := [path for path in (kept, *kept.glob("step-*")) if path.is_file()]:
+        raise UserError(f"{files[0]} is a file where a run has a folder: remove it, or choose another --out")
     trained = any(path.name != "step-0" for path in checkpoints(folder))
     if resume == AUTO:
         if trained:

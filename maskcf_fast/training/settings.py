@@ -27,6 +27,7 @@ from ..methods.trajectory import Average, check_average
 from ..models import Shape, preset
 from ..models.weights import read_metadata
 
+MOST_STEPS = 2**24  # that AdamW counts: in float32
 NONE = {"null": "None", "~": "None", "": "None"}  # what YAML's words are on the command line
 BOOL = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
 
@@ -177,6 +178,19 @@ class OptimConfig:
     layer_decay: float = 1.0
     """The learning rate's factor from a block to the one before it, such as 0.75; 1: the same everywhere."""
 
+    def total_steps(self, per_epoch: int) -> int:
+        """How many steps all epochs have, if AdamW can count them.
+
+        Raises:
+            ValueError: There are too many.
+        """
+        if (steps := self.epochs * per_epoch) > MOST_STEPS:
+            raise UserError(
+                f"optim.epochs={self.epochs} of {per_epoch} steps are more than the {MOST_STEPS:,} that AdamW counts: "
+                "lower --optim.epochs, or raise --optim.batch-size"
+            )
+        return steps
+
     def validate(self, method: str) -> None:
         """Check what is trained.
 
@@ -184,6 +198,7 @@ class OptimConfig:
             ValueError: A setting is out of its range, or makes no sense with another or with the method.
         """
         lora, decay = self.lora_rank, self.layer_decay
+        self.total_steps(1)
         check_average("optim.ema_student", self.ema_student)
         if lora < 0:
             raise UserError(f"optim.lora_rank must not be negative, got {lora}")
@@ -509,7 +524,9 @@ def parse(arguments: Sequence[str] | None = None, *, name: str = "train") -> Tra
         folder = Path(own[own.index("--resume") + 1]).expanduser()
         source = folder / "config.yaml"
         if not source.is_file():
-            raise FileNotFoundError(f"{folder} is no run to resume: it has no config.yaml")
+            run = next((above for above in folder.parents if (above / "config.yaml").is_file()), None)
+            remedy = f"take --resume {run}" if run else "give the folder that a run's --out was"
+            raise FileNotFoundError(f"{folder} is no run to resume, it has no config.yaml: {remedy}")
     read = _without_replaced_cuts(yaml_arguments(source), own) if source else []
     listed = "\n".join(f"  {name}: {entry.about}" for name, entry in METHODS.items())
     config = read_settings(
@@ -520,6 +537,10 @@ def parse(arguments: Sequence[str] | None = None, *, name: str = "train") -> Tra
         config=(tyro.conf.FlagConversionOff,),
         description=f"{DESCRIPTION}\n\nMethods:\n{listed}\n\nStrategies: {', '.join(strategy_names())}",
     )
+    if "--resume" not in own and str(config.resume or "auto") != "auto":
+        raise UserError(
+            f"{source}: resume: {config.resume} is for the command line: --resume {config.resume} (or auto)"
+        )
     method = METHODS[config.method.name]
     read_by_it = {"name", *method.reads, *(OF_MASKS if method.masks else ())}
     for option in own:

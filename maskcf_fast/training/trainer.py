@@ -136,7 +136,7 @@ class Trainer:
         else:
             broadcast_state(self.method, self.processes)
         self.steps_per_epoch = -(-len(self.loader) // config.optim.accumulate)
-        self.total_steps = self.steps_per_epoch * config.optim.epochs
+        self.total_steps = config.optim.total_steps(self.steps_per_epoch)
         captured = self.graphed and not config.optim.cycle_beta1
         self.optimizer, self.schedule = build_optimizer(
             config.optim, self.method, self.total_steps, captured_on=device if captured else None

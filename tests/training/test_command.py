@@ -186,7 +186,30 @@ def test_folders_that_do_not_fit(config, image_folders, tmp_path, capsys):
             "method.temperature must be positive",
         ),
         (["--data.train", "{train}", "--seed", str(2**31)], f"seed must be at most {2**31 - 1}, got {2**31}"),
-        (["--resume", "/absent"], "/absent is no run to resume"),
+        (
+            ["--data.train", "{train}", "--optim.epochs", str(10**13)],
+            "more than the 16,777,216 that AdamW counts: lower",
+        ),
+        (
+            [
+                "--data.train",
+                "{train}",
+                "--model.weights",
+                "{weights}",
+                "--model.arch",
+                "tiny",
+                "--optim.batch-size",
+                "6",
+                "--optim.epochs",
+                str(2**24),
+            ],
+            "raise --optim.batch-size",
+        ),
+        (
+            ["--resume", "/absent"],
+            "/absent is no run to resume, it has no config.yaml: give the folder that a run's --out",
+        ),
+        (["--config", "{resuming}", "--data.train", "{train}"], "is for the command line: --resume /absent (or auto)"),
         (["--resume", "/absent", "--resume=/other"], "--resume is given 2 times"),
         (["--config", "ft", "--config", "lp"], "--config is given 2 times"),
         (["--resume", "/absent", "--config", "ft"], "no --config, no --out"),
@@ -228,7 +251,9 @@ def test_folders_that_do_not_fit(config, image_folders, tmp_path, capsys):
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="one case asks for a GPU that is not there")
 def test_bad_settings(line, words, image_folders, weights, tmp_path, capsys):
-    line = [part.format(train=image_folders["train"], weights=weights) for part in line]
+    resuming = tmp_path / "resuming.yaml"
+    resuming.write_text("resume: /absent")
+    line = [part.format(train=image_folders["train"], weights=weights, resuming=resuming) for part in line]
     if "--resume" not in line:
         line += ["--out", str(tmp_path / "run")]
     assert main(line) == 1

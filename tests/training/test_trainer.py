@@ -21,6 +21,7 @@ from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import trainer as trainer_module
 from maskcf_fast.training.build import build_method, scan
 from maskcf_fast.training.checkpoint import ALONE, save_checkpoint
+from maskcf_fast.training.folder import AUTO, clean, prepare
 from maskcf_fast.training.runs import read_run
 from maskcf_fast.training.settings import DataConfig, MethodConfig
 
@@ -292,6 +293,23 @@ def test_ruined_weights_are_not_saved(change, monkeypatch):
         trainer.run()
     assert values(config.out)["step"] == 0
     assert not (config.out / "model.safetensors").exists()
+
+
+def test_a_file_in_place_of_a_folder_of_checkpoints(tmp_path):
+    for place in ("whole/checkpoints", "one/checkpoints/step-4"):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True)
+        path.touch()
+        with pytest.raises(ValueError, match=f"{path} is a file where a run has a folder: remove it"):
+            prepare(tmp_path / Path(place).parts[0], AUTO)
+
+
+def test_what_a_user_copies_beside_the_checkpoints_stays(tmp_path):
+    for name in ("step-3", "step-6", "my-best", "step-9"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.json").touch()
+    clean(tmp_path, keep=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["my-best", "step-9"]
 
 
 def test_out_never_overwrites(change, weights, image_folders, tmp_path):
