@@ -33,17 +33,15 @@ class RunningAverage:
 
     def __init__(self, target: nn.Module, source: nn.Module, weights: Average, total_steps: int) -> None:
         self.target, self.source, self.weights, self.total_steps = target, source, weights, total_steps
-        self._ours = target.state_dict(keep_vars=True)
-        self._theirs = source.state_dict(keep_vars=True)  # the tensors themselves, as above
         self._counted, self._sum = 0, 0.0  # the densities of so many models, from the initial one
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the model after ``step``, from 1 to the last. Parameters may be divided among processes (FSDP)."""
-        merged = self._theirs.keys() == self._ours.keys()  # else there are adapters
-        theirs = self._theirs if merged else merged_state(self.source)
-        ours = [_local(tensor) for tensor in self._ours.values()]  # FSDP's parameters in their divided form
-        torch._foreach_lerp_(ours, [_local(theirs[name]) for name in self._ours], self._rate(step))
+        # Asked for anew each time: FSDP exchanges its tensors, and adapters have to be merged.
+        old, new = self.target.state_dict(), merged_state(self.source)
+        ours = [_local(tensor) for tensor in old.values()]
+        torch._foreach_lerp_(ours, [_local(new[name]) for name in old], self._rate(step))
 
     def _rate(self, step: int) -> float:
         """How far to go to the model after this step."""
