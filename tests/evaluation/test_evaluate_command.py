@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from coloured import write_shards
+from runs import metrics
 from safetensors.torch import load_file
 
 from maskcf_fast.core.tensors import save_tensors
@@ -55,9 +56,8 @@ def call(tmp_path, capsys):
 
 def logged(run, step):
     """Accuracies that the trainer measured, by test set."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = [line for line in lines if "accuracy/id" in line]
-    return {name: found[step][f"accuracy/{name}"] for name in ("id", "ood")}
+    found = metrics(run, "accuracy/id")[step]
+    return {name: found[f"accuracy/{name}"] for name in ("id", "ood")}
 
 
 def test_a_run_with_its_wise_ft_curve(runs, call, tmp_path):

@@ -5,20 +5,21 @@ written out. It shares with the package the selection of patches and the fill's 
 """
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from families import MEAN, PATCHES, SIDE, STD, pixels, save
+from runs import after_dying
 from safetensors.torch import load_file
+from students import moved, own_methods
 from zoo import sdpa_maps
 
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.explain.backbone import LibraryBackbone
 from maskcf_fast.methods import CounterfactualDistiller, MaskStrategy, strategy_names
-from maskcf_fast.methods.registry import METHODS, build_method
-from maskcf_fast.models import CosineClassifier, ImageClassifier, LinearClassifier
+from maskcf_fast.methods.registry import build_method
+from maskcf_fast.models import ImageClassifier, LinearClassifier
 from maskcf_fast.training.build import build_model
 from maskcf_fast.training.export import export_model
 from maskcf_fast.training.runs import read_run
@@ -71,13 +72,8 @@ def paper(student, teacher, strategy, images, labels, draw, prefix, reads):
 
 def prepared(folder, key):
     name, options, *known = MODELS[key]
-    backbone = LibraryBackbone(save("timm", name, folder, **SMALL, **options)[0])
-    student = ImageClassifier(backbone, CosineClassifier(backbone.config.feature_dim, 5))
-    teacher = copy.deepcopy(backbone)
-    with torch.no_grad():
-        for p in student.parameters():
-            p.add_(torch.randn_like(p) * 0.02)
-    return student, teacher, *known
+    student, teacher = moved(LibraryBackbone(save("timm", name, folder, **SMALL, **options)[0]))
+    return student, teacher.backbone, *known
 
 
 @pytest.mark.parametrize("key", MODELS)
@@ -121,8 +117,7 @@ def test_every_method_takes_it(tmp_path):
     student, *_ = prepared(tmp_path, "relu")
     settings = {"strategy": "object-single", "weight": 1.0, "temperature": 2.0, "cam_target": "logprob"}
     images, labels = torch.rand(3, 3, SIDE, SIDE), torch.tensor([0, 3, 4])
-    # A benchmark's own method, which another test may have registered, needs that benchmark's images.
-    for name in [name for name, entry in METHODS.items() if entry.build.__module__.startswith("maskcf_fast.")]:
+    for name in own_methods():
         method = build_method(name, copy.deepcopy(student), settings).train()
         out = method.backward(images, labels, generator=torch.Generator().manual_seed(0))
         assert out.loss.isfinite()
@@ -143,14 +138,7 @@ def test_a_run_from_start_to_export(tmp_path, change, capsys, asked):
     assert ("its activation is ReLU" in said and "pixels are refilled" in said) == (not asked)
     whole = load_file(tmp_path / "whole" / "model.safetensors")
 
-    halved = Trainer(replace(config, out=tmp_path / "half"), quiet=True)
-    halved._save()
-    for _ in range(1):
-        halved._train_epoch()
-        halved._save()
-    halved.loader.close()
-    halved._lock.release()
-    Trainer(replace(config, out=tmp_path / "half", resume=tmp_path / "half"), quiet=True).run()
+    after_dying(config, tmp_path / "half", step=5).run()
     again = load_file(tmp_path / "half" / "model.safetensors")
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[key], again[key]) for key in whole)

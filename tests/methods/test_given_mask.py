@@ -1,13 +1,12 @@
 """Steps with a mask that is given: the same function, without the map."""
 
-import copy
-
 import pytest
 import torch
+from students import moved
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskcf_fast.methods import CounterfactualDistiller
-from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
+from maskcf_fast.models import VisionTransformer, VisionTransformerConfig
 
 CONFIG = VisionTransformerConfig(32, 4, 64, 4, 4, 48)
 OPTIONS = {
@@ -26,13 +25,7 @@ def batch():
 
 
 def make(name, **options):
-    """A method whose student has moved away from its teacher."""
-    torch.manual_seed(1)
-    student = ImageClassifier(VisionTransformer(CONFIG), CosineClassifier(48, 10))
-    teacher = copy.deepcopy(student)
-    with torch.no_grad():
-        for p in student.parameters():
-            p.add_(torch.randn_like(p) * 0.02)
+    student, teacher = moved(VisionTransformer(CONFIG), classes=10)
     with_head = "temperature" in options or "cam_source" in options
     return CounterfactualDistiller(student, teacher if with_head else teacher.backbone, name, **options)
 

@@ -1,12 +1,13 @@
 """The methods beside the counterfactual one, their options, and models made by averaging."""
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import after_dying
+from students import moved
 
 from maskcf_fast.methods import (
     L2SP,
@@ -18,7 +19,6 @@ from maskcf_fast.methods import (
     model_stock,
 )
 from maskcf_fast.methods.trajectory import RunningAverage
-from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.ops import refill_patches
 from maskcf_fast.training.runs import read_run
 from maskcf_fast.training.trainer import Trainer
@@ -29,14 +29,7 @@ WEIGHT = 3.0
 @pytest.fixture
 def pair():
     """A student that has moved away from its teacher, and images with labels."""
-    torch.manual_seed(0)
-    teacher = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 5))
-    student = copy.deepcopy(teacher)
-    with torch.no_grad():
-        for p in student.parameters():
-            p.add_(0.02 * torch.randn_like(p))
-    size = teacher.backbone.config.image_size
-    return student, teacher, torch.rand(4, 3, size, size), torch.tensor([0, 3, 1, 4])
+    return *moved(), torch.rand(4, 3, 32, 32), torch.tensor([0, 3, 1, 4])
 
 
 def test_l2sp_pulls_every_weight_to_its_start(pair):
@@ -47,10 +40,10 @@ def test_l2sp_pulls_every_weight_to_its_start(pair):
         for p in student.parameters():
             p.add_(0.01 * torch.randn_like(p))
     out = method.backward(images, labels)
-    moved = [p.detach() - q for p, q in zip(student.parameters(), start, strict=True)]
-    torch.testing.assert_close(out.distill, 0.5 * sum((d**2).sum() for d in moved), rtol=1e-5, atol=0)
+    apart = [p.detach() - q for p, q in zip(student.parameters(), start, strict=True)]
+    torch.testing.assert_close(out.distill, 0.5 * sum((d**2).sum() for d in apart), rtol=1e-5, atol=0)
     task = torch.autograd.grad(F.cross_entropy(student(images), labels), list(student.parameters()))
-    for p, g, d in zip(student.parameters(), task, moved, strict=True):
+    for p, g, d in zip(student.parameters(), task, apart, strict=True):
         torch.testing.assert_close(p.grad, g + WEIGHT * d, rtol=1e-4, atol=1e-5)
 
 
@@ -172,11 +165,7 @@ def test_averages_of_the_run_are_resumed_exactly(change, tmp_path, decay):
     whole = Trainer(config, quiet=True)
     first = copy.deepcopy(whole.method.teacher.state_dict())
     expected = whole.run()
-    parts = Trainer(replace(config, out=tmp_path / "parts"), quiet=True)
-    parts._train_epoch()
-    parts._save()
-    parts.log.close()
-    resumed = Trainer(replace(config, out=tmp_path / "parts", resume=tmp_path / "parts"), quiet=True)
+    resumed = after_dying(config, tmp_path / "parts", step=5)
     assert resumed.run() == expected
     for kind in ("teacher", "average", "student"):
         end, again = (getattr(trainer.method, kind).state_dict() for trainer in (whole, resumed))

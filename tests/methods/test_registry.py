@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from students import own_methods
 
 from maskcf_fast.methods import METHODS, Method, build_method, register
 from maskcf_fast.methods.losses import step_output, task_loss
@@ -76,10 +77,7 @@ def test_an_option_without_effect_is_refused(options):
     parse(options.split()[:-2] if "=" not in options else options.split()[:-1])
 
 
-OWN = [name for name, entry in METHODS.items() if entry.build.__module__.startswith("maskcf_fast.")]
-
-
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", own_methods())
 def test_every_method_takes_the_settings_that_it_reads(name):
     """And has its own defaults for those that are not given."""
     student = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 3))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from students import moved
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskcf_fast.core.errors import UserError
@@ -18,6 +19,7 @@ from maskcf_fast.methods import (
     paper_order_step,
     strategy_names,
 )
+from maskcf_fast.methods.fills import REGIONS
 from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.methods.losses import task_loss
 from maskcf_fast.methods.paper_order import paper_cam
@@ -49,15 +51,11 @@ SIZES = {
 
 def make(config, seed=0, batch=6, classes=10):
     """A student that has moved away from its teacher, and a batch."""
-    torch.manual_seed(seed)
-    student = ImageClassifier(VisionTransformer(config), CosineClassifier(config.feature_dim, classes))
-    teacher = copy.deepcopy(student.backbone)
+    student, teacher = moved(VisionTransformer(config), classes, seed)
     with torch.no_grad():
         student.head.weight.mul_(10)
-        for p in student.parameters():
-            p.add_(torch.randn_like(p) * 0.02)
     images = torch.rand(batch, 3, config.image_size, config.image_size)
-    return student, teacher, images, torch.randint(classes, (batch,))
+    return student, teacher.backbone, images, torch.randint(classes, (batch,))
 
 
 def gradients(loss, student):
@@ -399,9 +397,10 @@ def test_a_step_reads_nothing_back_from_the_device(name, size):
     assert all(p.grad is not None for p in student.parameters())
 
 
-@pytest.mark.parametrize("name", strategy_names())
-def test_draws_follow_the_strategy(name):
-    strategy = MaskStrategy.from_name(name)
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize("fill", ["single", "multi", "none"])
+def test_draws_follow_the_strategy(region, fill):
+    strategy = MaskStrategy.from_name(f"{region}-{fill}")
     draw = strategy.draw(400, 49, generator=torch.Generator().manual_seed(0))
     shape = {"single": (400,), "multi": (400, 49), "none": None}[strategy.fill]
     assert (None if draw.donors is None else tuple(draw.donors.shape)) == shape

@@ -3,11 +3,11 @@
 `benchmarks.report` runs this for its device before it times anything.
 """
 
-import copy
 from contextlib import contextmanager
 
 import pytest
 import torch
+from students import moved
 
 from maskcf_fast.methods import (
     CounterfactualDistiller,
@@ -20,7 +20,6 @@ from maskcf_fast.methods import (
 )
 from maskcf_fast.methods.losses import task_loss
 from maskcf_fast.methods.paper_order import plain_forward
-from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training import speed
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -36,12 +35,8 @@ class Step:
     """A student, its teacher and a batch on a device; gradients of a step in any order."""
 
     def __init__(self, device, name):
-        torch.manual_seed(0)
-        student = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 10))
-        self.teacher = copy.deepcopy(student.backbone).to(device)
-        with torch.no_grad():
-            for p in student.parameters():
-                p.add_(torch.randn_like(p) * 0.02)
+        student, teacher = moved(classes=10)
+        self.teacher = teacher.backbone.to(device)
         self.student, self.name, self.device = student.to(device), name, torch.device(device)
         self.images = torch.rand(8, 3, 32, 32, device=device)
         self.labels = torch.randint(10, (8,), device=device)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, PATCHES, assert_same, load, pixels
 from safetensors.torch import load_file
+from students import moved
 
 from maskcf_fast.explain import explain
 from maskcf_fast.methods import CounterfactualDistiller, MaskStrategy, paper_order_step, strategy_names
@@ -57,12 +58,8 @@ def test_in_at_another_image_size(family, tmp_path, side):
 def test_step(family, tmp_path):
     """The fast step is the paper's, by all strategies; by two, where another library's model is alike."""
     name, _ = family.save(tmp_path)
-    backbone = load(name)
-    student = ImageClassifier(backbone, CosineClassifier(backbone.config.feature_dim, 5))
-    teacher = copy.deepcopy(backbone)
-    with torch.no_grad():
-        for p in student.parameters():
-            p.add_(torch.randn_like(p) * 0.02)
+    student, teacher = moved(load(name))
+    teacher = teacher.backbone
     images, labels = pixels()[0], torch.tensor([0, 3, 4])
     first = next(other for other in FAMILIES if other.title == family.title) is family
     for strategy in map(MaskStrategy.from_name, strategy_names() if first else ["object-single", "context-none"]):

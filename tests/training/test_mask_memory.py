@@ -2,14 +2,13 @@
 
 import copy
 import io
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from saved import rewrite, tensors
+from runs import after_dying, metrics, rewrite, tensors
 
 from maskcf_fast.core.processes import Processes
 from maskcf_fast.data import Batch
@@ -33,8 +32,7 @@ def every(change):
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [[line[name] for name in ("step", "loss", "task", "distill")] for line in lines if "loss" in line]
+    return [[line[name] for name in ("step", "loss", "task", "distill")] for line in metrics(folder, "loss")]
 
 
 def spied(run, monkeypatch):
@@ -124,18 +122,7 @@ def test_resume_is_exact(every, tmp_path, monkeypatch, backend, died_at):
     config = every(2, data={"backend": backend}, checkpoint_every=1)
     whole = Trainer(replace(config, out=tmp_path / "whole"), quiet=True)
     expected = whole.run()
-    broken = Trainer(replace(config, out=tmp_path / "broken"), quiet=True)
-    real = broken._optimizer_step
-
-    def dying(micro):
-        if broken.step == died_at:
-            raise KeyboardInterrupt
-        real(micro)
-
-    monkeypatch.setattr(broken, "_optimizer_step", dying)
-    with pytest.raises(KeyboardInterrupt):
-        broken.run()
-    resumed = Trainer(replace(config, out=None, resume=tmp_path / "broken"), quiet=True)
+    resumed = after_dying(config, tmp_path / "broken", died_at)
     assert resumed.step == died_at
     steps = spied(resumed, monkeypatch)
     assert resumed.run() == expected

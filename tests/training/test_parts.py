@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import after_dying
 
 from maskcf_fast.data.mixing import Mixup
 from maskcf_fast.methods import CounterfactualDistiller, FineTuning
@@ -75,11 +76,7 @@ def test_only_what_is_chosen_moves(change, tmp_path, optim, moves):
     moved = {name for name in saved if not torch.equal(saved[name], before[name])}
     assert moved == {name for name in saved if moves(name) or name.startswith("head.")}
     assert saved.keys() == run.initial().state_dict().keys()
-    parts = Trainer(replace(config, out=tmp_path / "parts"), quiet=True)
-    parts._train_epoch()
-    parts._save()
-    parts.log.close()
-    resumed = Trainer(replace(config, out=tmp_path / "parts", resume=tmp_path / "parts"), quiet=True)
+    resumed = after_dying(config, tmp_path / "parts", step=5)
     assert resumed.run() == expected
     again = read_run(tmp_path / "parts", "final").tuned().state_dict()
     assert all(torch.equal(saved[name], again[name]) for name in saved)

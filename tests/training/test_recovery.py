@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from saved import values
+from runs import metrics, values
 
 from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import trainer as trainer_module
@@ -56,8 +56,7 @@ def test_bad_steps_are_skipped_and_written_down(change):
         same = all(map(torch.equal, before[n], before[n + 1]))
         assert same == (n in (3, 7)), n
     assert values(trainer.folder)["skipped"] == 2
-    logged = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(math.isfinite(line["loss"]) for line in logged if "loss" in line)
+    assert all(math.isfinite(line["loss"]) for line in metrics(trainer.folder, "loss"))
 
 
 def test_no_more_than_some_are_skipped(change, monkeypatch):

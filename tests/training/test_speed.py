@@ -1,7 +1,6 @@
 """Options for speed and memory change no result."""
 
 import ast
-import copy
 import inspect
 import textwrap
 from collections import Counter
@@ -12,10 +11,10 @@ from shutil import copytree
 
 import pytest
 import torch
-from saved import tensors
+from runs import tensors
+from students import moved
 
 from maskcf_fast.methods import CounterfactualDistiller
-from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer
 from maskcf_fast.training import Trainer, speed, trainer
 from maskcf_fast.training.finite import FiniteWatch
 from maskcf_fast.training.speed import GraphedBackward, compile_pointwise, why_no_graph
@@ -26,13 +25,8 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 @pytest.fixture
 def method():
-    torch.manual_seed(0)
-    student = ImageClassifier(VisionTransformer("tiny"), CosineClassifier(64, 5))
-    method = CounterfactualDistiller(student, copy.deepcopy(student.backbone), "object-single")
-    with torch.no_grad():
-        for p in student.parameters():
-            p.add_(torch.randn_like(p) * 0.02)
-    return method
+    student, teacher = moved()
+    return CounterfactualDistiller(student, teacher.backbone, "object-single")
 
 
 def step(method):

@@ -1,5 +1,4 @@
 import errno
-import json
 import math
 import os
 import shutil
@@ -10,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import after_dying, metrics, rewrite, tensors, values
 from safetensors.torch import load_file, save_file
-from saved import rewrite, tensors, values
 
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.core.processes import Processes
@@ -26,26 +25,6 @@ from maskcf_fast.training.runs import read_run
 from maskcf_fast.training.settings import DataConfig, MethodConfig
 
 METHODS = [{"name": n} for n in ("ft", "lp", "fd", "kd")] + [{"strategy": name} for name in strategy_names()]
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(monkeypatch, trainer, step):
-    """Let the run die in the middle of a step, as if the machine had."""
-    real = trainer._optimizer_step
-
-    def dying(micro):
-        if trainer.step == step:
-            raise Stop
-        real(micro)
-
-    monkeypatch.setattr(trainer, "_optimizer_step", dying)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.get("name") or m["strategy"])
@@ -77,7 +56,7 @@ def test_it_learns(change):
     ids=["object-single", "random-multi, augmented", "context-none, accumulated"],
 )
 @pytest.mark.parametrize("died_at", [3, 5, 9])
-def test_resume_is_exact(change, tmp_path, monkeypatch, backend, changes, died_at):
+def test_resume_is_exact(change, tmp_path, backend, changes, died_at):
     """Weights, optimiser, metrics and results equal the uninterrupted run's bit for bit."""
     changes = {**changes, "data": {"backend": backend, **changes.get("data", {})}}
     config = replace(change(**changes), checkpoint_every=2, log_every=2)
@@ -85,11 +64,7 @@ def test_resume_is_exact(change, tmp_path, monkeypatch, backend, changes, died_a
     expected = whole.run()
     assert whole.total_steps == 10
 
-    broken = Trainer(replace(config, out=tmp_path / "broken"), quiet=True)
-    stop_at(monkeypatch, broken, died_at)
-    with pytest.raises(Stop):
-        broken.run()
-    resumed = Trainer(replace(config, out=None, resume=tmp_path / "broken"), quiet=True)
+    resumed = after_dying(config, tmp_path / "broken", died_at)
     assert resumed.step == (died_at if died_at == 5 else died_at // 2 * 2)
     assert resumed.run() == expected
 
@@ -98,7 +73,7 @@ def test_resume_is_exact(change, tmp_path, monkeypatch, backend, changes, died_a
     states = (whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"])
     assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in ("exp_avg", "exp_avg_sq"))
     lines = [
-        [{k: v for k, v in line.items() if k != "images_per_second"} for line in metrics(tmp_path / run)]
+        [{k: v for k, v in line.items() if k != "images_per_second"} for line in metrics(tmp_path / run, "step")]
         for run in ("whole", "broken")
     ]
     assert lines[0] == lines[1]
@@ -121,7 +96,7 @@ def test_bf16_stays_close_to_fp32(change, tmp_path):
     losses = []
     for precision in ("fp32", "bf16"):
         Trainer(change(precision=precision, log_every=1, out=tmp_path / precision), quiet=True).run()
-        losses.append([line["loss"] for line in metrics(tmp_path / precision) if "loss" in line])
+        losses.append([line["loss"] for line in metrics(tmp_path / precision, "loss")])
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
@@ -187,7 +162,7 @@ def test_validation_images_choose_the_best_epoch(change, image_folders):
     everything = len(scan_images(image_folders["train"]))
     assert len(trainer.loader) == everything // trainer.config.optim.batch_size  # none of them is held out
     trainer.run()
-    logged = [line for line in metrics(trainer.folder) if "accuracy/holdout" in line]
+    logged = metrics(trainer.folder, "accuracy/holdout")
     assert [line["accuracy/holdout"] for line in logged] == [line["accuracy/ood"] for line in logged]
     assert trainer.best == max(line["accuracy/holdout"] for line in logged[1:])
     assert read_run(trainer.folder).weights.name == "best.safetensors"
@@ -217,7 +192,7 @@ def test_holdout_chooses_the_best_epoch(change):
     trainer = Trainer(change(data={"holdout": 9}, method={"name": "ft"}), quiet=True)
     assert set(trainer.tests) == {"holdout", "id", "ood"}
     accuracy = trainer.run()
-    holdout = [line["accuracy/holdout"] for line in metrics(trainer.folder) if "accuracy/holdout" in line]
+    holdout = [line["accuracy/holdout"] for line in metrics(trainer.folder, "accuracy/holdout")]
     assert len(holdout) == 3  # before the first epoch, and after each
     assert trainer.best == max(holdout[1:])
     assert (trainer.folder / "best.safetensors").exists()
