@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--image-size", type=int, help="side of the images in pixels; by default the model's own")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="(bf16)")
     parser.add_argument("--strategy", default="object-single", help="(object-single)")
+    parser.add_argument("--recompute", action="store_true", help="keep each block's input only")
     given = parser.parse_args(arguments)
     print(describe(__version__) if given.model is None else describe_training(given))
 
@@ -41,16 +42,18 @@ def describe_training(given: argparse.Namespace) -> str:
     if given.batch < 2:
         raise UserError(f"--batch must be at least 2, from which images are refilled, got {given.batch}")
     config = load_architecture(given.model, given.image_size)
-    cost = step_cost(config, given.batch, precision=given.precision, strategy=given.strategy)
+    cost = step_cost(config, given.batch, precision=given.precision, strategy=given.strategy, recompute=given.recompute)
     lines = [
         f"{given.model}: {config.image_size} px, {config.num_patches} patches, {given.strategy}, {given.precision}, "
-        f"{given.batch} images per GPU",
+        f"{given.batch} images per GPU{', recomputed' if given.recompute else ''}",
         f"{'parameters':<26}{cost.parameters / 1e6:>12,.1f} M",
         f"{'FLOPs per step':<26}{cost.flops / 1e12:>12,.2f} T",
         *(f"{name:<26}{size / 1e9:>12,.2f} GB" for name, size in cost.memory.items()),
         f"{'together':<26}{cost.total / 1e9:>12,.2f} GB  {_fits(cost.total)} on one GPU of {GPU / 1e9:.0f} GB",
         f"{f'each of {GPUS}, divided':<26}{cost.divided(GPUS) / 1e9:>12,.2f} GB  "
         f"{_fits(cost.divided(GPUS))} on {GPUS} (--parallel fsdp)",
+        "memory: what PyTorch's allocator hands out at the highest point (torch.cuda.max_memory_allocated); nvidia-smi",
+        f"shows more, by CUDA's own and what fragments leave, for which {1 - USABLE:.0%} of a GPU is kept free here",
     ]
     return "\n".join(lines)
 

@@ -119,11 +119,9 @@ def _call(name: str, function: str, *arguments: Any) -> Any:
         if function == "text_tower" and prefix in LIBRARIES:
             hint = "; for a model without one, train with --model.head-kind linear"
         kind = {
-            "tower": "a model",
-            "unmodified": "a model",
             "text_tower": "a text tower",
             "classifier": "a classifier",
-        }[function]
+        }.get(function, "a model")
         raise UserError(f"{kind} is named {', '.join(forms[:-1])} or {forms[-1]}, got {name!r}{hint}")
     need(LIBRARIES[prefix][1])
     return getattr(library(prefix), function)(model, *arguments)

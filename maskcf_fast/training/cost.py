@@ -31,7 +31,8 @@ class Cost:
     Attributes:
         parameters: Numbers in the student's weights, without its head.
         flops: Of the step, two for each multiplication and addition of a product.
-        memory: Bytes by what they hold, at the highest point of the step. Weights are float32.
+        memory: Bytes by what they hold, at the highest point of the step: what PyTorch's allocator hands out, not what
+            the system sees. Weights are float32; attention in bf16 as on a GPU (a CPU computes it in float32).
         block: Bytes of the largest block's weights, which FSDP puts together.
     """
 
@@ -46,9 +47,13 @@ class Cost:
         return sum(self.memory.values())
 
     def divided(self, processes: int) -> int:
-        """Bytes in each process where FSDP divides weights, gradients, moments and teacher; two blocks are whole."""
+        """Bytes in each process where FSDP divides weights, gradients, moments and teacher.
+
+        Six blocks are whole: the weights of one and of the next, each beside the buffer that it was gathered in, and
+        the gradient of one beside the buffer that it leaves in.
+        """
         whole = self.memory["activations"] + self.memory["buffers of the ops"]
-        return (self.total - whole) // processes + 2 * self.block + whole
+        return (self.total - whole) // processes + 6 * self.block + whole
 
 
 def step_cost(
@@ -58,6 +63,7 @@ def step_cost(
     precision: str = "fp32",
     strategy: str = "object-single",
     classes: int = 1000,
+    recompute: bool = False,
 ) -> Cost:
     """Run a step on tensors without data, and see what it allocates: no memory is taken, and no GPU is needed.
 
@@ -67,6 +73,7 @@ def step_cost(
         precision: "fp32" or "bf16".
         strategy: Of a fixed number of patches, since no map is known here.
         classes: Outputs of the head.
+        recompute: Keep each block's input only (activation checkpointing).
 
     Returns:
         The cost of the second step: the first has made the gradients.
@@ -75,12 +82,13 @@ def step_cost(
     with FakeTensorMode():
         student = ImageClassifier(VisionTransformer(config), CosineClassifier(config.feature_dim, classes))
         method = CounterfactualDistiller(student, VisionTransformer(config), strategy).train()
-        method.precision = precision
+        method.precision, student.transformer.recompute = precision, recompute
         images = torch.empty(batch, config.image_size, config.image_size, 3, dtype=torch.uint8)
         labels = torch.zeros(batch, dtype=torch.int64)
         method.backward(images, labels)
-        live = _Live()
-        with FlopCounterMode(display=False) as counter, live:
+        with FlopCounterMode(display=False) as counter:  # it keeps tensors, and so has a step of its own
+            method.backward(images, labels)
+        with _Live() as live:
             method.backward(images, labels)
         weights = _bytes(student)
         block = max(_bytes(block) for block in student.transformer.blocks)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskcf_fast import info
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.methods import CounterfactualDistiller
-from maskcf_fast.models import CosineClassifier, ImageClassifier, Rotary, VisionTransformer, preset
+from maskcf_fast.models import CosineClassifier, ImageClassifier, Rotary, VisionTransformer, blocks, preset
 from maskcf_fast.models.sources import load_architecture
 from maskcf_fast.training.cost import complete_flop_counter, forward_flops, step_cost
 
@@ -18,6 +18,11 @@ CONFIGS = {
         "tiny", width=192, depth=2, pool="attention", gated_mlp=True, activation="silu", rotary=Rotary(), registers=2
     ),
 }
+
+
+def attend(q, k, v, mask):
+    """As on a GPU: a CPU computes it in float32."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def allocated(step):
@@ -32,13 +37,24 @@ def allocated(step):
     return peak
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_against_a_step_that_runs(name):
+@pytest.mark.parametrize(
+    ("name", "precision", "recompute"),
+    [
+        ("class token", "fp32", False),
+        ("gates, rotary, attention pool", "fp32", False),
+        ("gates, rotary, attention pool", "fp32", True),
+        ("gates, rotary, attention pool", "bf16", False),
+        ("gates, rotary, attention pool", "bf16", True),
+    ],
+)
+def test_against_a_step_that_runs(name, precision, recompute, monkeypatch):
+    monkeypatch.setattr(blocks, "attend", attend)
     config = CONFIGS[name]
-    cost = step_cost(config, 32, classes=10)
+    cost = step_cost(config, 32, classes=10, precision=precision, recompute=recompute)
     student = ImageClassifier(VisionTransformer(config), CosineClassifier(config.feature_dim, 10))
     teacher = VisionTransformer(config)
     method = CounterfactualDistiller(student, teacher, "object-single")
+    method.precision, student.backbone.recompute = precision, recompute
     images = torch.randint(256, (32, config.image_size, config.image_size, 3), dtype=torch.uint8)
     labels = torch.zeros(32, dtype=torch.int64)
 
@@ -70,7 +86,7 @@ def test_bf16_and_a_division_among_processes_take_less():
     plain, half = (step_cost(CONFIGS["class token"], 32, precision=precision) for precision in ("fp32", "bf16"))
     assert half.memory["activations"] < 0.8 * plain.memory["activations"]
     whole = sum(plain.memory[part] for part in ("activations", "buffers of the ops"))
-    assert plain.divided(8) == (plain.total - whole) // 8 + whole + 2 * plain.block
+    assert plain.divided(8) == (plain.total - whole) // 8 + whole + 6 * plain.block
 
 
 @pytest.mark.parametrize(
@@ -99,6 +115,8 @@ def test_the_command(capsys):
         assert part in said
     assert info.main(["--model", "tiny", "--batch", "1"]) == 1
     assert "--batch must be at least 2" in capsys.readouterr().err
+    assert info.main(["--model", "foo:bar"]) == 1
+    assert "a model is named open_clip:MODEL" in capsys.readouterr().err
     assert info.main(["--model", "ViT-L/41"]) == 1
     assert "did you mean 'ViT-L/14'" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not divide by patch_size=14"):
