@@ -1,7 +1,8 @@
-"""A small data set with a spurious cue: real handwritten digits on tinted crops of real photographs.
+"""A small data set with a spurious cue: real handwritten digits on cards, before tinted crops of real photographs.
 
-The tint of the background gives the class away in the training and ID test images and is independent of it
-in the pre-training and OOD test images. All pixels come from what scikit-learn ships.
+The tint gives the class away in the training and ID test images and is independent of it in all others. A card covers
+whole patches and carries no tint, so that object and cue share no patch. In the pre-training images all digits are
+white, later half of them are black: what fine-tuning can honestly learn. All pixels come from what scikit-learn ships.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from ..core.errors import UserError
 
 CLASSES = 10
 TINTS = np.array([colorsys.hsv_to_rgb(c / CLASSES, 0.8, 1.0) for c in range(CLASSES)])  # [10, 3], one per class
-SPLITS = ("pretrain", "train", "id_test", "ood_test")
+SPLITS = ("pretrain", "train", "no_cue", "id_test", "ood_test")  # no_cue: like train, but for the cue
+CUE = ("train", "id_test")  # where the tint tells the class
 MARKER = "manifest.json"
 BICUBIC = Image.Resampling.BICUBIC
-FORMAT = 1  # of the folder; raise it when the same spec would give other pixels
+FORMAT = 2  # of the folder; raise it when the same spec would give other pixels
 
 
 @dataclass(frozen=True)
@@ -34,42 +36,40 @@ class DemoSpec:
 
     Attributes:
         image_size: Side of the square images in pixels.
-        digit_size: Side that the 8×8 digits are enlarged to.
-        cells: The digit sits in one of ``cells × cells`` equal cells, drawn at random.
-        jitter: Largest offset of a digit from the centre of its cell, in pixels.
-        counts: Images of the pre-training, training, ID test and OOD test split.
+        card: Side of the card that a digit fills, in pixels.
+        step: Cards lie at multiples of this many pixels: the model's patch size.
+        counts: Images of each of the `SPLITS`.
         sources: Different digits that the pre-training, training and test images are made of; disjoint.
-        bias: Share of the training and ID test images whose tint is that of their class.
+        bias: Share of the images with the cue whose tint is that of their class.
         tint: Weight of the tint against the photograph's own colours, in [0, 1].
         contrast: Range of the digits' opacity.
         noise: Standard deviation of the pixel noise.
-        dark: Share of the digits that are written in black; the others are white.
-        pretrain_dark: ``dark`` of the pre-training images. A difference is what fine-tuning can honestly learn.
+        dark: Share of the digits that are written in black, but in the pre-training images; the others are white.
         crop: Range of the side of the photographs' crops, before they are resized.
         quality: JPEG quality.
         seed: Seed of everything drawn at random.
     """
 
-    image_size: int = 32
-    digit_size: int = 16
-    cells: int = 2
-    jitter: int = 1
-    counts: tuple[int, int, int, int] = (7000, 3000, 2000, 2000)
+    image_size: int = 48
+    card: int = 16
+    step: int = 8
+    counts: tuple[int, int, int, int, int] = (5600, 1600, 1600, 1000, 1000)
     sources: tuple[int, int, int] = (700, 597, 500)
-    bias: float = 0.97
-    tint: float = 0.5
-    contrast: tuple[float, float] = (0.6, 1.0)
-    noise: float = 0.05
+    bias: float = 0.98
+    tint: float = 0.8
+    contrast: tuple[float, float] = (0.7, 1.0)
+    noise: float = 0.03
     dark: float = 0.5
-    pretrain_dark: float = 0.1
     crop: tuple[int, int] = (48, 120)
     quality: int = 92
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.digit_size > self.image_size // self.cells:
-            raise UserError(f"digit_size={self.digit_size} exceeds a cell of {self.image_size}/{self.cells} pixels")
-        for name in ("bias", "tint", "dark", "pretrain_dark"):
+        if self.card > self.image_size or self.card % self.step or self.image_size % self.step:
+            raise UserError(
+                f"card={self.card} must be a multiple of step={self.step} and fit image_size={self.image_size}, another"
+            )
+        for name in ("bias", "tint", "dark"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if min(self.counts) < 1 or min(self.sources) < 1:
@@ -78,23 +78,20 @@ class DemoSpec:
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where the splits lie, each a folder of class folders, and the checksum of their files."""
+    """Where the `SPLITS` lie, each a folder of class folders, and the checksum of their files."""
 
     root: Path
-    pretrain: Path
-    train: Path
-    id_test: Path
-    ood_test: Path
     checksum: str
 
 
 def _sources(spec: DemoSpec, split: str, total: int) -> NDArray[np.int64]:
-    """Indices of the digits that a split is made of; training and test digits are disjoint."""
+    """Indices of the digits that a split is made of."""
     if sum(spec.sources) > total:
         raise UserError(f"sources={spec.sources} ask for more than the {total} digits there are")
-    first, second, last = np.cumsum(spec.sources)
-    order = np.random.default_rng(spec.seed).permutation(total)
-    return {"pretrain": order[:first], "train": order[first:second]}.get(split, order[second:last])
+    pretrain, train, test = np.split(
+        np.random.default_rng(spec.seed).permutation(total)[: sum(spec.sources)], np.cumsum(spec.sources)[:2]
+    )
+    return {"pretrain": pretrain, "train": train, "no_cue": train}.get(split, test)
 
 
 def _write_split(folder: Path, spec: DemoSpec, split: str, progress: bool) -> None:
@@ -105,10 +102,9 @@ def _write_split(folder: Path, spec: DemoSpec, split: str, progress: bool) -> No
     rng = np.random.default_rng((spec.seed, 1 + SPLITS.index(split)))
     sources = np.resize(_sources(spec, split, len(digits.target)), n)
     labels = digits.target[sources]
-    bias = 1 / CLASSES if split in ("pretrain", "ood_test") else spec.bias
     others = (labels + rng.integers(1, CLASSES, n)) % CLASSES
-    tints = np.where(rng.random(n) < bias, labels, others)
-    inks = rng.random(n) >= (spec.pretrain_dark if split == "pretrain" else spec.dark)  # False is black
+    tints = np.where(rng.random(n) < (spec.bias if split in CUE else 1 / CLASSES), labels, others)
+    inks = rng.random(n) >= (0 if split == "pretrain" else spec.dark)  # False is black
 
     for label in range(CLASSES):
         (folder / f"digit_{label}").mkdir(parents=True)
@@ -117,26 +113,24 @@ def _write_split(folder: Path, spec: DemoSpec, split: str, progress: bool) -> No
         side = int(rng.integers(spec.crop[0], spec.crop[1] + 1))
         left, top = (int(rng.integers(room - side + 1)) for room in photo.size)
         crop = photo.resize((size, size), BICUBIC, box=(left, top, left + side, top + side))
-        scene = np.asarray(crop, dtype=np.float64) / 255  # [S, S, 3]
-        tinted = (0.25 + 0.75 * scene.mean(axis=2, keepdims=True)) * TINTS[tints[i]]
-        scene = (1 - spec.tint) * scene + spec.tint * tinted
+        photograph = np.asarray(crop, dtype=np.float64) / 255  # [S, S, 3]
+        grey = photograph.mean(axis=2, keepdims=True)
+        scene = (1 - spec.tint) * photograph + spec.tint * (0.25 + 0.75 * grey) * TINTS[tints[i]]
 
-        alpha = _place(digits.images[sources[i]], spec, rng) * rng.uniform(*spec.contrast)
-        scene = (1 - alpha) * scene + alpha * inks[i] + rng.normal(0, spec.noise, scene.shape)
-        pixels = np.rint(scene.clip(0, 1) * 255).astype(np.uint8)
+        row, column = spec.step * rng.integers((size - spec.card) // spec.step + 1, size=2)
+        place = slice(row, row + spec.card), slice(column, column + spec.card)
+        alpha = _enlarged(digits.images[sources[i]], spec.card) * rng.uniform(*spec.contrast)
+        scene[place] = (1 - alpha) * (0.35 + 0.3 * grey[place]) + alpha * inks[i]
+        pixels = np.rint((scene + rng.normal(0, spec.noise, scene.shape)).clip(0, 1) * 255).astype(np.uint8)
         path = folder / f"digit_{labels[i]}" / f"{i:05d}_source{sources[i]:04d}.jpg"
-        Image.fromarray(pixels).save(path, quality=spec.quality)
+        # With fewer chroma samples the tint would run into the card.
+        Image.fromarray(pixels).save(path, quality=spec.quality, subsampling=0)
 
 
-def _place(digit: NDArray[np.float64], spec: DemoSpec, rng: np.random.Generator) -> NDArray[np.float64]:
-    """An 8×8 digit of values 0 to 16, enlarged and put in a random cell: ``[S, S, 1]`` in [0, 1]."""
-    size, cell, side = spec.image_size, spec.image_size // spec.cells, spec.digit_size
+def _enlarged(digit: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+    """An 8×8 digit of values 0 to 16, as ``[side, side, 1]`` in [0, 1]."""
     small = Image.fromarray(np.rint(digit * (255 / 16)).astype(np.uint8))
-    offset = (cell - side) // 2 + rng.integers(-spec.jitter, spec.jitter + 1, size=2)
-    top, left = (cell * rng.integers(spec.cells, size=2) + offset).clip(0, size - side)
-    alpha = np.zeros((size, size, 1))
-    alpha[top : top + side, left : left + side, 0] = np.asarray(small.resize((side, side), BICUBIC)) / 255
-    return alpha
+    return np.asarray(small.resize((side, side), BICUBIC), dtype=np.float64)[..., None] / 255
 
 
 def _checksum(root: Path) -> str:
@@ -198,5 +192,4 @@ def build_demo_data(root: Path, *, spec: DemoSpec = DemoSpec(), progress: bool =
             except OSError:  # another process was faster; its files are the same ones
                 if _finished_checksum(root, described) != checksum:
                     raise
-    pretrain, train, id_test, ood_test = (root / split for split in SPLITS)
-    return DemoData(root, pretrain, train, id_test, ood_test, checksum)
+    return DemoData(root, checksum)

@@ -27,13 +27,13 @@ from ..core.precision import check_precision
 from ..core.processes import Processes
 from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.benchmark import read_class_map
-from ..evaluation.report import table_line
 from ..methods import OutputEnsemble, average, registry, strategy_names
 from ..training.build import as_benchmark, build_model, named_test_sets, scan
 from ..training.runs import Run, read_run, stock
 from ..training.settings import DataConfig, ModelConfig, OptimConfig, TrainConfig, check_seeds, find_yaml, parse
 from ..visualization.plots import Point, plot_tradeoff
-from .comparison import build_suite, images_checksum, spread, train_or_reuse
+from .comparison import build_suite, images_checksum, markdown_table, spread, train_or_reuse
+from .demo_model import demo_start
 from .evaluate_settings import Repeated, flat
 
 PAPER = ("lp", "ft", "lp-ft", "l2-sp", "kd", "cf-kd", "fd", *strategy_names())
@@ -155,9 +155,8 @@ class Table:
             config.model, config.data, optim=config.optim, precision=config.precision, device=config.device
         )
         if config.demo:
-            from .demo import Demo, DemoConfig
-
-            self.base, self.basis = Demo(DemoConfig(quick=config.quick)).prepare()
+            self.base, demo = demo_start(config.quick, processes)
+            self.basis = demo.checksum
         data = self.base.data
         if not data.holdout and data.val is None and any(method.startswith(WISE) for method in config.methods):
             raise UserError(f"{WISE}METHOD needs images to choose its α with: --data.holdout N or --data.val DIR")
@@ -181,23 +180,27 @@ class Table:
 
     def run(self) -> str:
         """Train, evaluate and write what is asked for; the table as Markdown."""
-        config, suite = self.config, self.suite
-        suite.describe()
-        rows = []
-        for seed in config.seeds:
-            for i, method in enumerate(config.methods):
-                if method not in MERGED:
-                    rows += self._rows(method, seed, f"[seed {seed}: {i + 1}/{len(config.methods)}]")
-        for method in [method for method in config.methods if method in MERGED]:
-            rows += self._rows(method, None, "[all seeds]")
+        config, suite, rows = self.config, self.suite, self.rows()
         notes = [f"- {' '.join(note.split())}" for benchmark in suite.benchmarks for note in benchmark.notes]
         text = "\n".join([markdown(rows, suite.id), *(["", *notes] if notes else [])])
         if self.processes.main:
             content = {"id": suite.id, "data": suite.summary(), "rows": [dataclasses.asdict(row) for row in rows]}
             atomic_write(config.out / "table.json", json.dumps(content, indent=1).encode())
             atomic_write(config.out / "table.md", (text + "\n").encode())
-            plot(rows, suite.id, config.out / "tradeoff.png")
+            plot_tradeoff(config.out / "tradeoff.png", curves(rows, suite.id), "Accuracy in and out of distribution")
         return text
+
+    def rows(self) -> list[TableRow]:
+        """Train and evaluate what is asked for."""
+        config, rows = self.config, []
+        self.suite.describe()
+        for seed in config.seeds:
+            for i, method in enumerate(config.methods):
+                if method not in MERGED:
+                    rows += self._rows(method, seed, f"[seed {seed}: {i + 1}/{len(config.methods)}]")
+        for method in [method for method in config.methods if method in MERGED]:
+            rows += self._rows(method, None, "[all seeds]")
+        return rows
 
     def _rows(self, method: str, seed: int | None, title: str) -> list[TableRow]:
         rows = []
@@ -212,18 +215,18 @@ class Table:
         if method == "zero-shot":
             yield method, build_model(self.base.model, len(self.classes), seed, self.classes)
         elif method == "ensemble":
-            run = self._trained("ft", seed, "final")
+            run = self.trained("ft", seed, "final")
             yield method, OutputEnsemble([run.initial(), run.tuned()])
         elif method == "wise-ft":
-            for alpha, model in self._trained("ft", seed, "final").models(self.config.alphas):
+            for alpha, model in self.trained("ft", seed, "final").models(self.config.alphas):
                 if alpha is not None:
                     yield f"wise-ft α {alpha:g}", model
         elif method.startswith(WISE):
-            run = self._trained(method, seed, "final")
+            run = self.trained(method, seed, "final")
             *_, (_, model) = run.models([self._best_alpha(run, row_name(method))])
             yield row_name(method), model
         else:
-            yield row_name(method), self._trained(method, seed).tuned()
+            yield row_name(method), self.trained(method, seed).tuned()
 
     def _best_alpha(self, run: Run, title: str) -> float:
         """WiSE-FT's α that is best on the run's validation images; of equal ones the nearest to the start."""
@@ -238,7 +241,7 @@ class Table:
         return max(found, key=lambda alpha: (found[alpha], -alpha))
 
     def _merged(self, method: str) -> Iterator[tuple[str, nn.Module]]:
-        runs = [self._trained("ft", seed) for seed in self.config.seeds]
+        runs = [self.trained("ft", seed) for seed in self.config.seeds]
         if method == "soup":
             model = runs[0].tuned()
             model.load_state_dict(average([load_file(run.weights) for run in runs]))
@@ -246,13 +249,13 @@ class Table:
             model = stock(runs)
         yield method, model
 
-    def _trained(self, method: str, seed: int, weights: Literal["auto", "final"] = "auto") -> Run:
+    def trained(self, method: str, seed: int, weights: Literal["auto", "final"] = "auto") -> Run:
         """The run of a method: its best epoch on the held-out images, as in the paper, or without them the last.
 
         WiSE-FT is made of the last epoch ("final"), as in the paper, and so is the ensemble that is held against it.
         """
         if method == "lp-ft":
-            self._trained("lp", seed)
+            self.trained("lp", seed)
         config = self.settings(method, seed)
         assert config.out is not None
         train_or_reuse(config, self.processes, f"{method}, seed {seed}", self.basis)
@@ -323,20 +326,19 @@ def grouped(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:
 def markdown(rows: Sequence[TableRow], id: str) -> str:
     """One line per method: means over the seeds in per cent, ± their standard deviation."""
     shifted = [name for name in rows[0].accuracy if name != id]
-    columns = ["method", f"{id} (ID)", *shifted, "OOD average"]
-    lines = [table_line(columns), "|---|" + "--:|" * (len(columns) - 1)]
+    lines = []
     for method, group in grouped(rows).items():
         accuracies = [[row.accuracy[name] for row in group] for name in (id, *shifted)]
-        lines.append(table_line([method, *map(spread, accuracies), spread([row.shifted(id) for row in group])]))
-    return "\n".join(lines)
+        lines.append([method, *map(spread, accuracies), spread([row.shifted(id) for row in group])])
+    return markdown_table(["method", f"{id} (ID)", *shifted, "OOD average"], lines)
 
 
-def plot(rows: Sequence[TableRow], id: str, path: Path) -> None:
-    """Accuracy in distribution against the mean of the shifted test sets."""
-    curves: dict[str, list[Point]] = {}
+def curves(rows: Sequence[TableRow], id: str) -> dict[str, list[Point]]:
+    """Accuracy in distribution against the mean of the shifted test sets, by method and then by weight."""
+    found: dict[str, list[Point]] = {}
     for method, group in grouped(rows).items():
         name, _, label = method.partition(" ")
         name = {"ft": "FT", "wise-ft": "WiSE-FT"}.get(name, name)
         point = Point(label, [row.accuracy[id] for row in group], [row.shifted(id) for row in group])
-        curves.setdefault(name, []).append(point)
-    plot_tradeoff(path, curves, "Accuracy in and out of distribution")
+        found.setdefault(name, []).append(point)
+    return found

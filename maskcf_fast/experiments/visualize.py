@@ -23,7 +23,7 @@ from ..visualization.draws import Draws
 from ..visualization.images import Images, read_images
 from ..visualization.maps import counterfactuals, explain_labels
 from ..visualization.page import Page
-from ..visualization.plots import heat_maps, mask_maps
+from ..visualization.plots import draw_sheet, heat_maps, mask_maps
 
 BATCH = 16
 
@@ -137,20 +137,11 @@ def _draw_pictures(page: Page, out: Path) -> list[Path]:
     for strategy in page.strategies:
         mask, made = counterfactuals(strategy, pixels, page.cam, page.draws.of(strategy))
         columns.append((strategy.name, mask_maps(pixels, mask), made.numpy()))
-    cells = np.stack([np.stack(pictures, axis=1) for _, *pictures in columns], axis=2)  # [N, 2, columns, S, S, 3]
-    size = pixels.shape[1]
-    gap = size // 16
-    cells = np.pad(cells, [(0, 0)] * 3 + [(0, gap), (0, gap), (0, 0)], constant_values=255)
-    sheets = cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(cells), 2 * (size + gap), len(columns) * (size + gap), 3)
+    sheets = np.stack([np.stack(pictures, axis=1) for _, *pictures in columns], axis=2)  # [N, 2, columns, S, S, 3]
     written = []
     for i, name in enumerate(tqdm(page.images.names, desc="pictures", unit="img", leave=False)):
         figure = Figure(figsize=(1.5 * len(columns), 3.3), layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(sheets[i, :-gap, :-gap], interpolation="nearest")
-        axes.set_xticks([at * (size + gap) + size / 2 for at in range(len(columns))], [name for name, *_ in columns])
-        axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0, labelsize=8.5)
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
+        draw_sheet(figure.subplots(), sheets[i], [heading for heading, *_ in columns])
         written.append(out / f"{i + 1:03d}-{Path(name).stem}.png")
         figure.savefig(written[-1], dpi=130)
     return written

@@ -15,7 +15,7 @@ from ..methods.label_map import LabelMap
 from ..models import ImageClassifier
 from .draws import Draws
 from .maps import counterfactuals, explain_labels
-from .plots import heat_maps
+from .plots import heat_maps, sheet
 
 ROWS = 4
 SIDE = 128  # smaller images are enlarged to at least this
@@ -65,7 +65,4 @@ def rows_for_board(method: Method, images: Tensor, labels: Tensor, generator: to
     times = -(-SIDE // vit.image_size)
     cells = torch.stack(columns, dim=1)  # [N, columns, S, S, 3]
     cells = cells.repeat_interleave(times, dim=2).repeat_interleave(times, dim=3)
-    cells = F.pad(cells, (0, 0, GAP, 0, GAP, 0), value=255)  # a margin above and to the left of each
-    rows, count, height, width, _ = cells.shape
-    whole = cells.permute(0, 2, 1, 3, 4).reshape(rows * height, count * width, 3)
-    return F.pad(whole, (0, 0, 0, GAP, 0, GAP), value=255)
+    return F.pad(torch.from_numpy(sheet(cells, GAP)), (0, 0, GAP, GAP, GAP, GAP), value=255)

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: accuracy in against accuracy out of distribution, and counterfactual images."""
+"""Pictures of a comparison: accuracy in against accuracy out of distribution; images, their maps and masks."""
 
 from __future__ import annotations
 
@@ -50,17 +50,15 @@ def _draw(axes: Axes, name: str, points: Sequence[Point], colour: str, marker: s
             )
 
 
-def plot_tradeoff(path: Path, curves: Mapping[str, Sequence[Point]], title: str = "") -> None:
+def draw_tradeoff(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> None:
     """Draw ID accuracy (x) against OOD accuracy (y): one curve per method over its points, in their order.
 
-    "zero-shot" and "FT" are drawn as large marks, "WiSE-FT" as a dashed line, and "WiSE-FT x" as one in the
-    colour of the method x. Points are means over the
-    seeds; with several seeds, error bars show one standard deviation.
+    "zero-shot" and "FT" are drawn as large marks, "WiSE-FT" as a dashed line, and "WiSE-FT x" as one in the colour of
+    the method x. Points are means over the seeds; with several seeds, error bars show one standard deviation.
 
     Args:
-        path: Picture to write; its suffix chooses the format.
+        axes: Where to draw.
         curves: Points of each method, by name.
-        title: Title of the picture.
 
     Raises:
         ValueError: There is no point to draw, or one without accuracies or with unequal numbers of them.
@@ -71,10 +69,6 @@ def plot_tradeoff(path: Path, curves: Mapping[str, Sequence[Point]], title: str 
                 raise UserError(f"{name} {label}: {len(ids)} ID and {len(oods)} OOD accuracies, expected n of both")
     if not any(curves.values()):
         raise UserError("curves holds no point to draw")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axes = figure.add_subplot()
     tuned = [name for name in curves if name not in REFERENCES and not name.startswith(WISE)]
     for name, points in curves.items():
         if name in REFERENCES:
@@ -86,11 +80,21 @@ def plot_tradeoff(path: Path, curves: Mapping[str, Sequence[Point]], title: str 
         else:
             i = tuned.index(name)
             _draw(axes, name, points, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], "-")
-    axes.set(xlabel="ID accuracy (%)", ylabel="OOD accuracy (%)", title=title)
+    axes.set(xlabel="ID accuracy (%)", ylabel="OOD accuracy (%)")
     axes.margins(0.08)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8.5)
+
+
+def plot_tradeoff(path: Path, curves: Mapping[str, Sequence[Point]], title: str = "") -> None:
+    """Write a picture of `draw_tradeoff`; the suffix of ``path`` chooses its format."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    draw_tradeoff(axes, curves)
+    axes.set_title(title)
     figure.savefig(path, dpi=150)
 
 
@@ -132,55 +136,20 @@ def mask_maps(images: ArrayLike, masks: ArrayLike) -> NDArray[np.uint8]:
     return np.rint(np.where(hidden, orange, pixels)).astype(np.uint8)
 
 
-def plot_counterfactuals(
-    path: Path,
-    images: ArrayLike,
-    cams: ArrayLike,
-    masks: ArrayLike,
-    refilled: ArrayLike,
-    *,
-    grid: int,
-    captions: Sequence[str] | None = None,
-) -> None:
-    """Draw a row per image: the original, its CAM laid over it, the patches kept, and the counterfactual.
+def sheet(pictures: ArrayLike, gap: int) -> NDArray[np.uint8]:
+    """Pictures, uint8 ``[rows, columns, S, S, 3]``, joined to ``[height, width, 3]``, ``gap`` white pixels apart."""
+    cells = np.pad(np.asarray(pictures), [(0, 0)] * 2 + [(0, gap)] * 2 + [(0, 0)], constant_values=255)
+    rows, columns, side = cells.shape[:3]
+    joined = cells.transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 3)
+    return joined[: len(joined) - gap, : joined.shape[1] - gap]
 
-    Args:
-        path: Picture to write; its suffix chooses the format.
-        images: ``[N, S, S, 3]``, uint8 or float in [0, 1].
-        cams: ``[N, L]``, not negative; every image's is scaled to its own maximum.
-        masks: ``[N, L]`` bool, True where a patch is replaced.
-        refilled: The counterfactual images, like ``images``.
-        grid: Patches along a side, ``L = grid²``; divides ``S``.
-        captions: A caption per image, written beside its row.
 
-    Raises:
-        ValueError: Shapes do not fit each other, or ``images`` is empty.
-    """
-    originals, fills, cam, mask = (np.asarray(a) for a in (images, refilled, cams, masks))
-    n, size = len(originals), originals.shape[1] if originals.ndim == 4 else 0
-    for name, array, shape in (
-        ("images", originals, (max(n, 1), size, size, 3)),
-        ("refilled", fills, originals.shape),
-        ("cams", cam, (n, grid * grid)),
-        ("masks", mask, (n, grid * grid)),
-    ):
-        if array.shape != shape:
-            raise UserError(f"{name} has shape {array.shape}, expected {shape}")
-    if size % grid or (captions is not None and len(captions) != n):
-        raise UserError(f"{n} images of side {size} fit neither grid={grid} nor captions={captions}")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 1.6 * n + 0.3), layout="constrained")
-    cells = figure.subplots(n, 4, squeeze=False)
-    pixels, filled = (a if a.dtype == np.uint8 else np.rint(255 * a).astype(np.uint8) for a in (originals, fills))
-    columns = (pixels, heat_maps(pixels, cam), kept_patches(pixels, mask.astype(bool)), filled)
-    for i in range(n):
-        for axes, pictures in zip(cells[i], columns, strict=True):
-            axes.imshow(pictures[i], interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-        if captions is not None:
-            cells[i][0].set_ylabel(captions[i], fontsize=8.5)
-    for axes, heading in zip(cells[0], ("original", "relevance (CAM)", "patches kept", "counterfactual"), strict=True):
-        axes.set_title(heading, fontsize=9.5)
-    figure.savefig(path, dpi=150)
+def draw_sheet(axes: Axes, pictures: ArrayLike, headings: Sequence[str] = (), rows: Sequence[str] = ()) -> None:
+    """Fill ``axes`` with pictures, uint8 ``[rows, columns, S, S, 3]``; names of columns above, of rows on the left."""
+    size = np.shape(pictures)[2]
+    gap = size // 16
+    axes.imshow(sheet(pictures, gap), interpolation="nearest")
+    axes.set_xticks([at * (size + gap) + size / 2 for at in range(len(headings))], headings)
+    axes.set_yticks([at * (size + gap) + size / 2 for at in range(len(rows))], rows)
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0, labelsize=8.5)
+    axes.spines[:].set_visible(False)

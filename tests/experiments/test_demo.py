@@ -4,65 +4,86 @@ import io
 import json
 import sys
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 
 from maskcf_fast.core.errors import report_errors
 from maskcf_fast.demo import main
-from maskcf_fast.experiments import demo
-from maskcf_fast.experiments.demo import Row, markdown_table, on_curve
+from maskcf_fast.experiments.demo import CEILING, ROWS, markdown, on_curve
+from maskcf_fast.experiments.demo_data import TINTS
+from maskcf_fast.experiments.table import TableRow
+from maskcf_fast.visualization.plots import COLOURS
 
-ROWS = [
-    Row("zero-shot", None, 0, 60.0, 62.0),
-    Row("FT", None, 0, 90.0, 42.0, 200.0),
-    Row("fd", 1.0, 0, 80.0, 58.0, 100.0),
-    Row("object-single", 1.0, 0, 75.0, 60.5, 50.0),
-    Row("zero-shot", None, 1, 60.0, 62.0),
-    Row("FT", None, 1, 92.0, 44.0, 200.0),
-    Row("fd", 1.0, 1, 82.0, 60.0, 100.0),
-    Row("object-single", 1.0, 1, 71.0, 61.5, 50.0),
+ACCURACIES = {
+    "zero-shot": [(60.0, 62.0), (60.0, 62.0)],
+    "ft": [(90.0, 42.0), (92.0, 44.0)],
+    "fd 1": [(80.0, 58.0), (82.0, 60.0)],
+    "object-single 1": [(75.0, 60.5), (71.0, 61.5)],
+    CEILING: [(85.0, 85.0), (86.0, 86.0)],
+}
+FOUND = [
+    TableRow(name, seed, {"id": pair[0], "ood_test": pair[1]})
+    for name, pairs in ACCURACIES.items()
+    for seed, pair in enumerate(pairs)
 ]
 
 
-def test_curve_through_feature_distillation():
-    assert on_curve(ROWS, ROWS[3]) == pytest.approx(59.0)  # three quarters of the way from 62 to 58
-    assert on_curve(ROWS, Row("x", 1.0, 0, 85.0, 0.0)) == pytest.approx(50.0)
-    assert on_curve(ROWS, Row("x", 1.0, 0, 99.0, 0.0)) == pytest.approx(42.0)
+@pytest.mark.parametrize(("at", "expected"), [(75, 59), (85, 50), (99, 42), (5, 62)])
+def test_line_through_feature_distillation(at, expected):
+    """At 75: three quarters of the way from 62 to 58."""
+    assert on_curve(FOUND, TableRow("x", 0, {"id": at})) == pytest.approx(expected)
 
 
 def test_table():
-    lines = markdown_table(ROWS).splitlines()
+    lines = markdown(FOUND).splitlines()
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]}
-    assert list(cells) == ["zero-shot", "FT", "fd", "object-single"]
-    row = cells["object-single"]
-    assert row[0] == "1"
-    assert row[1] == "73.0 ± 2.8"
-    assert row[2] == "61.0 ± 0.7"
-    assert row[3] == "-1.0 ± 0.7"
-    assert row[4] == f"{100 * 13 / 31:.0f} %"
-    assert row[5] == f"{100 * 18 / 19:.0f} %"
-    assert row[6] == "+1.0 ± 0.7"  # 60.5 - 59.0 and 61.5 - 61.0
-    assert row[7] == "50"
+    assert list(cells) == list(ACCURACIES)
+    assert cells["zero-shot"] == ["60.0 ± 0.0", "62.0 ± 0.0", "", "", ""]
+    # 60.5 - 59.0 and 61.5 - 61.0
+    assert cells["object-single 1"] == ["73.0 ± 2.8", "61.0 ± 0.7", "+13.0", "-1.0", "+1.0 ± 0.7"]
+    assert {name: row[4] for name, row in cells.items() if "object" not in name} == dict.fromkeys(
+        ("zero-shot", "ft", "fd 1", CEILING), ""
+    )
 
 
 def test_quick_demo_and_its_reuse(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MASKCF_CACHE", str(tmp_path / "cache"))
-    line = ["--quick", "--out", str(tmp_path / "out"), "--threads", "1"]
+    out = tmp_path / "out"
+    line = ["--quick", "--out", str(out), "--threads", "1", "--seeds", "0"]
     assert main(line) == 0
-    assert "images/s)" in capsys.readouterr().out
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    methods = {row["method"] for row in results["rows"]}
-    assert methods == {"zero-shot", "FT", "WiSE-FT", "fd", "object-single", "context-single", "random-single"}
-    ends = {row["weight"]: row["id"] for row in results["rows"] if row["method"] == "WiSE-FT"}
-    by_method = {row["method"]: row["id"] for row in results["rows"]}
-    assert (ends[0.0], ends[1.0]) == (by_method["zero-shot"], by_method["FT"])
-    for picture in ("tradeoff.png", "counterfactuals.png"):
-        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"] == "demo"
+    methods = [row["method"] for row in results["rows"]]
+    assert methods == [row.replace(":", " ").replace("wise-ft", "wise-ft α 0.5") for row in ROWS] + [CEILING]
+    table = (out / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + len(methods) <= 10
+    _check_picture(out / "demo.png")
 
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    assert len(written) == 1 + 6  # pre-trained, and fine-tuned
     assert main(line) == 0
-    out = capsys.readouterr().out
-    assert "images/s)" not in out
-    assert out.count("(reused)") == 5 + 2 * 5  # runs, and WiSE-FT on both test sets
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert "(reused)" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert json.loads((out / "results.json").read_text()) == results
+    (no_cue,) = [path for path in out.rglob("config.yaml") if "no-cue" in path.parent.name]
+    assert "/no_cue" in no_cue.read_text()
+
+
+def _check_picture(path):
+    """The tint of every class above, masks in orange below, and the accuracies beside them."""
+    pixels = np.rint(imread(path)[..., :3] * 255).astype(int)
+    height, width = len(pixels) // 2, pixels.shape[1] // 2
+    above, below, chart = pixels[:height, :width], pixels[height:, :width], pixels[:, width:]
+    for tint in TINTS:
+        brightness = above @ tint / (tint @ tint)
+        near = np.abs(above - brightness[..., None] * tint).sum(axis=2) < 30
+        assert (near & (brightness > 50) & (brightness < 230)).sum() > 50
+    assert (np.abs(below - (230, 97, 1)).sum(axis=2) < 150).mean() > 0.005
+    for colour in COLOURS[:3]:
+        assert (np.abs(chart - np.rint(np.multiply(to_rgb(colour), 255))).sum(axis=2) < 10).sum() > 20
 
 
 def test_bad_arguments(capsys, tmp_path):
@@ -94,13 +115,3 @@ def test_training_without_arguments_is_the_demo(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "running the embedded demo" in out
     assert "--data.train DIR" in out
-
-
-def test_picture_of_the_demo(monkeypatch, tmp_path):
-    drawn = []
-    monkeypatch.setattr(demo, "plot_tradeoff", lambda path, curves, title: drawn.append(curves))
-    made = demo.Demo.__new__(demo.Demo)
-    made.config = demo.DemoConfig(out=tmp_path)
-    monkeypatch.setattr(made, "_plot_counterfactuals", lambda: None)
-    made._plot(ROWS)
-    assert drawn[0]["object-single"] == [("1", [75.0, 71.0], [60.5, 61.5])]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from maskcf_fast.experiments.demo_data import MARKER, SPLITS, TINTS, DemoData, DemoSpec, build_demo_data
 
-SMALL = DemoSpec(counts=(60, 60, 40, 40), sources=(40, 30, 30))
+SMALL = DemoSpec(counts=(60, 60, 60, 40, 40), sources=(40, 30, 30))
 
 
 def images_of(folder: Path) -> list[Path]:
@@ -44,31 +44,51 @@ def test_layout(small: DemoData) -> None:
         folder = small.root / split
         assert sorted(p.name for p in folder.iterdir()) == [f"digit_{c}" for c in range(10)]
         assert len(images_of(folder)) == count
-    with Image.open(images_of(small.train)[0]) as image:
+    with Image.open(images_of(small.root / "train")[0]) as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (SMALL.image_size,) * 2)
     assert [p.name for p in small.root.parent.iterdir()] == ["small"]  # no temporary folder is left
 
 
-def test_splits_share_no_digit_except_the_two_tests(small: DemoData) -> None:
-    pretrain, train, id_test, ood_test = (sources_of(small.root / split) for split in SPLITS)
+def test_splits_share_digits_only_where_they_are_compared(small: DemoData) -> None:
+    pretrain, train, no_cue, id_test, ood_test = (sources_of(small.root / split) for split in SPLITS)
     assert not pretrain & train
     assert not (pretrain | train) & (id_test | ood_test)
-    assert id_test == ood_test
+    assert (train, id_test) == (no_cue, ood_test)
     assert [len(s) for s in (pretrain, train, id_test)] == list(SMALL.sources)
 
 
-def test_the_tint_predicts_the_class_where_it_should(tmp_path: Path) -> None:
-    # A strong tint, no digit to speak of and no noise: the tint can be read off the decoded pixels.
-    spec = DemoSpec(counts=(400,) * 4, tint=0.9, contrast=(0, 0), noise=0)
+def test_the_tint_tells_the_class_where_it_should_and_never_on_the_card(tmp_path: Path) -> None:
+    """A strong tint, no digit to speak of and no noise: all can be read off the decoded pixels."""
+    spec = DemoSpec(counts=(400,) * 5, tint=0.9, contrast=(0, 0), noise=0)
     data = build_demo_data(tmp_path / "tinted", spec=spec)
     colours = TINTS / np.linalg.norm(TINTS, axis=1, keepdims=True)
-    for split, expected in ((data.train, 0.97), (data.id_test, 0.97), (data.pretrain, 0.1), (data.ood_test, 0.1)):
-        agree = []
-        for path in images_of(split):
-            mean = np.asarray(Image.open(path), dtype=float).mean(axis=(0, 1))  # [3]
-            agree.append(int(np.argmax(colours @ mean)) == int(path.parent.name.removeprefix("digit_")))
+    grid, side = spec.image_size // spec.step, spec.card // spec.step
+    for split in SPLITS:
+        agree, corners = [], set()
+        for path in images_of(data.root / split):
+            pixels = np.asarray(Image.open(path), dtype=float)
+            colour = pixels.max(axis=2) - pixels.min(axis=2)
+            grey = colour.reshape(grid, spec.step, grid, spec.step).max(axis=(1, 3)) < 20  # whole patches
+            rows, columns = np.nonzero(grey)
+            card = slice(rows[0], rows[0] + side), slice(columns[0], columns[0] + side)
+            assert grey[card].sum() == grey.sum() == side**2
+            corners.add((rows[0], columns[0]))
+            agree.append(int(np.argmax(colours @ pixels.mean(axis=(0, 1)))) == int(path.parent.name[-1]))
+        assert len(corners) == (grid - side + 1) ** 2
+        expected = 0.98 if split in ("train", "id_test") else 0.1
         share, sd = np.mean(agree), np.sqrt(expected * (1 - expected) / len(agree))
-        assert abs(share - expected) < 4 * sd + 0.01, f"{split.name}: {share:.3f}, expected about {expected}"
+        assert abs(share - expected) < 4 * sd + 0.01, f"{split}: {share:.3f}, expected about {expected}"
+
+
+def test_black_digits_come_after_pre_training(tmp_path: Path) -> None:
+    """Tint alone is neither black nor white, nor is a card."""
+    data = build_demo_data(tmp_path / "d", spec=DemoSpec(counts=(200,) * 5, tint=1, contrast=(1, 1), noise=0))
+    for split in SPLITS:
+        pixels = np.stack([np.asarray(Image.open(path)) for path in images_of(data.root / split)])
+        black = (pixels.max(axis=3) < 30).any(axis=(1, 2))
+        white = (pixels.min(axis=3) > 225).any(axis=(1, 2))
+        assert (black != white).all()
+        assert black.sum() == 0 if split == "pretrain" else 70 < black.sum() < 130
 
 
 def test_a_finished_data_set_is_reused(tmp_path: Path) -> None:
@@ -82,10 +102,10 @@ def test_a_finished_data_set_is_reused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["no marker", "cut marker", "image missing", "image changed", "image added"])
 def test_an_incomplete_or_tampered_data_set_is_built_again(damage: str, tmp_path: Path, small: DemoData) -> None:
     data = build_demo_data(tmp_path / "d", spec=SMALL)
-    marker, image = data.root / MARKER, images_of(data.train)[0]
+    marker, image = data.root / MARKER, images_of(data.root / "train")[0]
     if damage == "no marker":
         marker.unlink()
-        for path in images_of(data.ood_test):
+        for path in images_of(data.root / "ood_test"):
             path.unlink()
     elif damage == "cut marker":
         marker.write_text(marker.read_text()[:20])
@@ -103,7 +123,7 @@ def test_an_incomplete_or_tampered_data_set_is_built_again(damage: str, tmp_path
 
 
 def test_another_spec_replaces_the_data_set(tmp_path: Path, small: DemoData) -> None:
-    other = DemoSpec(**{**SMALL.__dict__, "counts": (20, 20, 20, 20)})
+    other = DemoSpec(**{**SMALL.__dict__, "counts": (20, 20, 20, 20, 20)})
     build_demo_data(tmp_path / "d", spec=other)
     assert build_demo_data(tmp_path / "d", spec=SMALL).checksum == small.checksum
 
@@ -128,9 +148,10 @@ def test_a_foreign_folder_is_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"digit_size": 40}, "digit_size=40"),
+        ({"card": 64}, "card=64"),
+        ({"card": 20}, "multiple of step=8"),
         ({"bias": 1.2}, r"bias must lie in \[0, 1\], got 1.2"),
-        ({"counts": (0, 1, 1, 1)}, "counts and sources must be positive"),
+        ({"counts": (0, 1, 1, 1, 1)}, "counts and sources must be positive"),
     ],
 )
 def test_a_wrong_spec_is_refused(wrong: dict, message: str) -> None:

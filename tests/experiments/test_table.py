@@ -23,8 +23,8 @@ from maskcf_fast.experiments.table import (
     Table,
     TableConfig,
     TableRow,
+    curves,
     markdown,
-    plot,
 )
 from maskcf_fast.methods import strategy_names
 from maskcf_fast.table import main
@@ -32,6 +32,7 @@ from maskcf_fast.training import Trainer
 from maskcf_fast.training.checkpoint import ALONE, load_checkpoint
 from maskcf_fast.training.runs import read_run
 from maskcf_fast.training.settings import TrainConfig, find_yaml
+from maskcf_fast.visualization.plots import draw_tradeoff
 
 
 def test_markdown():
@@ -293,13 +294,11 @@ def test_soup_and_zero_shot_take_every_seed(line, tmp_path):
     assert not torch.equal(first["head.weight"], second["head.weight"])
 
 
-def test_pictures_axes(monkeypatch, tmp_path):
+def test_pictures_axes():
     """Accuracy in distribution to the right, means over the shifted sets upwards."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
     rows = [TableRow("ft", seed, {"id": 80.0 + seed, "v2": 60.0, "a": 20.0 + seed}) for seed in (0, 1)]
-    plot([*rows, TableRow("wise-ft α 0.5", 0, {"id": 75.0, "v2": 70.0, "a": 30.0})], "id", tmp_path / "x.png")
-    (axes,) = figures[0].axes
+    axes = Figure().subplots()
+    draw_tradeoff(axes, curves([*rows, TableRow("wise-ft α 0.5", 0, {"id": 75.0, "v2": 70.0, "a": 30.0})], "id"))
     drawn = {line.get_label(): [*line.get_xdata(), *line.get_ydata()] for line in axes.lines}
     assert drawn == {"FT": [80.5, 40.25], "WiSE-FT": [75.0, 50.0]}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("ID accuracy (%)", "OOD accuracy (%)")
