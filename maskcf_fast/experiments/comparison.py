@@ -9,7 +9,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from ..core.errors import UserError
 from ..core.files import atomic_write
@@ -23,22 +23,13 @@ from ..training.settings import ModelConfig, TrainConfig, changed_settings
 from ..training.trainer import Trainer
 
 
-class Result(NamedTuple):
-    """What a run came to: final accuracy in percent by test set, and the speed of its training."""
-
-    accuracy: dict[str, float]
-    images_per_second: float
-    reused: bool
+def train(config: TrainConfig, processes: Processes, title: str) -> dict[str, float]:
+    """Train, or continue what was interrupted: final accuracy by test set."""
+    return Trainer(dataclasses.replace(config, resume=AUTO), processes, quiet=True, title=title).run()
 
 
-def train(config: TrainConfig, processes: Processes, title: str) -> tuple[dict[str, float], float]:
-    """Train, or continue what was interrupted: final accuracy by test set, and images per second."""
-    trainer = Trainer(dataclasses.replace(config, resume=AUTO), processes, quiet=True, title=title)
-    return trainer.run(), trainer.images_per_second
-
-
-def train_or_reuse(config: TrainConfig, processes: Processes, title: str, basis: str = "") -> Result:
-    """The result of a run, which is trained unless it is finished already.
+def train_or_reuse(config: TrainConfig, processes: Processes, title: str, basis: str = "") -> None:
+    """Train a run, unless it is finished already.
 
     Args:
         config: The run, with its folder in ``out``.
@@ -55,10 +46,7 @@ def train_or_reuse(config: TrainConfig, processes: Processes, title: str, basis:
     if path.exists():
         try:
             saved = read_record(path, dict[str, Any])
-            accuracy = conform(saved.get("accuracy"), dict[str, Annotated[float, Range(0, 100)]], f"{path}: accuracy")
-            result = Result(
-                accuracy, conform(saved.get("images_per_second"), float, f"{path}: images_per_second"), True
-            )
+            conform(saved.get("accuracy"), dict[str, Annotated[float, Range(0, 100)]], f"{path}: accuracy")
             changed = changed_settings(config, config.out / "config.yaml")
         except (OSError, ValueError) as error:
             raise UserError(
@@ -70,13 +58,12 @@ def train_or_reuse(config: TrainConfig, processes: Processes, title: str, basis:
             raise UserError(
                 f"{config.out} holds a run with other settings ({what}): choose another --out, or remove it"
             )
-        return result
-    accuracy, speed = train(config, processes, title)
+        return
+    accuracy = train(config, processes, title)
     if processes.main:
-        content = {"basis": basis, "initial": initial, "accuracy": accuracy, "images_per_second": speed}
+        content = {"basis": basis, "initial": initial, "accuracy": accuracy}
         atomic_write(path, json.dumps(content, indent=1).encode())
     processes.barrier()  # the other processes read what the main one has written
-    return Result(accuracy, speed, False)
 
 
 def weights_checksum(config: ModelConfig) -> str:

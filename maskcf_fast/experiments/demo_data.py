@@ -83,6 +83,11 @@ class DemoData:
     root: Path
     checksum: str
 
+    @property
+    def tests(self) -> dict[str, Path]:
+        """The test sets in and out of distribution, by name."""
+        return {"id": self.root / "id_test", "ood": self.root / "ood_test"}
+
 
 def _sources(spec: DemoSpec, split: str, total: int) -> NDArray[np.int64]:
     """Indices of the digits that a split is made of."""

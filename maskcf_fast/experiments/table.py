@@ -158,11 +158,12 @@ class Table:
             self.base, demo = demo_start(config.quick, processes)
             self.basis = demo.checksum
         data = self.base.data
+        own = demo.tests if config.demo else named_test_sets(data)
         if not data.holdout and data.val is None and any(method.startswith(WISE) for method in config.methods):
             raise UserError(f"{WISE}METHOD needs images to choose its α with: --data.holdout N or --data.val DIR")
         for method in set(config.methods) - set(DERIVED):  # now, and not when its turn comes
             self.settings(method, config.seeds[0]).validate()
-        specs = choose_specs(flat(config.test), config.id, named_test_sets(data))
+        specs = choose_specs(flat(config.test), config.id, own)
         if len(specs) < 2:
             raise UserError(
                 f"a test set in distribution and at least one shifted are needed, got {len(specs)}: "
@@ -205,10 +206,14 @@ class Table:
     def _rows(self, method: str, seed: int | None, title: str) -> list[TableRow]:
         rows = []
         for name, model in self._merged(method) if seed is None else self._models(method, seed):
-            found = self.suite.measure(model, self.base.precision, f"{title} {name}", model=name, seed=seed)
-            accuracy = {data: result.top1 for data, result in found.items()}
-            rows.append(TableRow(name, seed, accuracy, {data: result.per_class for data, result in found.items()}))
+            rows.append(self.measure(model, name, seed, title))
         return rows
+
+    def measure(self, model: nn.Module, name: str, seed: int | None, title: str) -> TableRow:
+        """The row of a model, on all test sets."""
+        found = self.suite.measure(model, self.base.precision, f"{title} {name}", model=name, seed=seed)
+        accuracy = {data: result.top1 for data, result in found.items()}
+        return TableRow(name, seed, accuracy, {data: result.per_class for data, result in found.items()})
 
     def _models(self, method: str, seed: int) -> Iterator[tuple[str, nn.Module]]:
         """The models of a method, by what they are called."""

@@ -24,7 +24,7 @@ ACCURACIES = {
     CEILING: [(85.0, 85.0), (86.0, 86.0)],
 }
 FOUND = [
-    TableRow(name, seed, {"id": pair[0], "ood_test": pair[1]})
+    TableRow(name, seed, {"id": pair[0], "ood": pair[1]})
     for name, pairs in ACCURACIES.items()
     for seed, pair in enumerate(pairs)
 ]
