@@ -17,7 +17,7 @@ from ..core.processes import Processes
 from ..core.tensors import fingerprint
 from ..data import Batch, Loader, LoaderConfig, build_loader
 from ..data.manifest import some
-from ..models import VisionTransformer
+from ..models import Backbone
 from .benchmark import Benchmark, Reader
 from .layouts import Spec, read_benchmark
 from .measure import Measurement, measure
@@ -167,7 +167,7 @@ class Suite:
     def _loader(self, model: nn.Module, benchmark: Benchmark) -> Loader:
         settings = LoaderConfig(
             batch_size=self.batch_size,
-            image_size=_transformers(model)[0].config.image_size,
+            image_size=_backbones(model)[0].config.image_size,
             train=False,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
@@ -191,13 +191,13 @@ class Suite:
             tqdm.write(text)
 
 
-def _transformers(model: nn.Module) -> list[VisionTransformer]:
-    return [module for module in model.modules() if isinstance(module, VisionTransformer)]
+def _backbones(model: nn.Module) -> list[Backbone]:
+    return [module for module in model.modules() if isinstance(module, Backbone)]
 
 
 def _identity(model: nn.Module) -> str:
     """SHA-256, in hex, of all that a model's outputs depend on: its kinds of modules, architecture and weights."""
     kinds = [type(module).__name__ for module in model.modules()]
     return hashlib.sha256(
-        f"{kinds} {[vit.config for vit in _transformers(model)]} {fingerprint(model)}".encode()
+        f"{kinds} {[backbone.config for backbone in _backbones(model)]} {fingerprint(model)}".encode()
     ).hexdigest()

@@ -92,7 +92,10 @@ def stock(runs: Sequence[Run]) -> ImageClassifier:
     """
     starts = [run.initial() for run in runs]
     if other := [run for run, start in zip(runs, starts, strict=True) if fingerprint(start) != fingerprint(starts[0])]:
-        raise UserError(f"{other[0].folder} started from other weights than {runs[0].folder}: no model stock of both")
+        raise UserError(
+            f"{other[0].folder} started from other weights than {runs[0].folder}: no model stock of both; a random "
+            "head is drawn by --seed, so give both runs one --model.head"
+        )
     starts[0].load_state_dict(model_stock(starts[0].state_dict(), [load_file(run.weights) for run in runs]))
     return starts[0]
 

@@ -7,10 +7,12 @@ both are checked by one parser and later arguments win.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -506,6 +508,11 @@ def parse(arguments: Sequence[str] | None = None, *, name: str = "train") -> Tra
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
     own = list(arguments)
+    for option, value in pairwise(own):
+        if option.replace("_", "-") == "--model.image-size" and re.fullmatch(r"\d+[x,×]\d+", value):
+            raise UserError(
+                f"{option} {value}: images are square, as the models' grids of positions are; give one side"
+            )
     for option in ("--config", "--resume"):
         if own.count(option) > 1:
             raise UserError(f"{option} is given {own.count(option)} times: give it once")

@@ -5,6 +5,7 @@ written out. It shares with the package the selection of patches and the fill's 
 """
 
 import copy
+import json
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from students import moved, own_methods
 from zoo import sdpa_maps
 
+from maskcf_fast import evaluate
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.explain.backbone import LibraryBackbone
 from maskcf_fast.methods import CounterfactualDistiller, MaskStrategy, strategy_names
@@ -32,6 +34,7 @@ MODELS = {  # name, arguments, tokens before the patches, what of the last layer
     "relu": ("vit_tiny_patch16_224", {"act_layer": "relu"}, 1, "class"),
     "two class tokens": ("deit_tiny_distilled_patch16_224", {}, 2, "both"),
     "mixed rotary positions, a mean": ("vit_small_patch16_rope_mixed_224", {"global_pool": "avg"}, 1, "mean"),
+    "a hybrid: convolutions before global attention": ("vit_tiny_r_s16_p8_224", {"patch_size": 2}, 1, "class"),
     "gated attention pool": ("vit_base_patch16_siglip_224", {"act_layer": "relu"}, 0, "pool"),
 }
 
@@ -133,7 +136,7 @@ def test_a_run_from_start_to_export(tmp_path, change, capsys, asked):
     name, _ = save("timm", "vit_tiny_patch16_224", source, **SMALL, **({} if asked else {"act_layer": "relu"}))
     model = {"name": name, "weights": None, "head_kind": "linear", "native": not asked}
     config = change(model=model, optim={"epochs": 2, "lr": 1e-3}, out=tmp_path / "whole")
-    Trainer(config, quiet=True).run()
+    accuracy = Trainer(config, quiet=True).run()
     said = capsys.readouterr().err
     assert ("its activation is ReLU" in said and "pixels are refilled" in said) == (not asked)
     whole = load_file(tmp_path / "whole" / "model.safetensors")
@@ -143,6 +146,13 @@ def test_a_run_from_start_to_export(tmp_path, change, capsys, asked):
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
+    line = ["--run", config.out, "--data", f"folder:{config.data.id}", "--weights", "final", "--wise-ft", "0,1"]
+    assert evaluate.main([*map(str, line), "--device", "cpu", "--out", str(tmp_path / "evaluated")]) == 0
+    tuned, start, end = json.loads((tmp_path / "evaluated" / "results.json").read_text())["rows"]
+    began = next(line for line in map(json.loads, (config.out / "metrics.jsonl").open()) if "accuracy/id" in line)
+    name = config.data.id.name
+    assert tuned["top1"][name] == end["top1"][name] == pytest.approx(accuracy["id"])
+    assert start["top1"][name] == pytest.approx(began["accuracy/id"])
     run = read_run(tmp_path / "whole")
     tuned = run.tuned()
     initial = run.initial()

@@ -210,6 +210,7 @@ def test_folders_that_do_not_fit(config, image_folders, tmp_path, capsys):
             "/absent is no run to resume, it has no config.yaml: give the folder that a run's --out",
         ),
         (["--config", "{resuming}", "--data.train", "{train}"], "is for the command line: --resume /absent (or auto)"),
+        (["--data.train", "{train}", "--model.image-size", "224x384"], "images are square, as the models' grids"),
         (["--resume", "/absent", "--resume=/other"], "--resume is given 2 times"),
         (["--config", "ft", "--config", "lp"], "--config is given 2 times"),
         (["--resume", "/absent", "--config", "ft"], "no --config, no --out"),
