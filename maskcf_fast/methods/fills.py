@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import VisionTransformer
@@ -103,8 +104,9 @@ class LeftOut(Fill):
         if len(rows) == 0:  # no image has a token left
             return backbone.encode(tokens[:, :0])[0]
         angles = backbone.angles()
-        if angles is not None:  # each patch keeps its own
-            angles = take(angles.expand(len(tokens), -1, -1), mask, prefix=prefix)[0]
+        if angles is not None:  # each patch keeps its own; as many are left as there are rows
+            kept = F.pad(mask, (prefix, 0)).flatten().argsort(stable=True)[: rows[..., 0].numel()]
+            angles = angles[kept % len(angles)].view(*rows.shape[:-1], -1)
         packing = places if isinstance(places, Packing) else None
         return backbone.encode(rows, packing=packing, angles=angles)[0]
 
