@@ -147,7 +147,14 @@ def _open_clip(kind: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]
     import open_clip
 
     options = dict(options)
-    text = {"context_length": options.pop("context_length", 77), "vocab_size": 49408, "width": 32}
+    known = options.pop("text_of", None)  # the library's name of a model with this text tower: its shape, made smaller
+    shape = dict(open_clip.get_model_config(known)["text_cfg"] if known else {})
+    shape.pop("hf_tokenizer_name", None)  # it would be downloaded
+    text = shape | {
+        "context_length": options.pop("context_length", shape.get("context_length", 77)),
+        "vocab_size": 49408,
+        "width": 32,
+    }
     text |= {"heads": 2, "layers": 1}
     if kind == "VisionTransformer":
         vision = {"image_size": SIDE, "layers": 2, "width": 128, "head_width": 32, "patch_size": 8, **options}
@@ -258,8 +265,8 @@ FAMILIES = [
            {"ls_init_value": 0.3, "no_ln_pre": True}),
     Family("SigLIP, SigLIP 2", "hf", "SiglipVisionModel", {"intermediate_size": 100}, GROWS),
     Family("SigLIP, SigLIP 2", "timm", "vit_base_patch16_siglip_224"),
-    Family("SigLIP, SigLIP 2", "open_clip", "vit_base_patch32_siglip_256"),
-    Family("SigLIP, SigLIP 2", "open_clip", "vit_base_patch16_siglip_224"),
+    Family("SigLIP, SigLIP 2", "open_clip", "vit_base_patch32_siglip_256", {"text_of": "ViT-B-32-SigLIP2-256"}),
+    Family("SigLIP, SigLIP 2", "open_clip", "vit_base_patch16_siglip_224", {"text_of": "ViT-B-16-SigLIP"}),
     Family("SigLIP so400m, heads of 72", "hf", "SiglipVisionModel",
            {"hidden_size": 144, "num_attention_heads": 2, "intermediate_size": 538}, GROWS),
     Family("SigLIP so400m, heads of 72", "timm", "vit_so400m_patch14_siglip_378", {"embed_dim": 144, "num_heads": 2}),
@@ -287,8 +294,10 @@ FAMILIES = [
     Family("EVA-02", "timm", "eva02_tiny_patch14_224"),
     Family("EVA-02", "timm", "eva02_base_patch14_224"),
     Family("EVA-02-CLIP", "timm", "eva02_base_patch16_clip_224", EVA_CLIP),
-    Family("EVA-02-CLIP", "open_clip", "eva02_base_patch16_clip_224", {"timm_pool": "token", "timm_proj": None}),
+    Family("EVA-02-CLIP", "open_clip", "eva02_base_patch16_clip_224",
+           {"timm_pool": "token", "timm_proj": None, "text_of": "EVA02-B-16"}),
     Family("Perception Encoder", "timm", "vit_pe_core_base_patch16_224", {"num_classes": 48, "attn_pool_num_heads": 2}),
-    Family("Perception Encoder", "open_clip", "vit_pe_core_base_patch16_224", {"timm_proj": None}),
+    Family("Perception Encoder", "open_clip", "vit_pe_core_base_patch16_224",
+           {"timm_proj": None, "text_of": "PE-Core-B-16"}),
     Family("RoPE-ViT", "timm", "vit_small_patch16_rope_224"),
 ]  # fmt: skip
