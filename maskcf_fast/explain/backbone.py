@@ -90,7 +90,11 @@ class LibraryBackbone(Backbone):
             try:
                 self.module.load_state_dict(weights)
             except RuntimeError as error:
-                raise UserError(f"the weights are not those of {name}: {error}") from error
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"the weights are not those of {name} at {whole.image_size} px: {reason} If a run at another size "
+                    "wrote them, give its --model.image-size"
+                ) from error
         self.register_buffer("mean", torch.tensor(whole.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(whole.std)[:, None, None], persistent=False)
         try:
@@ -111,8 +115,13 @@ class LibraryBackbone(Backbone):
             raise UserError(f"{len(record.calls) - len(layers)} of its attention calls do not lead to the feature")
         known = getattr(self.module, "num_prefix_tokens", None)
         prefix, grid = count_prefix(layers[0], known if isinstance(known, int) else None)
-        if grid is None or grid[0] != grid[1] or side % grid[0]:
+        if grid is None or grid[0] != grid[1]:
             raise UserError(f"its tokens are no square grid of patches over {side} pixels, but {grid}")
+        if rest := side % grid[0]:
+            raise UserError(
+                f"image_size={side} does not divide into its {grid[0]} × {grid[0]} patches: take {side - rest}, or "
+                "another multiple of its patch"
+            )
         readout = known_readout(self.module)
         edges = [call.edge for call in layers if call.edge is not None]
         score = feature.sum()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..core.errors import UserError
 from .blocks import Block
 
 LAYERS = ("attn.qkv", "attn.out", "fc", "proj")  # of a block
@@ -42,6 +43,8 @@ def add_adapters(blocks: Sequence[nn.Module], layers: Sequence[str], rank: int, 
         for name in layers:
             layer = block.get_submodule(name)
             weight = cast(Tensor, layer.weight)
+            if rank > (most := min(weight.shape)):
+                raise UserError(f"optim.lora_rank={rank} is no low rank of {name}, which has {most}: take less")
             parametrize.register_parametrization(layer, "weight", LowRank(weight, rank, alpha))
 
 

@@ -83,6 +83,8 @@ def _backbone(config: ModelConfig) -> Backbone:
         whole = read_state(config.weights).items()
         own = {key.removeprefix(OF_LIBRARY): tensor for key, tensor in whole if key.startswith(OF_LIBRARY)}
         return LibraryBackbone(name, config.image_size, own)
+    if not config.native and config.weights is not None:
+        raise UserError(f"{config.weights} holds no model that was trained unmodified: leave out --model.native False")
     if not config.native and config.name is not None:
         return LibraryBackbone(config.name, config.image_size)
     if not config.native:

@@ -169,6 +169,17 @@ def test_a_run_from_start_to_export(tmp_path, change, capsys, asked):
     torch.testing.assert_close(theirs.forward_head(x, pre_logits=True), tuned.features(images))
 
 
+def test_sizes_and_weights_that_do_not_fit(tmp_path, weights):
+    name, _ = save("timm", "vit_tiny_patch16_224", tmp_path, **SMALL)
+    with pytest.raises(UserError, match="image_size=33 does not divide into its 4 × 4 patches: take 32"):
+        LibraryBackbone(name, 33)
+    state = LibraryBackbone(name, 40).module.state_dict()
+    with pytest.raises(UserError, match=r"not those of .* at 32 px: .*size mismatch.* give its --model.image-size"):
+        LibraryBackbone(name, weights=state)
+    with pytest.raises(UserError, match=r"holds no model that was trained unmodified: leave out --model.native False"):
+        build_model(ModelConfig(name=name, weights=weights, native=False), 5, seed=0)
+
+
 SWIN = {"img_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 
 

@@ -130,6 +130,11 @@ def test_methods_without_masks_train_on_mixed_images(change, name):
     assert not torch.equal(*weights)
 
 
+def test_a_rank_that_is_not_low(change):
+    with pytest.raises(ValueError, match=r"lora_rank=97 is no low rank of attn.qkv, which has 96: take less"):
+        Trainer(change(optim={"lora_rank": 97}), quiet=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
