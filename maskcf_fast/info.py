@@ -13,6 +13,7 @@ from .ops.info import describe
 GPU = 80e9  # bytes of one
 USABLE = 0.9  # of them: the rest is CUDA's own, and what fragments leave
 GPUS = 8
+MOST_BATCH = 1_000_000
 
 
 @command()
@@ -39,8 +40,10 @@ def describe_training(given: argparse.Namespace) -> str:
     from .models.sources import load_architecture
     from .training.cost import step_cost
 
-    if given.batch < 2:
-        raise UserError(f"--batch must be at least 2, from which images are refilled, got {given.batch}")
+    if not 2 <= given.batch <= MOST_BATCH:
+        raise UserError(
+            f"--batch must be at least 2, to refill one from another, and {MOST_BATCH:,} at most, got {given.batch}"
+        )
     config = load_architecture(given.model, given.image_size)
     cost = step_cost(config, given.batch, precision=given.precision, strategy=given.strategy, recompute=given.recompute)
     lines = [

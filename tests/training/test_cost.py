@@ -115,12 +115,20 @@ def test_the_command(capsys):
         assert part in said
     assert info.main(["--model", "tiny", "--batch", "1"]) == 1
     assert "--batch must be at least 2" in capsys.readouterr().err
+    assert info.main(["--model", "tiny", "--batch", str(10**14)]) == 1
+    assert "1,000,000 at most, got 100000000000000" in capsys.readouterr().err
     assert info.main(["--model", "foo:bar"]) == 1
     assert "a model is named open_clip:MODEL" in capsys.readouterr().err
     assert info.main(["--model", "ViT-L/41"]) == 1
     assert "did you mean 'ViT-L/14'" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not divide by patch_size=14"):
         load_architecture("ViT-L/14", 225)
+
+
+def test_a_model_that_is_no_vision_transformer():
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="it is a ResNet, neither timm's VisionTransformer nor its Eva"):
+        load_architecture("timm:resnet18")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def architecture(name: str) -> VisionTransformerConfig:
 
 def readable(model: Any) -> Any:
     """A model on the meta device with a head whose bias can be read: zeros, as a projection has it."""
-    if isinstance(model.head, nn.Linear) and not isinstance(model.norm_pre, nn.Identity):
+    pre_norm = not isinstance(getattr(model, "norm_pre", None), nn.Identity | None)
+    if isinstance(getattr(model, "head", None), nn.Linear) and pre_norm:
         model.head.bias = nn.Parameter(torch.zeros(model.head.out_features, device="cpu"))
     return model
 
