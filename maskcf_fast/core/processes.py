@@ -187,7 +187,9 @@ class Processes:
         if self.world_size > 1 and dist.is_initialized():
             group = weakref.ref(dist.group.WORLD)
             dist.destroy_process_group()
-            if group() is not None:  # FSDP's, which PyTorch's caches keep: time for its threads to let go of everything
+            # FSDP's, which is kept with its mesh by DTensor's caches, that nothing public clears, and by a default
+            # argument in torch.distributed.fsdp: time for its threads to let go of everything.
+            if group() is not None:
                 time.sleep(0.5)
 
     def _name(self, rank: int) -> str:
