@@ -77,6 +77,14 @@ def gather_tokens(tokens: Tensor, mask: Tensor, donors: Tensor) -> Tensor:
     return torch.cat([tokens[:, :1], torch.where(mask[..., None], others, tokens[:, 1:])], dim=1)
 
 
+def bias_gelu(x: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """As a layer with bias and a model's activation do it; OpenAI's approximation by its definition."""
+    z = x + bias.to(x.dtype)
+    if activation == "quick_gelu":
+        return z * torch.sigmoid(1.702 * z)
+    return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 def attention_relevance(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, relevance: Tensor) -> Tensor:
     """With the attention map and its gradient, ``[N, H, T, T]``, in memory."""
     attention = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)

@@ -56,7 +56,7 @@ def watched(work: Workload, read: Callable[[], float]) -> Iterator[dict[str, flo
 
         return call
 
-    student, teacher = work.student.backbone, work.teacher
+    student, teacher = work.student.backbone, work.narrow_teacher or work.teacher
     places: list[tuple[Any, str, tuple[str, ...]]] = [
         *((student, name, ("embed",)) for name in ("rows", "embed_rows")),
         (student, "encode", ("clean forward", "masked forward")),

@@ -29,7 +29,8 @@ class Case:
     eager: Mapping[str, Callable[..., Any]]  # plain PyTorch by name, taking the arguments; the fastest form is "eager"
     tolerance: tuple[float, ...]  # per result: greatest difference from the reference, in parts of its largest value
     eager_tolerance: tuple[float, ...] = ()  # the same for plain PyTorch, where it rounds more
-    grad_out: Tensor | None = None  # of the result: the gradient of the first argument is computed as well
+    grad_out: Tensor | None = None  # of the result: the gradients of the first arguments are computed as well
+    gradients: int = 1  # so many
     by_image: bool = False  # images do not meet: the reference may take a few at a time
     written_out: int = 0  # bytes that plain PyTorch takes on the way
     limits: tuple[Any, ...] = ()  # what an implementation may be limited in, as `why_not` takes it
@@ -43,8 +44,7 @@ class Case:
         """Results of ``function`` for the arguments: what is compared, timed, and counted as written."""
         out = function(*self.args)
         if self.grad_out is not None:
-            (grad,) = torch.autograd.grad(out, self.args[0], self.grad_out)
-            return out.detach(), grad
+            return out.detach(), *torch.autograd.grad(out, self.args[: self.gradients], self.grad_out)
         return out if isinstance(out, tuple) else (out,)
 
     def expected(self) -> tuple[Tensor, ...]:
@@ -139,6 +139,23 @@ def gather(config: VisionTransformerConfig, n: int, device: torch.device, fill: 
     )
 
 
+def bias_gelu(config: VisionTransformerConfig, n: int, device: torch.device, dtype: torch.dtype | None = None) -> Case:
+    shape, dtype = (n, 1 + config.num_patches, 4 * config.width), dtype or compute_dtype(device)
+    hidden = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+    bias = torch.randn(shape[-1], device=device).requires_grad_()
+    activation = config.activation
+    # Plain PyTorch rounds the sum to the dtype before the function, and what it is made of after each step.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    return Case(
+        partial(mf.bias_gelu, activation=activation),
+        (hidden, bias),
+        {"eager": partial(baselines.bias_gelu, activation=activation)},
+        (tolerance, tolerance, 1e-3 if dtype == torch.float32 else 2e-2),
+        grad_out=torch.randn(shape, device=device, dtype=dtype),
+        gradients=2,
+    )
+
+
 def relevance(
     config: VisionTransformerConfig,
     n: int,
@@ -178,6 +195,8 @@ CASES: dict[tuple[str, str], Callable[[VisionTransformerConfig, int, torch.devic
     ("patchify", "from uint8"): patchify,
     ("gather_tokens", "single-fill, forward and backward"): partial(gather, fill="single"),
     ("gather_tokens", "multi-fill, forward and backward"): partial(gather, fill="multi"),
+    ("bias_gelu", "forward and backward"): bias_gelu,
+    ("bias_gelu", "bf16, forward and backward"): partial(bias_gelu, dtype=torch.bfloat16),
     ("attention_relevance", "one layer"): relevance,
 }
 OPS = tuple(dict.fromkeys(op for op, _ in CASES))

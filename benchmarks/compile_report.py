@@ -41,7 +41,7 @@ TARGETS = {
 }
 OPS = {
     name: import_module(f"maskcf_fast.ops.{name}.triton")
-    for name in ("gather", "patchify", "refill", "relevance", "select")
+    for name in ("bias_gelu", "gather", "patchify", "refill", "relevance", "select")
 }
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -157,6 +157,15 @@ def calls() -> dict[str, Callable[[], Any]]:
                 name = f"{fill} {width} {str(dtype)[6:]}"
                 out[f"gather {name}"] = partial(ops.gather.gather_tokens, tokens, mask, which, 1)
                 out[f"gather backward {name}"] = partial(ops.gather.gather_tokens_backward, tokens, mask, which, 1)
+    for width in (3072, 4096):
+        for dtype in (torch.bfloat16, torch.float32):
+            hidden, bias = torch.zeros(2, 50, width, dtype=dtype), torch.zeros(width)
+            for kind, activation in enumerate(ops.bias_gelu.KINDS):
+                name = f"{activation} {width} {str(dtype)[6:]}"
+                out[f"bias_gelu {name}"] = partial(ops.bias_gelu.bias_gelu, hidden, bias, kind)
+                out[f"bias_gelu backward {name}"] = partial(
+                    ops.bias_gelu.bias_gelu_backward, hidden, hidden.clone(), bias, kind
+                )
     for d in (16, 24, 32, 48, 64, 72, 80, 128):
         for dtype in (torch.bfloat16, torch.float32):
             for queries in (50, 1):

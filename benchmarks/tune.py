@@ -41,6 +41,7 @@ CALLS: dict[tuple[str, tuple[str, ...]], tuple[Make, ...]] = {
     ("refill", ("float32",)): (*_refills(SINGLE),),
     ("patchify", ()): (cases.patchify,),
     ("gather", ()): tuple(partial(cases.gather, fill=fill) for fill in ("single", "multi")),
+    ("bias_gelu", ()): (cases.bias_gelu,),
     ("relevance", ("float16", "bfloat16")): (partial(cases.relevance, dtype=HALF),),
     ("relevance", ("float32",)): (partial(cases.relevance, dtype=SINGLE),),
 }
@@ -58,6 +59,8 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[Make, ...], list[dict[str, int]]]
     ("patchify", {}, CALLS["patchify", ()], _tiles("BLOCK", "num_warps")((2048, 4), (1024, 4), (1024, 2), (4096, 8))),
     ("gather", {}, CALLS["gather", ()], _tiles("UNITS", "num_warps")((512, 4), (256, 4), (512, 2), (1024, 8))),
     ("gather backward", {}, CALLS["gather", ()], _tiles("BLOCK", "num_warps")((2048, 4), (1024, 2), (512, 1))),
+    ("bias_gelu", {}, CALLS["bias_gelu", ()], _tiles("ROWS", "COLS", "num_warps")(
+        (16, 256, 4), (8, 256, 4), (32, 256, 8), (8, 512, 4), (16, 128, 4))),
     ("relevance", {"half": True, "width": 64}, CALLS["relevance", ("float16", "bfloat16")],
      _tiles("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")(
         (32, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 2))),

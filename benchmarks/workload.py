@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -69,6 +70,9 @@ class Workload:
         head = CosineClassifier(config.feature_dim, CLASSES)
         self.student = ImageClassifier(VisionTransformer(config), head).to(device)
         self.teacher = VisionTransformer(config).to(device).requires_grad_(False)
+        self.narrow_teacher: VisionTransformer | None = (
+            None  # for steps in bf16 but the paper's order, once there is one
+        )
         side = config.image_size
         self.images = torch.randint(256, (batch, side, side, 3), dtype=torch.uint8, device=device)
         self.pixels = (self.images.permute(0, 3, 1, 2).float() / 255).contiguous()
@@ -81,13 +85,19 @@ class Workload:
     def method(self, variant: Variant) -> Method:
         """The training method of a variant, at its precision."""
         method: Method
+        low = variant.precision == "bf16"
+        teacher = self.teacher
+        if low:
+            teacher = self.narrow_teacher = self.narrow_teacher or copy.deepcopy(teacher)
         if variant.method == "FT":
             method = FineTuning(self.student)
         elif variant.method == "FD":
-            method = FeatureDistillation(self.student, self.teacher)
+            method = FeatureDistillation(self.student, teacher)
         else:
-            method = CounterfactualDistiller(self.student, self.teacher, variant.method)
-        method.precision = "bf16" if variant.precision == "bf16" else "fp32"
+            method = CounterfactualDistiller(self.student, teacher, variant.method)
+        method.precision = "bf16" if low else "fp32"
+        if low:
+            method.narrow_teacher()
         return method
 
     def backward(self, variant: Variant) -> m.Call:
@@ -153,8 +163,9 @@ class Workload:
         return compiled
 
     def _set(self, pointwise: Any) -> None:
-        for backbone in (self.student.transformer, self.teacher):
-            backbone.set_pointwise(pointwise)
+        for backbone in (self.student.transformer, self.teacher, self.narrow_teacher):
+            if backbone is not None:
+                backbone.set_pointwise(pointwise)
 
     def _graphed(self, method: Method) -> Callable[..., None]:
         graphed = speed.GraphedBackward(method, self.generator)

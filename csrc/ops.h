@@ -16,6 +16,7 @@
 #include "core/address.h"
 #include "core/pixel.h"
 #include "core/select.h"
+#include "kernels.h"
 
 namespace maskcf {
 
@@ -50,6 +51,16 @@ void for_wide_type(ScalarType dtype, const char* name, const F& f) {
     case ScalarType::Float: return f(float{});
     case ScalarType::Double: return f(double{});
     default: STD_TORCH_CHECK(false, name, " must be float32 or float64");
+  }
+}
+
+inline Element element_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return Element::kFloat32;
+    case ScalarType::Double: return Element::kFloat64;
+    case ScalarType::Half: return Element::kFloat16;
+    case ScalarType::BFloat16: return Element::kBFloat16;
+    default: STD_TORCH_CHECK(false, "only float tensors are taken");
   }
 }
 
@@ -160,6 +171,22 @@ inline void check_relevance(Tensor& q, Tensor& k, Tensor& v, Tensor& grad_out, T
     // Any layout will do as long as a token's head is contiguous, which a view of a packed projection is.
     if (x->stride(3) != 1) make_dense(*x);
   }
+}
+
+inline void check_bias_gelu(Tensor& x, Tensor& bias, int64_t kind) {
+  STD_TORCH_CHECK(x.dim() > 0 && bias.dim() == 1 && bias.size(0) == x.size(x.dim() - 1), "bias must have shape [D]");
+  STD_TORCH_CHECK(bias.size(0) > 0, "rows must not be empty");
+  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(bias.scalar_type() == wide, "bias must be float32, or float64 with float64 x");
+  STD_TORCH_CHECK(kind >= 0 && kind < 3, "kind must be 0, 1 or 2, got ", kind);
+  make_dense(x);
+  make_dense(bias);
+}
+
+inline void check_gradient(Tensor& grad, const Tensor& x) {
+  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type(), "the gradient must be like x");
+  for (int64_t i = 0; i < x.dim(); ++i) STD_TORCH_CHECK(grad.size(i) == x.size(i), "the gradient must be like x");
+  make_dense(grad);
 }
 
 }  // namespace maskcf

@@ -1,32 +1,9 @@
 // Attention relevance on the CPU: a head of an image per task, then the sum over heads in their order.
-#include "relevance.h"
-
+#include "kernels.h"
 #include "ops.h"
 
 namespace maskcf {
 namespace {
-
-RelevanceKernel best_kernel() {
-#ifdef MASKCF_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return relevance_avx512();
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return relevance_avx2();
-#endif
-  return relevance_default();
-}
-
-Element element_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return Element::kFloat32;
-    case ScalarType::Double: return Element::kFloat64;
-    case ScalarType::Half: return Element::kFloat16;
-    case ScalarType::BFloat16: return Element::kBFloat16;
-    default: STD_TORCH_CHECK(false, "q must be a float tensor");
-  }
-}
 
 const void* head_data(const Tensor& x, int64_t n, int64_t h) {
   return static_cast<const char*>(x.const_data_ptr()) +
@@ -35,7 +12,6 @@ const void* head_data(const Tensor& x, int64_t n, int64_t h) {
 
 Tensor attention_relevance(Tensor q, Tensor k, Tensor v, Tensor grad_out, Tensor relevance, double scale) {
   check_relevance(q, k, v, grad_out, relevance);
-  const RelevanceKernel kernel = best_kernel();
   const int64_t n = q.size(0), heads = q.size(1), tq = q.size(2), t = k.size(2), d = q.size(3);
   const Element element = element_of(q.scalar_type());
   Tensor out = torch::stable::empty_like(relevance);
@@ -44,7 +20,7 @@ Tensor attention_relevance(Tensor q, Tensor k, Tensor v, Tensor grad_out, Tensor
     std::vector<W> partial(size_t(n * heads * t));
     const W* row = static_cast<const W*>(relevance.const_data_ptr());
     torch::stable::parallel_for(0, n * heads, 1 + (1 << 15) / (tq * t * d + 1), [&](int64_t begin, int64_t end) {
-      std::vector<char> memory(size_t(kernel.scratch_bytes(element, t, d)) + 64);
+      std::vector<char> memory(size_t(kernels().relevance_scratch_bytes(element, t, d)) + 64);
       void* scratch = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t i = task / heads, h = task % heads;
@@ -52,7 +28,7 @@ Tensor attention_relevance(Tensor q, Tensor k, Tensor v, Tensor grad_out, Tensor
                         q.stride(2),        k.stride(2),        v.stride(2),        grad_out.stride(2),
                         tq,                 t,                  d,                  scale,
                         row + i * t,        partial.data() + task * t};
-        kernel.run(element, head, scratch);
+        kernels().relevance(element, head, scratch);
       }
     });
     W* to = static_cast<W*>(out.mutable_data_ptr());

@@ -1,79 +1,24 @@
-// The body of every relevance kernel for the CPU. Each relevance_<instruction set>.cpp includes it once, compiled for
-// that set, after defining MASKCF_VECTOR_BYTES and MASKCF_TILE_ROWS. Everything here is internal to that file, and
-// nothing from the standard library is instantiated: an inline function that the linker merged with another file's
-// could be compiled for instructions that the machine lacks.
+// The body of every relevance kernel for the CPU (kernels_all.h).
 //
 // A block of queries at a time: its logits against all keys stay in cache, as does the head's packed k and v; the
 // gradient of the attention map only ever exists as a tile in registers.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#include "relevance.h"
+#include "kernels.h"
+#include "vector.h"
 
 namespace maskcf {
 namespace {
 
-struct Float16 {
-  uint16_t bits;
-};
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-template <class To, class From>
-inline To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(Bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
-// The exponent and mantissa moved into place are the value over 2^112, subnormals too; infinity and NaN come out at
-// 65536 or above, where no float16 is.
-inline float widen(Float16 x) {
-  const float magnitude = bits_as<float>(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
-  const uint32_t special = magnitude >= 65536.0f ? 0x7f800000u : 0u;
-  return bits_as<float>(bits_as<uint32_t>(magnitude) | special | uint32_t(x.bits & 0x8000) << 16);
-}
-
 template <class W>
 struct Tile {
-  typedef W V __attribute__((vector_size(MASKCF_VECTOR_BYTES)));
-  static constexpr int kLanes = MASKCF_VECTOR_BYTES / sizeof(W);
+  using V = Vector<W>;
+  static constexpr int kLanes = lanes_of<W>;
   static constexpr int kRows = MASKCF_TILE_ROWS;  // queries
   static constexpr int kCols = 2 * kLanes;        // keys
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// exp(x) for x <= 0 to about 1 ulp: a power of two, times a polynomial on [-ln 2 / 2, ln 2 / 2]. Below -86 the result
-// is 0 (the true one is under 1e-37).
-inline Tile<float>::V exp_of(Tile<float>::V x) {
-  using V = Tile<float>::V;
-  typedef uint32_t I __attribute__((vector_size(MASKCF_VECTOR_BYTES)));  // below the cut the sum wraps, unused
-  const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
-  const V shifted = x * 1.44269504f + shifter;
-  const V n = shifted - shifter;
-  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  V y = V{} + 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
-  const I scaled = bits_as<I>(y) + (bits_as<I>(shifted) << 23);
-  return x < -86.0f ? V{} : bits_as<V>(scaled);
-}
-inline Tile<double>::V exp_of(Tile<double>::V x) {
-  for (int i = 0; i < Tile<double>::kLanes; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
-}
 
 // Rows [T, d] to panels [T / cols][d][cols], zeros past the end.
 template <class W, class T>
@@ -260,7 +205,7 @@ void run_typed(const Head& head, void* scratch) {
   all_queries<W, T>(head, static_cast<W*>(scratch));
 }
 
-void run(Element element, const Head& head, void* scratch) {
+void relevance(Element element, const Head& head, void* scratch) {
   switch (element) {
     case Element::kFloat32: return run_typed<float, float>(head, scratch);
     case Element::kFloat64: return run_typed<double, double>(head, scratch);
@@ -269,7 +214,7 @@ void run(Element element, const Head& head, void* scratch) {
   }
 }
 
-int64_t scratch_bytes(Element element, int64_t t, int64_t d) {
+int64_t relevance_scratch_bytes(Element element, int64_t t, int64_t d) {
   if (element == Element::kFloat64) return Scratch<double>(t, d).total * int64_t(sizeof(double));
   return Scratch<float>(t, d).total * int64_t(sizeof(float));
 }

@@ -8,6 +8,7 @@ from .methods import CounterfactualDistiller, MaskStrategy
 from .models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig, load_backbone
 from .ops import (
     attention_relevance,
+    bias_gelu,
     counterfactual_refill,
     drop_tokens,
     gather_tokens,
@@ -29,6 +30,7 @@ __all__ = [
     "VisionTransformer",
     "VisionTransformerConfig",
     "attention_relevance",
+    "bias_gelu",
     "counterfactual_refill",
     "drop_tokens",
     "explain",

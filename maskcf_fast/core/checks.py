@@ -36,13 +36,16 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Raise unless ``tensor`` has the given shape (names stand for any size), dtype and device."""
+    """Raise unless ``tensor`` has the given shape (names stand for any size), dtype and device.
+
+    A shape that begins with ``"..."`` has any number of further dimensions there.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    fits = tensor.ndim == len(shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
+    last = len(shape) - 1 if shape[:1] == ["..."] else None  # dimensions that are compared
+    fits = tensor.ndim == len(shape) if last is None else tensor.ndim >= last
+    pairs = zip(reversed(shape[-last:] if last else shape), reversed(tensor.shape), strict=False)
+    if not (fits and all(isinstance(want, str) or want == have for want, have in pairs)):
         wanted = "[" + ", ".join(map(str, shape)) + "]"
         raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
     if dtypes is not None and tensor.dtype not in dtypes:

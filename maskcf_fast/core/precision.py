@@ -16,6 +16,16 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+@contextmanager
+def casts_kept(device: torch.device, precision: str) -> Iterator[None]:
+    """Within, weights that `autocast` has cast stay so from one of its contexts to the next; it is off between them."""
+    if precision != "bf16":
+        yield
+        return
+    with autocast(device, precision), no_autocast(device):
+        yield
+
+
 def check_precision(device: torch.device, precision: str) -> None:
     """Raise a UserError if ``device`` has no such precision."""
     if precision == "tf32" and device.type != "cuda":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core.checks import check_tensor, value_checks
 from ..core.errors import UserError
-from ..core.precision import autocast
+from ..core.precision import autocast, casts_kept
 from ..models import Backbone, ImageClassifier, Tap
 from .label_map import LabelMap
 from .losses import StepOutput, check_temperature, feature_loss, logit_loss, step_output, task_loss
@@ -137,39 +137,42 @@ class CounterfactualDistiller(Method):
         the memory. The gradients are the same sums.
         """
         draw = draw or self._draw(images, generator)
-        with autocast(images.device, self.precision):
-            tokens, embed_teacher = self._embed(images)
-            shared = tokens.detach().requires_grad_(tokens.requires_grad)  # where the two branches meet
-            logits, taps = self._clean(shared, labels, mask)
-            task = task_loss(logits, labels)
-            out = step_output(task, logits)
-        cam = None
-        if taps and self.map.target == "logprob":  # the task loss is minus the mean of what the map explains
-            for activation in self.map.read(taps):
-                activation.retain_grad()
-            (scale * task).backward()
-            read = [cast(Tensor, x.grad) * (-len(images) / scale) for x in self.map.read(taps)]
-            cam = self.map.from_gradients(taps, read)
-            del read
-        else:
-            if taps:
-                cam = self.map(logits, labels, taps)
-            elif mask is None:
-                with autocast(images.device, self.precision):
-                    cam = self._teacher_cam(embed_teacher, labels)
-            (scale * task).backward()
-        del logits, taps, task
-        chosen = self.strategy.mask(cam, draw) if mask is None else mask
+        # Both passes run the same weights: they are cast once.
+        kept = casts_kept(images.device, self.precision if self.keep_casts else "fp32")
+        with kept:
+            with autocast(images.device, self.precision):
+                tokens, embed_teacher = self._embed(images)
+                shared = tokens.detach().requires_grad_(tokens.requires_grad)  # where the two branches meet
+                logits, taps = self._clean(shared, labels, mask)
+                task = task_loss(logits, labels)
+                out = step_output(task, logits)
+            cam = None
+            if taps and self.map.target == "logprob":  # the task loss is minus the mean of what the map explains
+                for activation in self.map.read(taps):
+                    activation.retain_grad()
+                (scale * task).backward()
+                read = [cast(Tensor, x.grad) * (-len(images) / scale) for x in self.map.read(taps)]
+                cam = self.map.from_gradients(taps, read)
+                del read
+            else:
+                if taps:
+                    cam = self.map(logits, labels, taps)
+                elif mask is None:
+                    with autocast(images.device, self.precision):
+                        cam = self._teacher_cam(embed_teacher, labels)
+                (scale * task).backward()
+            del logits, taps, task
+            chosen = self.strategy.mask(cam, draw) if mask is None else mask
 
-        with autocast(images.device, self.precision):
-            distill = self._distill(tokens, embed_teacher, chosen, draw)
-        loss = scale * self.weight * distill
-        if tokens.requires_grad:  # the clean branch's gradient joins where the branches meet
-            torch.autograd.backward([loss, tokens], [torch.ones_like(loss), cast(Tensor, shared.grad)])
-        elif loss.requires_grad:  # not where only the head is trained, of which features know nothing
-            loss.backward()
-        distill = distill.detach()
-        return out._replace(loss=out.task + self.weight * distill, distill=distill, cam=cam, mask=chosen)
+            with autocast(images.device, self.precision):
+                distill = self._distill(tokens, embed_teacher, chosen, draw)
+            loss = scale * self.weight * distill
+            if tokens.requires_grad:  # the clean branch's gradient joins where the branches meet
+                torch.autograd.backward([loss, tokens], [torch.ones_like(loss), cast(Tensor, shared.grad)])
+            elif loss.requires_grad:  # not where only the head is trained, of which features know nothing
+                loss.backward()
+            distill = distill.detach()
+            return out._replace(loss=out.task + self.weight * distill, distill=distill, cam=cam, mask=chosen)
 
     def select(self, images: Tensor, labels: Tensor) -> Tensor:
         """The mask ``[N, L]`` bool that `backward` would now cut from the map; touches no parameter's gradient.

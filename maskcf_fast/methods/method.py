@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from ..core.precision import autocast
-from ..models import ImageClassifier
+from ..models import ImageClassifier, VisionTransformer
 from .losses import StepOutput
 
 
@@ -21,11 +21,14 @@ class Method(nn.Module):
 
     Attributes:
         precision: "fp32" ("tf32" is the same here), or "bf16": bfloat16 with float32 weights, losses and statistics.
+        keep_casts: Whether the weights' casts to bfloat16 last through a step of several passes. Not where FSDP frees
+            the weights between them.
         average: Where given, the running average of the student's weights, which is evaluated in its place.
         weight_decay: The optimiser's, unless another is asked for.
     """
 
     precision = "fp32"
+    keep_casts = True
     weight_decay = 0.1
 
     def __init__(self, student: ImageClassifier, teacher: nn.Module | None = None, weight: float = 0.0) -> None:
@@ -47,6 +50,17 @@ class Method(nn.Module):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    def narrow_teacher(self) -> None:
+        """Keep the frozen teacher's weights in bfloat16 where their products are computed in it: the same function.
+
+        For a teacher of this package, that nothing trains and no average follows.
+        """
+        for module in () if self.teacher is None else self.teacher.modules():
+            if isinstance(module, VisionTransformer):
+                weights = [linear.weight for linear in module.modules() if isinstance(linear, nn.Linear)]
+                for weight in (module.patch_weight, *weights):
+                    weight.data = weight.data.to(torch.bfloat16)
 
     @property
     def result(self) -> ImageClassifier:

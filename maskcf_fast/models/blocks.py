@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.precision import no_autocast
+from ..ops.bias_gelu import bias_gelu
 from ..ops.drop import Packing
 from .config import QkvBias, VisionTransformerConfig
 from .positions import Rotation, rotate
@@ -75,7 +76,7 @@ class Attention(nn.Module):
         With ``asking [N, 1, D]``, that alone asks and all of ``x`` answers: ``[N, 1, D]``. It is a token before the
         patches, or none, which is turned by nothing.
         """
-        norm, _, _, rotate = self.pointwise
+        norm, _, _, _, rotate = self.pointwise
         pad = (lambda t: t) if packing is None else packing.pad
         if asking is not None:
             width, bias = x.shape[-1], self.qkv.whole_bias()
@@ -131,7 +132,7 @@ def activate(hidden: Tensor, activation: str, gated: bool = False) -> Tensor:
     return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-POINTWISE: tuple[Callable[..., Any], ...] = (norm, add_norm, activate, rotate)
+POINTWISE: tuple[Callable[..., Any], ...] = (norm, add_norm, bias_gelu, activate, rotate)
 
 
 def scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -154,8 +155,11 @@ class WithMlp(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         """``[…, D]`` → ``[…, D]``."""
-        norm, _, activate, _ = self.pointwise
-        x = activate(self.fc(x), self.activation, self.gated)
+        norm, _, bias_gelu, activate, _ = self.pointwise
+        if self.gated or self.activation == "silu":
+            x = activate(self.fc(x), self.activation, self.gated)
+        else:
+            x = bias_gelu(F.linear(x, self.fc.weight), self.fc.bias, self.activation)
         if self.mlp_norm is not None:
             x = norm(x, self.mlp_norm.weight, self.mlp_norm.bias, self.mlp_norm.eps)
         return self.proj(x)
@@ -182,7 +186,7 @@ class Block(WithMlp):
         rotation: Rotation | None = None,
     ) -> tuple[Tensor, Tap]:
         """``x [N, T, D]`` → ``[N, Tq, D]`` (the class token alone if ``cls_only``) and the tap; packed, as there."""
-        norm, add_norm, _, _ = self.pointwise
+        norm, add_norm, *_ = self.pointwise
         first, second = self.ln_1, self.ln_2
         normed = norm(x, first.weight, first.bias, first.eps)
         attended, tap = self.attn(normed, class_tokens(normed, packing) if cls_only else None, packing, rotation)

@@ -3,6 +3,7 @@
 ``reference.py`` is always there: plain PyTorch, the contract that every other implementation is tested against.
 """
 
+from .bias_gelu import bias_gelu
 from .donors import sample_donors
 from .drop import drop_tokens, pack_tokens
 from .gather import gather_tokens
@@ -13,6 +14,7 @@ from .select import select_patches
 
 __all__ = [
     "attention_relevance",
+    "bias_gelu",
     "counterfactual_refill",
     "drop_tokens",
     "gather_tokens",

@@ -30,9 +30,9 @@ TARGET_MACRO = "TORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_ARCHS = "80;90;100"
 COMPILERS = ("c++", "g++", "clang++")
 PACKAGE = Path(__file__).parents[1]
-# Products agree to the bit only where a multiplication and an addition stay two roundings; the relevance kernels,
-# which are held to an error bound instead, may contract.
-CONTRACTED = ("relevance_", "relevance.cu")
+# Products agree to the bit only where a multiplication and an addition stay two roundings; the kernels that are held
+# to an error bound instead may contract.
+CONTRACTED = ("kernels_", "relevance.cu")
 X86_FLAGS = {
     "_avx2": ["-mavx2", "-mfma"],
     "_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],

@@ -111,7 +111,9 @@ class Trainer:
         choose_trained(config.optim, model, config.seed)
         if not self.sharded:
             self.method.to(device)
-        self.method.precision = config.precision
+        self.method.precision, self.method.keep_casts = config.precision, not self.sharded
+        if config.precision == "bf16" and not config.method.ema_teacher and not self.sharded:  # FSDP takes one dtype
+            self.method.narrow_teacher()
         model.backbone.recompute = config.recompute
         self.mixup = Mixup(config.data.mixup, len(train.classes)) if config.data.mixup else None
         self.generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + self.processes.rank)

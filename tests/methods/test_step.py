@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from students import moved
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskcf_fast.core.errors import UserError
@@ -264,6 +265,47 @@ def test_bfloat16_is_close_and_keeps_float32_where_it_matters(size):
     with torch.autocast("cpu", torch.bfloat16):
         feature, taps = student.backbone.encode(student.backbone.embed(images), record=True)
     assert {t.dtype for t in (feature, *taps[0], *taps[-1])} == {torch.bfloat16}
+
+
+class Casts(TorchDispatchMode):
+    """How often a weight of this shape was cast to bfloat16."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        cast = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
+        self.count += cast and args[0].shape == self.shape
+        return func(*args, **kwargs)
+
+
+def test_a_step_in_bfloat16_casts_a_weight_once_and_its_narrow_teachers_never():
+    found = []
+    for keep, narrow in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(0)
+        student, teacher, images, labels = make(SIZES["8×8 patches"])
+        method = CounterfactualDistiller(student, teacher, "object-single")
+        method.precision, method.keep_casts = "bf16", keep
+        if narrow:
+            method.narrow_teacher()
+        blocks = student.backbone.blocks
+        with Casts(blocks[0].fc.weight.shape) as casts:
+            method.backward(images, labels, generator=torch.Generator().manual_seed(0))
+        assert not torch.is_autocast_enabled("cpu")
+        assert casts.count == len(blocks) * ((1 if keep else 2) + (0 if narrow else 1))
+        found.append([p.grad for p in student.parameters()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_autocast_of_the_caller_counts_where_the_method_has_no_precision_of_its_own():
+    student, teacher, images, labels = make(SIZES["8×8 patches"])
+    method = CounterfactualDistiller(student, teacher, "object-single")
+    with torch.autocast("cpu", torch.bfloat16), Casts(student.backbone.blocks[0].fc.weight.shape) as casts:
+        method.backward(images, labels, generator=torch.Generator().manual_seed(0))
+    assert casts.count
 
 
 @pytest.mark.parametrize("kind", ["relevance", "gradcam"])

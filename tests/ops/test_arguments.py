@@ -25,6 +25,7 @@ GOOD = {
     mf.attention_relevance: LAYER | {"impl": "auto"},
     mf.relevance_cam: {"taps": [[LAYER[name] for name in "qkv"]], "grads": [LAYER["grad_out"]], "start_layer": 0,
                        "scale": None, "prefix": 1, "readout": "class", "impl": "auto"},
+    mf.bias_gelu: {"x": torch.rand(4, 10, 5), "bias": torch.rand(5), "activation": "gelu", "impl": "auto"},
     mf.sample_donors: {"n": 4, "num_patches": 9, "generator": None},
 }  # fmt: skip
 OPTIONAL = {"threshold", "top_k", "grid", "mask", "donors", "dropped", "relevance", "scale", "num_patches", "generator"}

@@ -15,6 +15,7 @@ SWEPT = {
     "patchify": "patchify p16@224 bfloat16",
     "gather": "gather single 768 bfloat16",
     "gather backward": "gather backward single 768 bfloat16",
+    "bias_gelu": "bias_gelu backward quick_gelu 3072 bfloat16",
     "relevance of one query": "relevance d64 bfloat16 one query",
     "relevance": "relevance d64 {}",
 }
@@ -22,7 +23,7 @@ SWEPT = {
 
 @pytest.mark.parametrize("target", list(compile_report.TARGETS))
 @pytest.mark.parametrize(
-    "op", ["select", "refill p", "refill multi", "refill fused", "patchify", "gather", "relevance"]
+    "op", ["select", "refill p", "refill multi", "refill fused", "patchify", "gather", "bias_gelu", "relevance"]
 )
 def test_no_spills_and_wide_accesses(op, target):
     rows = list(compile_report.report([target], op))
@@ -37,6 +38,8 @@ def test_no_spills_and_wide_accesses(op, target):
             if "fused" not in name:  # there the map, too, is read 16 bytes at a time
                 assert found.load == wanted, (name, found)
         if kernel == "maskcf_gather_backward" and target != "gfx942":
+            assert found.load == found.store == 16, (name, found)
+        if kernel == "maskcf_bias_gelu" and target != "gfx942":
             assert found.load == found.store == 16, (name, found)
         if kernel == "maskcf_relevance" and target != "gfx942":
             assert found.load == 16, (name, found)

@@ -14,7 +14,10 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these for real, where they are")
 @pytest.mark.parametrize(
     ("files", "at_least"),
-    [(("../ops/test_implementations.py", "../ops/test_generated.py"), 400), (("test_interpreted.py",), 100)],
+    [
+        (("../ops/test_implementations.py", "../ops/test_generated.py"), 400),
+        (("../ops/test_bias_gelu.py", "test_interpreted.py"), 160),
+    ],
 )
 def test_kernels_under_the_interpreter(files, at_least):
     command = [
