@@ -137,7 +137,8 @@ def test_under_sanitizers(tmp_path):
     ]
     done = ops_tests.run(
         sys.executable, tmp_path / building.LIBRARY, f"cpu and eager and ({SANITIZED}) or (test_masks and cpu)",
-        "tests/ops/test_bias_gelu.py", LD_PRELOAD=":".join(runtime), ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0",
+        "tests/ops/test_bias_gelu.py", LD_PRELOAD=":".join(runtime),
+        ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0",
         UBSAN_OPTIONS="print_stacktrace=1",
     )  # fmt: skip
     ops_tests.assert_passed(done, 200)
