@@ -67,9 +67,9 @@ class Workload:
     def __init__(self, config: VisionTransformerConfig, batch: int, device: torch.device) -> None:
         torch.manual_seed(0)
         self.config, self.batch, self.device = config, batch, device
-        head = CosineClassifier(config.feature_dim, CLASSES)
-        self.student = ImageClassifier(VisionTransformer(config), head).to(device)
-        self.teacher = VisionTransformer(config).to(device).requires_grad_(False)
+        with device:
+            self.student = ImageClassifier(VisionTransformer(config), CosineClassifier(config.feature_dim, CLASSES))
+            self.teacher = VisionTransformer(config).requires_grad_(False)
         self.narrow_teacher: VisionTransformer | None = (
             None  # for steps in bf16 but the paper's order, once there is one
         )
