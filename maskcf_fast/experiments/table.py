@@ -25,6 +25,7 @@ from ..core.files import atomic_write
 from ..core.names import unknown
 from ..core.precision import check_precision
 from ..core.processes import Processes
+from ..core.tensors import fingerprint
 from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.benchmark import read_class_map
 from ..methods import OutputEnsemble, average, registry, strategy_names
@@ -173,6 +174,10 @@ class Table:
         check_precision(processes.device, config.precision)
         train = scan(dataclasses.replace(data, holdout=0), processes, 0)[0]  # runs may hold out others
         self.classes = train.classes
+        if "model-stock" in config.methods:  # now, and not after all training
+            starts = [fingerprint(self.untrained(seed)) for seed in config.seeds[:2]]
+            if starts[0] != starts[1]:
+                raise UserError("model-stock needs runs from one start, and each seed draws a head: give --model.head")
         self.basis = self.basis or images_checksum(train)
         options = (data.on_bad_image, data.verify, processes.main, data.exif)
         reader = Reader(self.classes, class_map, config.outside, *options)
@@ -215,10 +220,14 @@ class Table:
         accuracy = {data: result.top1 for data, result in found.items()}
         return TableRow(name, seed, accuracy, {data: result.per_class for data, result in found.items()})
 
+    def untrained(self, seed: int) -> nn.Module:
+        """What every method of the seed begins with."""
+        return build_model(self.base.model, len(self.classes), seed, self.classes)
+
     def _models(self, method: str, seed: int) -> Iterator[tuple[str, nn.Module]]:
         """The models of a method, by what they are called."""
         if method == "zero-shot":
-            yield method, build_model(self.base.model, len(self.classes), seed, self.classes)
+            yield method, self.untrained(seed)
         elif method == "ensemble":
             run = self.trained("ft", seed, "final")
             yield method, OutputEnsemble([run.initial(), run.tuned()])

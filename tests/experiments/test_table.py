@@ -263,6 +263,7 @@ def test_further_rows(line, tmp_path, capsys):
         (["wise:object-single"], "needs images to choose its α with: --data.holdout N or --data.val DIR"),
         (["wise:zero-shot"], "unknown method 'zero-shot'"),
         (["model-stock", "--seeds", "0"], "model-stock needs at least two seeds"),
+        (["model-stock", "--seeds", "0", "1", "--model.weights", "random"], "model-stock needs runs from one start"),
         (["l2-sp", "--optim.lora-rank", "2"], "rests the weights that l2-sp"),
     ):
         assert main([*line, "--methods", *wrong]) == 1
