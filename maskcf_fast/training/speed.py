@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import debug_enabled
+from ..core.precision import autocast
 from ..methods import Method, StepOutput
 from ..models import VisionTransformer
 
@@ -27,7 +28,9 @@ def compile_pointwise(method: Method, device: torch.device) -> str | None:
         for backbone in backbones:
             block = copy.deepcopy(backbone.blocks[0]).to_empty(device=device)  # the model may be on the meta device yet
             x = torch.zeros(1, 2, backbone.config.width, device=device, requires_grad=True)
-            block(x)[0].sum().backward()
+            with autocast(device, method.precision):
+                out = block(x)[0]
+            out.sum().backward()
     except Exception as error:
         for backbone in backbones:
             backbone.compile_pointwise(False)
