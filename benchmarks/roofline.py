@@ -2,7 +2,8 @@
 
     python -m benchmarks.roofline [--bandwidth 3.0 --matrix 790] > benchmarks/results/roofline.md
 
-The step in bf16 runs on tensors without data, so no GPU is needed and nothing is measured: each operation that PyTorch
+The step in bf16 runs on tensors without data, so no GPU is needed and nothing is measured; the extension is, whose ops
+stand for one kernel each. Each operation that PyTorch
 would launch counts the bytes of its arguments and results, once, and its FLOPs; the longer of the two is its time. What
 launching takes, and that small kernels reach no rate, is left out: it is the least that an eager step can take.
 """
@@ -21,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from maskcf_fast.core.command import command
+from maskcf_fast.core.errors import UserError
 from maskcf_fast.models import preset
+from maskcf_fast.ops import extension
 from maskcf_fast.training.cost import complete_flop_counter
 
 from .tables import options, table
@@ -83,7 +86,12 @@ def work_of(arch: str, batch: int, bandwidth: float, matrix: float, method: str 
         bandwidth: Of memory, bytes per second.
         matrix: Of products, FLOP per second.
         method: A masking strategy.
+
+    Raises:
+        UserError: The extension is not built.
     """
+    if reason := extension.why_not("cpu"):
+        raise UserError(f"the fused ops cannot be told from plain PyTorch: {reason}")
     complete_flop_counter()
     with FakeTensorMode(allow_non_fake_inputs=True):
         work = Workload(preset(arch), batch, torch.device("cpu"))

@@ -28,6 +28,9 @@ class L2SP(Method):
     def __init__(self, student: ImageClassifier, weight: float = 0.1) -> None:
         super().__init__(student, copy.deepcopy(student), weight)
 
+    def narrow_teacher(self) -> None:
+        """Leave it as it is: it is not run, but what distances are taken from."""
+
     def losses(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> StepOutput:
         """Losses of a batch; ``distill`` is the penalty before its weight."""
         assert self.teacher is not None

@@ -54,7 +54,8 @@ class Method(nn.Module):
     def narrow_teacher(self) -> None:
         """Keep the frozen teacher's weights in bfloat16 where their products are computed in it: the same function.
 
-        For a teacher of this package, that nothing trains and no average follows.
+        For a teacher of this package, that nothing trains and no average follows; it then runs under autocast alone, as
+        `forward` and `backward` run it.
         """
         for module in () if self.teacher is None else self.teacher.modules():
             if isinstance(module, VisionTransformer):

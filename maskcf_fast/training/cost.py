@@ -53,7 +53,8 @@ class Cost:
         the gradient of one beside the buffer that it leaves in.
         """
         whole = self.memory["activations"] + self.memory["buffers of the ops"]
-        return (self.total - whole) // processes + 6 * self.block + whole
+        state = self.total - whole - self.memory["teacher"] + 4 * self.parameters  # the teacher is in float32
+        return state // processes + 6 * self.block + whole
 
 
 def step_cost(
@@ -81,8 +82,11 @@ def step_cost(
     complete_flop_counter()
     with FakeTensorMode():
         student = ImageClassifier(VisionTransformer(config), CosineClassifier(config.feature_dim, classes))
-        method = CounterfactualDistiller(student, VisionTransformer(config), strategy).train()
+        teacher = VisionTransformer(config)
+        method = CounterfactualDistiller(student, teacher, strategy).train()
         method.precision, student.transformer.recompute = precision, recompute
+        if precision == "bf16":
+            method.narrow_teacher()  # as the trainer does
         images = torch.empty(batch, config.image_size, config.image_size, 3, dtype=torch.uint8)
         labels = torch.zeros(batch, dtype=torch.int64)
         method.backward(images, labels)
@@ -90,12 +94,11 @@ def step_cost(
             method.backward(images, labels)
         with _Live() as live:
             method.backward(images, labels)
-        weights = _bytes(student)
+        weights, frozen = _bytes(student), _bytes(teacher)
         block = max(_bytes(block) for block in student.transformer.blocks)
     memory = {
-        "weights": weights, "gradients": weights, "optimiser state": 2 * weights, "teacher": weights, **live.at_peak,
+        "weights": weights, "gradients": weights, "optimiser state": 2 * weights, "teacher": frozen, **live.at_peak,
     }  # fmt: skip
-    memory["teacher"] -= _bytes(student.head)
     parameters = sum(p.numel() for p in student.backbone.parameters())
     return Cost(parameters, counter.get_total_flops(), memory, block)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import cases
 import pytest
@@ -25,6 +26,10 @@ def true_gelu(z: Tensor, activation: str) -> Tensor:
     if activation == "quick_gelu":
         return z / (1 + torch.exp(-1.702 * z))
     return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def plain(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias)
 
 
 def arguments(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,13 +97,22 @@ def test_any_layout_and_no_rows(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_twice_differentiable_and_by_functions(activation, impl):
+@pytest.mark.parametrize("shape", [(3, 4), (4,)])
+def test_twice_differentiable_and_by_functions(shape, activation, impl):
     """What has no kernel of its own is differentiated as the contract."""
-    x, bias, _ = (t.requires_grad_() for t in arguments((3, 4), torch.float64, device_of(impl)))
+    x, bias, _ = (t.requires_grad_() for t in arguments(shape, torch.float64, device_of(impl)))
     assert torch.autograd.gradgradcheck(lambda x, b: mf.bias_gelu(x, b, activation, impl=impl), (x, bias))
     (expected,) = torch.autograd.grad(mf.bias_gelu(x, bias, activation, impl=impl).sum(), x)
     found = torch.func.grad(lambda x: mf.bias_gelu(x, bias.detach(), activation, impl=impl).sum())(x.detach())
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_gradient_that_is_x_itself(impl):
+    x, bias, _ = arguments((3, 4), torch.float64, device_of(impl))
+    found, expected = (outcome(function, x, bias, x) for function in (partial(mf.bias_gelu, impl=impl), plain))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_sums_do_not_depend_on_the_number_of_threads():

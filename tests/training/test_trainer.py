@@ -16,6 +16,7 @@ from maskcf_fast.core.errors import UserError
 from maskcf_fast.core.processes import Processes
 from maskcf_fast.data import Manifest, scan_images
 from maskcf_fast.methods import MaskStrategy, strategy_names
+from maskcf_fast.models import VisionTransformer
 from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import trainer as trainer_module
 from maskcf_fast.training.build import build_method, scan
@@ -397,3 +398,19 @@ def test_weights_and_heads_that_are_wrong(change, weights, tmp_path):
     save_file({**state, "head.bias": torch.tensor([1.0, 2.0, 3.0])}, tmp_path / "bias.safetensors")
     trainer = Trainer(change(model={"weights": tmp_path / "bias.safetensors"}), quiet=True)
     assert trainer.method.student.head.bias.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ({"strategy": "object-single"}, torch.bfloat16),
+        ({"strategy": "object-single", "ema_teacher": 0.9}, torch.float32),  # it moves by less than bfloat16 tells
+        ({"name": "l2-sp", "weight": 0.1}, torch.float32),  # distances are taken from it
+    ],
+)
+def test_a_teacher_is_kept_in_bfloat16_where_nothing_is_lost(change, method, dtype):
+    teacher = Trainer(change(method=method, precision="bf16"), quiet=True).method.teacher
+    [backbone] = [module for module in teacher.modules() if isinstance(module, VisionTransformer)]
+    weights = [backbone.patch_weight, backbone.blocks[0].fc.weight, backbone.blocks[-1].attn.qkv.weight]
+    assert {weight.dtype for weight in weights} == {dtype}
+    assert {backbone.blocks[0].fc.bias.dtype, backbone.position_embedding.dtype} == {torch.float32}

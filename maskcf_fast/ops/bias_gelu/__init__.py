@@ -21,7 +21,8 @@ def bias_gelu(x: Tensor, bias: Tensor, activation: str = "gelu", *, impl: str = 
 
     Computed in float32 (float64 for float64) and rounded once, whatever autocast is on. The backward pass recomputes
     from ``x``, which is all that is kept, and sums up the bias's gradient on the way, in a fixed order. Differentiable
-    in both, also twice and by `torch.func.grad`.
+    in both, also twice and by `torch.func.grad`; for `torch.func.vmap` and forward-mode derivatives there is
+    ``impl="reference"``.
 
     Args:
         x: ``[..., D]``, any float dtype.

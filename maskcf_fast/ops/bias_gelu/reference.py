@@ -34,4 +34,4 @@ def bias_gelu_backward(
         found = wide * (s + 1.702 * z * s * (1 - s))
     else:
         found = torch.ops.aten.gelu_backward(wide, z, approximate="tanh" if KINDS[kind] == "gelu_tanh" else "none")
-    return found.to(x.dtype), found.flatten(0, -2).sum(dim=0)
+    return found.to(x.dtype), found.reshape(-1, len(bias)).sum(dim=0)

@@ -82,9 +82,9 @@ def bias_gelu_backward(
 
 
 def _launch(x: Tensor, bias: Tensor, grad: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
-    x, bias = x.contiguous(), bias.contiguous()
+    x, bias, backward = x.contiguous(), bias.contiguous(), grad is not None
     grad = x if grad is None else grad.contiguous()
-    width, backward = x.shape[-1], grad is not x
+    width = x.shape[-1]
     rows = x.numel() // width
     options = tuning.tiles("bias_gelu", x.device)
     blocks = triton.cdiv(rows, options["ROWS"])
