@@ -151,7 +151,7 @@ def test_images_smaller_than_their_border(tmp_path, backend):
 
 def test_a_suite_cuts_the_border_and_tells_decoders_apart(wnids, tmp_path, monkeypatch):
     """The stub sees ObjectNet's red frame, class 31, where it is not cut off; DALI's pixels are not PIL's."""
-    monkeypatch.setattr(suite, "_transformers", lambda model: [model.backbone])
+    monkeypatch.setattr(suite, "_backbones", lambda model: [model.backbone])
     specs = [Spec.parse(f"objectnet:{write_objectnet(tmp_path / 'objectnet')}")]
     specs += [Spec.parse(f"imagenet:{write_tree(tmp_path / 'val', {wnids[0]: [0, 0]})}")]
     for backend in ("torch", "dali", "torch"):

@@ -107,8 +107,8 @@ def test_packed_images_are_those_encoded_one_by_one(recompute, options):
     inside = [p for name, p in model.named_parameters() if name.startswith(("blocks.", "pool.attn.", "pool.fc."))]
     inputs = [tokens, *inside]
     grads, wanted = (torch.autograd.grad(f.square().sum(), inputs, retain_graph=True) for f in (feature, alone))
-    for grad, want in zip(grads, wanted, strict=True):
-        torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-6)
+    for grad, want in zip(grads, wanted, strict=True):  # sums of many terms: their rounding is that of the largest
+        torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-6 * max(1.0, float(want.abs().max())))
 
 
 def test_a_refilled_patch_keeps_its_place():

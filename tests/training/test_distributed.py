@@ -285,9 +285,10 @@ def test_divided_parameters_give_the_same_run(change, port, tmp_path):
         parameter = f"backbone.{parameter}" if kind == "teacher" else parameter
         moved = (value if kind == "optimizer" else value - start[parameter]).norm()
         assert moved > 0, name
-        # Adam blows up the rounding in a gradient that is zero in truth: that of the keys' biases.
-        tolerance = 0.1 if name.endswith("qkv.bias") else 1e-3
-        assert (states["fsdp"][name] - value).norm() < tolerance * moved, name
+        other = states["fsdp"][name]
+        if name.endswith("qkv.bias"):  # the keys' has no gradient but rounding, which Adam blows up
+            value, other = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (value, other))
+        assert (other - value).norm() < 1e-3 * moved, name
     assert values(tmp_path / "fsdp")["accuracy"] == values(tmp_path / "ddp")["accuracy"]
 
     broken = replace(config, out=tmp_path / "broken", parallel="fsdp", compile=True)
