@@ -15,7 +15,8 @@ from ..core.optional import need
 from .config import VisionTransformerConfig, preset
 from .libraries import Classifier, TextTower, Unmodified
 from .naming import State
-from .weights import check_holds
+from .vit import VisionTransformer
+from .weights import check_holds, load_backbone
 
 # What a library is called in names → the module here that knows it, its own module, and how its models are named.
 LIBRARIES = {
@@ -53,6 +54,12 @@ def load_architecture(name: str, image_size: int | None = None) -> VisionTransfo
     """The architecture of a preset, or of what ``name`` stands for, without its weights; else as `load_source`."""
     config = preset(name) if ":" not in name else _call(name, "architecture")
     return config.resized(image_size)
+
+
+def load_named(name: str, image_size: int | None = None) -> VisionTransformer:
+    """The vision transformer that ``name`` stands for, with its weights; arguments and errors as `load_source`."""
+    config, state = load_source(name, image_size)
+    return load_backbone(VisionTransformer(config), state)
 
 
 def load_unmodified(name: str, image_size: int | None = None, *, pretrained: bool = True) -> Unmodified:

@@ -9,14 +9,14 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from families import FAMILIES, PATCHES, assert_same, load, pixels
+from families import FAMILIES, PATCHES, assert_same, pixels
 from safetensors.torch import load_file
 from students import moved
 
 from maskcf_fast.explain import explain
 from maskcf_fast.methods import CounterfactualDistiller, MaskStrategy, paper_order_step, strategy_names
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, load_backbone, load_source
-from maskcf_fast.models.sources import load_classifier, load_text_tower
+from maskcf_fast.models.sources import load_classifier, load_named, load_text_tower
 from maskcf_fast.training.export import export_model
 
 open_clip = pytest.importorskip("open_clip")
@@ -53,7 +53,7 @@ def test_in(family, tmp_path):
     """The library's features, by the name of its own folder, and from its file of weights alone."""
     name, model = family.save(tmp_path)
     images, normalised = pixels()
-    backbone = load(name)
+    backbone = load_named(name)
     assert_same(backbone(images), family.features(model)(normalised))
     again = load_backbone(VisionTransformer(backbone.config), next(tmp_path.glob("*.safetensors")))
     assert torch.equal(again(images), backbone(images))
@@ -69,14 +69,14 @@ def test_in_at_another_image_size(family, tmp_path, side):
     elif family.library == "timm":
         model.set_input_size(side)
     images, normalised = pixels(side)
-    assert_same(load(name, side)(images), family.features(model)(normalised))
+    assert_same(load_named(name, side)(images), family.features(model)(normalised))
 
 
 @every_family
 def test_step(family, tmp_path):
     """The fast step is the paper's, by all strategies; by two, where another library's model is alike."""
     name, _ = family.save(tmp_path)
-    student, teacher = moved(load(name))
+    student, teacher = moved(load_named(name))
     teacher = teacher.backbone
     images, labels = pixels()[0], torch.tensor([0, 3, 4])
     first = next(other for other in FAMILIES if other.title == family.title) is family
@@ -99,7 +99,7 @@ def test_out(family, tmp_path, monkeypatch):
     """Given back to its library, it is loaded as the same model with the same features."""
     (tmp_path / "in").mkdir()
     name, _ = family.save(tmp_path / "in")
-    backbone = load(name)
+    backbone = load_named(name)
     classifier = ImageClassifier(backbone, CosineClassifier(backbone.config.feature_dim, 2))
     out = tmp_path / "out"
     if family.library == "open_clip":
@@ -125,14 +125,14 @@ def test_out(family, tmp_path, monkeypatch):
         assert not any(report[key] for key in ("unexpected_keys", "mismatched_keys"))
         assert all("pooler" in key for key in report["missing_keys"])
     assert_same(family.features(theirs.eval())(normalised), backbone(images))
-    assert_same(load(again)(images), backbone(images))
+    assert_same(load_named(again)(images), backbone(images))
 
 
 @every_family
 def test_explain(family, tmp_path):
     """The map of the library's unmodified module is the trainer's."""
     name, model = family.save(tmp_path)
-    backbone = load(name)
+    backbone = load_named(name)
     head = CosineClassifier(backbone.config.feature_dim, 4)
     images, normalised = pixels()
     labels = torch.tensor([0, 3, 1])
@@ -167,7 +167,7 @@ def test_zero_shot(family, tmp_path):
             text = model.encode_text(tokenizer(prompts), normalize=True)
             expected = model.logit_scale.exp() * model.encode_image(normalised, normalize=True) @ text.T
     tower = load_text_tower(name, "cpu")
-    student = ImageClassifier(load(name), CosineClassifier.from_text(tower.encode(prompts), tower.scale))
+    student = ImageClassifier(load_named(name), CosineClassifier.from_text(tower.encode(prompts), tower.scale))
     assert expected.std(dim=1).min() > 1e-4
     assert_same(student(images), expected)
     loaded = load_classifier(name, pretrained=True, prompts=prompts, device=torch.device("cpu"))

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import load
 from safetensors.torch import load_file
 
 from maskcf_fast.core.files import cache_dir
 from maskcf_fast.explain import explain
 from maskcf_fast.methods import CounterfactualDistiller
 from maskcf_fast.models import ImageClassifier, LinearClassifier
+from maskcf_fast.models.sources import load_named
 from maskcf_fast.training.export import export_model
 
 transformers = pytest.importorskip("transformers")
@@ -57,7 +57,7 @@ def photograph(name, side):
 
 def loaded(weights, side):
     """The backbone, two photographs, and a head that tells the flower from the temple."""
-    backbone = load(f"hf:{weights}", side).eval()
+    backbone = load_named(f"hf:{weights}", side).eval()
     images = torch.stack([photograph("flower.jpg", side), photograph("china.jpg", side)])
     with torch.no_grad():
         features = backbone(images)
@@ -100,7 +100,7 @@ def test_a_step_and_the_round_trip(weights, tmp_path):
     assert losses[2] < losses[0]
     student.eval()
     export_model(student, ["flower", "temple"], "hf", tmp_path / "out")
-    again = load(f"hf:{tmp_path / 'out'}").eval()
+    again = load_named(f"hf:{tmp_path / 'out'}").eval()
     assert again.config == backbone.config
     assert torch.equal(again(images), backbone(images))
     assert not torch.equal(

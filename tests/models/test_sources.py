@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from families import load, randomise, save, small_trunks
+from families import randomise, save, small_trunks
 from safetensors.torch import load_file, save_file
 
 from maskcf_fast.models import VisionTransformer, load_backbone, load_source
-from maskcf_fast.models.sources import load_classifier, load_text_tower
+from maskcf_fast.models.sources import load_classifier, load_named, load_text_tower
 
 open_clip = pytest.importorskip("open_clip")
 timm = pytest.importorskip("timm")
@@ -23,7 +23,7 @@ def assert_same_features(name, theirs, mean, std, image_size=None):
     pixels = torch.rand(2, 3, image_size or 32, image_size or 32)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
     with torch.no_grad():
-        ours, expected = load(name, image_size)(pixels), theirs((pixels - mean) / std)
+        ours, expected = load_named(name, image_size)(pixels), theirs((pixels - mean) / std)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 

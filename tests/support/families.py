@@ -15,8 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskcf_fast.models import VisionTransformer, load_backbone, load_source
-
 SIDE, PATCHES = 32, 16
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.45, 0.5)
 
@@ -105,12 +103,6 @@ def save(library: str, kind: str, folder: Path, **options: Any) -> tuple[str, nn
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": pixels}))
         save_file(state, folder / "open_clip_model.safetensors")
     return f"{library}:local-dir:{folder}", model
-
-
-def load(name: str, side: int | None = None) -> VisionTransformer:
-    """The compact transformer with the weights of the model of that name."""
-    config, state = load_source(name, side)
-    return load_backbone(VisionTransformer(config), state)
 
 
 def pixels(side: int = SIDE, count: int = 3, mean: Any = MEAN, std: Any = STD) -> tuple[Tensor, Tensor]:
