@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -137,42 +138,44 @@ class CounterfactualDistiller(Method):
         the memory. The gradients are the same sums.
         """
         draw = draw or self._draw(images, generator)
-        # Both passes run the same weights: they are cast once.
-        kept = casts_kept(images.device, self.precision if self.keep_casts else "fp32")
-        with kept:
-            with autocast(images.device, self.precision):
-                tokens, embed_teacher = self._embed(images)
-                shared = tokens.detach().requires_grad_(tokens.requires_grad)  # where the two branches meet
-                logits, taps = self._clean(shared, labels, mask)
-                task = task_loss(logits, labels)
-                out = step_output(task, logits)
-            cam = None
-            if taps and self.map.target == "logprob":  # the task loss is minus the mean of what the map explains
-                for activation in self.map.read(taps):
-                    activation.retain_grad()
-                (scale * task).backward()
-                read = [cast(Tensor, x.grad) * (-len(images) / scale) for x in self.map.read(taps)]
-                cam = self.map.from_gradients(taps, read)
-                del read
-            else:
-                if taps:
-                    cam = self.map(logits, labels, taps)
-                elif mask is None:
-                    with autocast(images.device, self.precision):
-                        cam = self._teacher_cam(embed_teacher, labels)
-                (scale * task).backward()
-            del logits, taps, task
-            chosen = self.strategy.mask(cam, draw) if mask is None else mask
+        with casts_kept(images.device, self.precision) if self.keep_casts else nullcontext():
+            return self._passes(images, labels, scale, draw, mask)
 
-            with autocast(images.device, self.precision):
-                distill = self._distill(tokens, embed_teacher, chosen, draw)
-            loss = scale * self.weight * distill
-            if tokens.requires_grad:  # the clean branch's gradient joins where the branches meet
-                torch.autograd.backward([loss, tokens], [torch.ones_like(loss), cast(Tensor, shared.grad)])
-            elif loss.requires_grad:  # not where only the head is trained, of which features know nothing
-                loss.backward()
-            distill = distill.detach()
-            return out._replace(loss=out.task + self.weight * distill, distill=distill, cam=cam, mask=chosen)
+    def _passes(self, images: Tensor, labels: Tensor, scale: float, draw: Draw, mask: Tensor | None) -> StepOutput:
+        """Those of `backward`, which run the same weights."""
+        with autocast(images.device, self.precision):
+            tokens, embed_teacher = self._embed(images)
+            shared = tokens.detach().requires_grad_(tokens.requires_grad)  # where the two branches meet
+            logits, taps = self._clean(shared, labels, mask)
+            task = task_loss(logits, labels)
+            out = step_output(task, logits)
+        cam = None
+        if taps and self.map.target == "logprob":  # the task loss is minus the mean of what the map explains
+            for activation in self.map.read(taps):
+                activation.retain_grad()
+            (scale * task).backward()
+            read = [cast(Tensor, x.grad) * (-len(images) / scale) for x in self.map.read(taps)]
+            cam = self.map.from_gradients(taps, read)
+            del read
+        else:
+            if taps:
+                cam = self.map(logits, labels, taps)
+            elif mask is None:
+                with autocast(images.device, self.precision):
+                    cam = self._teacher_cam(embed_teacher, labels)
+            (scale * task).backward()
+        del logits, taps, task
+        chosen = self.strategy.mask(cam, draw) if mask is None else mask
+
+        with autocast(images.device, self.precision):
+            distill = self._distill(tokens, embed_teacher, chosen, draw)
+        loss = scale * self.weight * distill
+        if tokens.requires_grad:  # the clean branch's gradient joins where the branches meet
+            torch.autograd.backward([loss, tokens], [torch.ones_like(loss), cast(Tensor, shared.grad)])
+        elif loss.requires_grad:  # not where only the head is trained, of which features know nothing
+            loss.backward()
+        distill = distill.detach()
+        return out._replace(loss=out.task + self.weight * distill, distill=distill, cam=cam, mask=chosen)
 
     def select(self, images: Tensor, labels: Tensor) -> Tensor:
         """The mask ``[N, L]`` bool that `backward` would now cut from the map; touches no parameter's gradient.
