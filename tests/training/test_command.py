@@ -30,6 +30,9 @@ CUTS = {  # the paper's table: rates of random strategies, thresholds of the oth
 PRESETS = sorted(path.stem for path in Path(maskcf_fast.configs.__path__[0]).glob("*.yaml"))
 
 
+TINY = ("--data.train", "{train}", "--model.weights", "{weights}", "--model.arch", "tiny")
+
+
 def arguments(config, **changes):
     """A command line for the config, through its YAML file."""
     path = config.out.parent / "settings.yaml"
@@ -191,18 +194,7 @@ def test_folders_that_do_not_fit(config, image_folders, tmp_path, capsys):
             "more than the 16,777,216 that AdamW counts: lower",
         ),
         (
-            [
-                "--data.train",
-                "{train}",
-                "--model.weights",
-                "{weights}",
-                "--model.arch",
-                "tiny",
-                "--optim.batch-size",
-                "6",
-                "--optim.epochs",
-                str(2**24),
-            ],
+            [*TINY, "--optim.batch-size", "6", "--optim.epochs", str(2**24)],
             "raise --optim.batch-size",
         ),
         (
@@ -219,16 +211,7 @@ def test_folders_that_do_not_fit(config, image_folders, tmp_path, capsys):
         (["--data.train", "{train}", "--method.start-layer", "99"], "start_layer must lie in [-12, 11], got 99"),
         (["--data.train", "{train}", "--device", "cuda"], "no GPU"),
         (
-            [
-                "--data.train",
-                "{train}",
-                "--model.weights",
-                "{weights}",
-                "--model.arch",
-                "tiny",
-                "--optim.batch-size",
-                "99",
-            ],
+            [*TINY, "--optim.batch-size", "99"],
             "lower the batch size",
         ),
         (
