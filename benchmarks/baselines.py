@@ -85,6 +85,14 @@ def bias_gelu(x: Tensor, bias: Tensor, activation: str) -> Tensor:
     return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def residual_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """As a pre-norm block does it: statistics in float32, by PyTorch on a CPU and by autocast's casts on a GPU."""
+    total = x + branch
+    if x.device.type == "cpu":
+        return total, F.layer_norm(total, weight.shape, weight, bias)
+    return total, F.layer_norm(total.float(), weight.shape, weight, bias).to(x.dtype)
+
+
 def attention_relevance(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, relevance: Tensor) -> Tensor:
     """With the attention map and its gradient, ``[N, H, T, T]``, in memory."""
     attention = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)

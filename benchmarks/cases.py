@@ -29,7 +29,7 @@ class Case:
     eager: Mapping[str, Callable[..., Any]]  # plain PyTorch by name, taking the arguments; the fastest form is "eager"
     tolerance: tuple[float, ...]  # per result: greatest difference from the reference, in parts of its largest value
     eager_tolerance: tuple[float, ...] = ()  # the same for plain PyTorch, where it rounds more
-    grad_out: Tensor | None = None  # of the result: the gradients of the first arguments are computed as well
+    grads: tuple[Tensor, ...] = ()  # of the results: the gradients of the first arguments are computed as well
     gradients: int = 1  # so many
     by_image: bool = False  # images do not meet: the reference may take a few at a time
     written_out: int = 0  # bytes that plain PyTorch takes on the way
@@ -43,9 +43,10 @@ class Case:
     def call(self, function: Callable[..., Any]) -> tuple[Tensor, ...]:
         """Results of ``function`` for the arguments: what is compared, timed, and counted as written."""
         out = function(*self.args)
-        if self.grad_out is not None:
-            return out.detach(), *torch.autograd.grad(out, self.args[: self.gradients], self.grad_out)
-        return out if isinstance(out, tuple) else (out,)
+        out = out if isinstance(out, tuple) else (out,)
+        if not self.grads:
+            return out
+        return *(x.detach() for x in out), *torch.autograd.grad(out, self.args[: self.gradients], self.grads)
 
     def expected(self) -> tuple[Tensor, ...]:
         """Results of the reference."""
@@ -56,8 +57,8 @@ class Case:
 
     def moved(self, results: tuple[Tensor, ...]) -> int:
         """Bytes that must move: every argument read once, every result written once."""
-        tensors = (*self.args, *results, *(() if self.grad_out is None else (self.grad_out,)))
-        return sum(x.numel() * x.element_size() for x in tensors)
+        tensors = {x.data_ptr(): x for x in (*self.args, *results, *self.grads)}  # one may be two arguments' gradient
+        return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def random_cam(n: int, num_patches: int, device: torch.device) -> Tensor:  # [N, L] float32
@@ -135,7 +136,7 @@ def gather(config: VisionTransformerConfig, n: int, device: torch.device, fill: 
         (tokens, mask, donors),
         {"eager": baselines.gather_tokens},
         tolerance,
-        grad_out=grad_out,
+        grads=(grad_out,),
     )
 
 
@@ -151,8 +152,26 @@ def bias_gelu(config: VisionTransformerConfig, n: int, device: torch.device, dty
         (hidden, bias),
         {"eager": partial(baselines.bias_gelu, activation=activation)},
         (tolerance, tolerance, 1e-3 if dtype == torch.float32 else 2e-2),
-        grad_out=torch.randn(shape, device=device, dtype=dtype),
+        grads=(torch.randn(shape, device=device, dtype=dtype),),
         gradients=2,
+    )
+
+
+def residual_norm(
+    config: VisionTransformerConfig, n: int, device: torch.device, dtype: torch.dtype | None = None
+) -> Case:
+    shape, dtype = (n, 1 + config.num_patches, config.width), dtype or compute_dtype(device)
+    x, branch, *grads = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
+    weight, bias = (torch.rand(config.width, device=device).requires_grad_() for _ in range(2))
+    # The weight's gradient is a sum of terms of both signs.
+    tolerance, of_sums = (1e-5, 1e-3) if dtype == torch.float32 else (2e-2, 2e-2)
+    return Case(
+        partial(mf.residual_norm),
+        (x.requires_grad_(), branch.requires_grad_(), weight, bias),
+        {"eager": baselines.residual_norm},
+        (EXACT, tolerance, tolerance, tolerance, of_sums, of_sums),
+        grads=tuple(grads),
+        gradients=4,
     )
 
 
@@ -197,6 +216,8 @@ CASES: dict[tuple[str, str], Callable[[VisionTransformerConfig, int, torch.devic
     ("gather_tokens", "multi-fill, forward and backward"): partial(gather, fill="multi"),
     ("bias_gelu", "forward and backward"): bias_gelu,
     ("bias_gelu", "bf16, forward and backward"): partial(bias_gelu, dtype=torch.bfloat16),
+    ("residual_norm", "forward and backward"): residual_norm,
+    ("residual_norm", "bf16, forward and backward"): partial(residual_norm, dtype=torch.bfloat16),
     ("attention_relevance", "one layer"): relevance,
 }
 OPS = tuple(dict.fromkeys(op for op, _ in CASES))

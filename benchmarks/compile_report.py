@@ -41,7 +41,7 @@ TARGETS = {
 }
 OPS = {
     name: import_module(f"maskcf_fast.ops.{name}.triton")
-    for name in ("bias_gelu", "gather", "patchify", "refill", "relevance", "select")
+    for name in ("bias_gelu", "gather", "patchify", "refill", "relevance", "residual_norm", "select")
 }
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -166,6 +166,14 @@ def calls() -> dict[str, Callable[[], Any]]:
                 out[f"bias_gelu backward {name}"] = partial(
                     ops.bias_gelu.bias_gelu_backward, hidden, hidden.clone(), bias, kind
                 )
+    for width in (384, 768, 1024, 1280, 4096):
+        for dtype in (torch.bfloat16, torch.float32):
+            x, weight, name = torch.zeros(2, 50, width, dtype=dtype), torch.zeros(width), f"{width} {str(dtype)[6:]}"
+            op = ops.residual_norm
+            out[f"residual_norm {name}"] = partial(op.residual_norm, x, x.clone(), weight, weight.clone(), 1e-5)
+            out[f"residual_norm backward {name}"] = partial(
+                op.residual_norm_backward, x, x.clone(), x.clone(), weight, 1e-5
+            )
     for d in (16, 24, 32, 48, 64, 72, 80, 128):
         for dtype in (torch.bfloat16, torch.float32):
             for queries in (50, 1):

@@ -48,31 +48,6 @@ inline Vector<W> gelu_of(Vector<W> z, Vector<W>& slope) {
   }
 }
 
-// Calls f(column, count) for every vector of a row; the last may hold fewer than its lanes.
-template <class W, class F>
-inline void for_vectors(int64_t width, const F& f) {
-  int64_t i = 0;
-  for (; i + lanes_of<W> <= width; i += lanes_of<W>) f(i, lanes_of<W>);
-  if (i < width) f(i, int(width - i));
-}
-
-template <class T>
-inline Vector<typename Wider<T>::type> load(const T* from, int count) {
-  constexpr int lanes = lanes_of<typename Wider<T>::type>;
-  if (count == lanes) return load(from);
-  T padded[lanes] = {};
-  memcpy(padded, from, size_t(count) * sizeof(T));
-  return load(padded);
-}
-template <class T>
-inline void store(Vector<typename Wider<T>::type> x, T* to, int count) {
-  constexpr int lanes = lanes_of<typename Wider<T>::type>;
-  if (count == lanes) return store(x, to);
-  T padded[lanes];
-  store(x, padded);
-  memcpy(to, padded, size_t(count) * sizeof(T));
-}
-
 template <Gelu kind, class T>
 void gelu_rows(const GeluRows& rows) {
   using W = typename Wider<T>::type;

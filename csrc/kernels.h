@@ -32,11 +32,30 @@ struct GeluRows {
   int64_t rows, width;
 };
 
+// Rows of residual_norm, one after another.
+struct NormRows {
+  const void* weight;  // [width], float (double for float64), and so all else that is not said to be rows
+  const void* bias;    // [width]; the forward pass alone
+  double eps;
+  int64_t rows, width;
+};
+struct NormForward {
+  const void *x, *branch;  // rows; a branch may be missing, and then the sum is
+  void *total, *normed;    // rows
+};
+struct NormBackward {
+  const void *grad_total, *grad_normed, *total;  // rows; the first may be missing
+  void* grad;                                    // rows
+  void *weight_grad, *bias_grad;                 // [width]: these rows are added to them
+};
+
 struct Kernels {
   int64_t (*relevance_scratch_bytes)(Element, int64_t t, int64_t d);
   void (*relevance)(Element, const Head&, void* scratch);  // scratch is aligned to 64 bytes
   void (*bias_gelu)(Element, Gelu, const GeluRows&);
   void (*bias_gelu_backward)(Element, Gelu, const GeluRows&);
+  void (*residual_norm)(Element, const NormRows&, const NormForward&);
+  void (*residual_norm_backward)(Element, const NormRows&, const NormBackward&);
 };
 
 Kernels kernels_default();

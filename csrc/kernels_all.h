@@ -6,12 +6,16 @@
 
 #include "gelu_kernel.h"
 #include "kernels.h"
+#include "norm_kernel.h"
 #include "relevance_kernel.h"
 
 namespace maskcf {
 namespace {
 
-Kernels all_kernels() { return {relevance_scratch_bytes, relevance, bias_gelu, bias_gelu_backward}; }
+Kernels all_kernels() {
+  return {relevance_scratch_bytes, relevance,     bias_gelu,
+          bias_gelu_backward,      residual_norm, residual_norm_backward};
+}
 
 }  // namespace
 }  // namespace maskcf

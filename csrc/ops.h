@@ -183,10 +183,23 @@ inline void check_bias_gelu(Tensor& x, Tensor& bias, int64_t kind) {
   make_dense(bias);
 }
 
-inline void check_gradient(Tensor& grad, const Tensor& x) {
-  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type(), "the gradient must be like x");
-  for (int64_t i = 0; i < x.dim(); ++i) STD_TORCH_CHECK(grad.size(i) == x.size(i), "the gradient must be like x");
-  make_dense(grad);
+inline void check_residual_norm(Tensor& x, Tensor& weight, double eps) {
+  STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1),
+                  "weight and bias must have shape [D]");
+  STD_TORCH_CHECK(weight.size(0) > 0, "rows must not be empty");
+  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(weight.scalar_type() == wide, "weight and bias must be float32, or float64 with float64 x");
+  STD_TORCH_CHECK(eps >= 0, "eps must be at least 0, got ", eps);
+  make_dense(x);
+  make_dense(weight);
+}
+
+// A further tensor of x's shape and dtype, such as its gradient.
+inline void check_like(Tensor& other, const Tensor& x) {
+  bool alike = other.dim() == x.dim() && other.scalar_type() == x.scalar_type();
+  for (int64_t i = 0; alike && i < x.dim(); ++i) alike = other.size(i) == x.size(i);
+  STD_TORCH_CHECK(alike, "tensors that belong together must have one shape and dtype");
+  make_dense(other);
 }
 
 }  // namespace maskcf

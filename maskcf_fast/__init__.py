@@ -16,6 +16,7 @@ from .ops import (
     patchify,
     refill_patches,
     relevance_cam,
+    residual_norm,
     sample_donors,
     select_patches,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "record_attention",
     "refill_patches",
     "relevance_cam",
+    "residual_norm",
     "sample_donors",
     "select_patches",
 ]

@@ -28,7 +28,7 @@ def test_it_names_versions_the_extension_and_every_implementation():
     assert str(extension.library_path()) in text
     for device, impls in DEVICES.items():
         part = text.split(f"Implementations for tensors on {device}")[1].split("Implementations")[0]
-        for op in ("select", "refill", "patchify", "gather", "relevance", "bias_gelu"):
+        for op in ("select", "refill", "patchify", "gather", "relevance", "bias_gelu", "residual_norm"):
             lines = [line.split(maxsplit=2) for line in part.splitlines() if line.split()[:1] == [op]]
             answers = {impl: answer for _, impl, answer in lines}
             assert set(answers) == set(impls)

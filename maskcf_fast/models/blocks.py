@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.precision import no_autocast
 from ..ops.bias_gelu import bias_gelu
 from ..ops.drop import Packing
+from ..ops.residual_norm import residual_norm
 from .config import QkvBias, VisionTransformerConfig
 from .positions import Rotation, rotate
 
@@ -114,12 +115,6 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x + y``, and its LayerNorm."""
-    x = x + y
-    return x, norm(x, weight, bias, eps)
-
-
 def activate(hidden: Tensor, activation: str, gated: bool = False) -> Tensor:
     """GELU, an approximation of it (OpenAI's quick one, or the one by tanh), or SiLU; of the gates, times the rest."""
     if gated:
@@ -132,7 +127,7 @@ def activate(hidden: Tensor, activation: str, gated: bool = False) -> Tensor:
     return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-POINTWISE: tuple[Callable[..., Any], ...] = (norm, add_norm, bias_gelu, activate, rotate)
+POINTWISE: tuple[Callable[..., Any], ...] = (norm, residual_norm, bias_gelu, activate, rotate)
 
 
 def scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -181,16 +176,22 @@ class Block(WithMlp):
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None = None,
         cls_only: bool = False,
         packing: Packing | None = None,
         rotation: Rotation | None = None,
-    ) -> tuple[Tensor, Tap]:
-        """``x [N, T, D]`` → ``[N, Tq, D]`` (the class token alone if ``cls_only``) and the tap; packed, as there."""
-        norm, add_norm, *_ = self.pointwise
+    ) -> tuple[Tensor, Tensor, Tap]:
+        """``x [N, T, D]``, and the block before's last branch, which is still to be added to it.
+
+        Returns:
+            ``[N, Tq, D]`` (the class token alone if ``cls_only``; packed, ``[M, D]``), its last branch, and the tap.
+        """
+        _, residual_norm, *_ = self.pointwise
         first, second = self.ln_1, self.ln_2
-        normed = norm(x, first.weight, first.bias, first.eps)
+        branch = None if branch is None else branch.to(x.dtype)
+        x, normed = residual_norm(x, branch, first.weight, first.bias, first.eps)
         attended, tap = self.attn(normed, class_tokens(normed, packing) if cls_only else None, packing, rotation)
         attended = scaled(attended, self.scale_1)
         x = class_tokens(x, packing) if cls_only else x
-        x, normed = add_norm(x, attended, second.weight, second.bias, second.eps)
-        return x + scaled(self.mlp(normed), self.scale_2), tap
+        x, normed = residual_norm(x, attended.to(x.dtype), second.weight, second.bias, second.eps)
+        return x, scaled(self.mlp(normed), self.scale_2), tap

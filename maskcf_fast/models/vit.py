@@ -77,7 +77,7 @@ class VisionTransformer(Backbone):
         out = config.output_dim
         self.projection = None if out is None else nn.Parameter(torch.randn(width, out) * scale)
         self.projection_bias = nn.Parameter(torch.zeros(out)) if out and config.projection_bias else None
-        self.recompute = False  # activation checkpointing: keep each block's input, recompute the rest
+        self.recompute = False  # activation checkpointing: keep what goes into each block, recompute the rest
         self._init_blocks()
 
     def _init_blocks(self) -> None:
@@ -170,13 +170,15 @@ class VisionTransformer(Backbone):
             packing = packing._replace(visible=packing.visible | lost[:, None])
         rotation = self._rotation(angles, packing)
         last = len(self.blocks) - 1 if config.pool == "class" else -1  # else all tokens are read
+        branch: Tensor | None = None  # the last block's, which the next one's first norm adds
         for layer, block in enumerate(self.blocks):
-            inputs = (tokens, layer == last, packing, rotation)
+            inputs = (tokens, branch, layer == last, packing, rotation)
             keep_all = not (self.recompute and torch.is_grad_enabled())
-            tokens, tap = block(*inputs) if keep_all else recomputed(block, *inputs)
+            tokens, branch, tap = block(*inputs) if keep_all else recomputed(block, *inputs)
             if record:
                 taps.append(tap)
             del tap  # else a layer's keys and values live on through the next
+        tokens = tokens if branch is None else tokens + branch
         if config.pool == "class":
             feature = self.ln_post(tokens[:, 0])
         elif config.pool == "mean" and config.pool_norm:

@@ -10,6 +10,7 @@ from .gather import gather_tokens
 from .patchify import patchify
 from .refill import counterfactual_refill, refill_patches
 from .relevance import attention_relevance, relevance_cam
+from .residual_norm import residual_norm
 from .select import select_patches
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "patchify",
     "refill_patches",
     "relevance_cam",
+    "residual_norm",
     "sample_donors",
     "select_patches",
 ]

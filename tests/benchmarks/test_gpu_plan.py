@@ -66,7 +66,7 @@ def test_the_tuning_writes_a_table_that_the_ops_take(tmp_path):
 
     found = json.loads((tmp_path / "tuning.json").read_text())
     assert [row["kernel"] for row in found["tiles"]] == [row["kernel"] for row in tuning.table()["tiles"]]
-    ops = {"select", "refill", "patchify", "gather", "bias_gelu", "relevance"}
+    ops = {"select", "refill", "patchify", "gather", "bias_gelu", "relevance", "residual_norm"}
     assert {row["op"] for row in found["orders"]} == {None, *ops}
     assert tuning.to_json(found) == (tmp_path / "tuning.json").read_text()
 

@@ -26,12 +26,26 @@ GOOD = {
     mf.relevance_cam: {"taps": [[LAYER[name] for name in "qkv"]], "grads": [LAYER["grad_out"]], "start_layer": 0,
                        "scale": None, "prefix": 1, "readout": "class", "impl": "auto"},
     mf.bias_gelu: {"x": torch.rand(4, 10, 5), "bias": torch.rand(5), "activation": "gelu", "impl": "auto"},
+    mf.residual_norm: {"x": torch.rand(4, 10, 5), "branch": torch.rand(4, 10, 5), "weight": torch.rand(5),
+                       "bias": torch.rand(5), "eps": 1e-5, "impl": "auto"},
     mf.sample_donors: {"n": 4, "num_patches": 9, "generator": None},
 }  # fmt: skip
-OPTIONAL = {"threshold", "top_k", "grid", "mask", "donors", "dropped", "relevance", "scale", "num_patches", "generator"}
+OPTIONAL = {
+    "threshold",
+    "top_k",
+    "grid",
+    "mask",
+    "donors",
+    "dropped",
+    "relevance",
+    "scale",
+    "num_patches",
+    "generator",
+    "branch",
+}
 OF_NO_KIND = [None, object(), [], "3", 1.5, True, torch.ones(1, 1, 1, 1, 1)]
 # What of these each argument takes.
-TAKEN = {"threshold": {1.5}, "scale": {1.5}}
+TAKEN = {"threshold": {1.5}, "scale": {1.5}, "eps": {1.5}}
 
 
 @pytest.mark.parametrize("op", GOOD, ids=lambda op: op.__name__)

@@ -292,6 +292,8 @@ def opcheck_arguments(device: str) -> dict[str, tuple]:
         "attention_relevance": (q, k, v, grad_out, row, 0.3),
         "bias_gelu": (tokens.detach(), torch.rand(tokens.shape[-1]), 1),
         "bias_gelu_backward": (tokens.detach(), tokens.detach(), torch.rand(tokens.shape[-1]), 1),
+        "residual_norm": (*[tokens.detach()] * 2, *[torch.rand(tokens.shape[-1])] * 2, 1e-5),
+        "residual_norm_backward": (*[tokens.detach()] * 3, torch.rand(tokens.shape[-1]), 1e-5),
     }  # fmt: skip
     return {
         op: tuple(x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in given)
@@ -304,7 +306,9 @@ def opcheck_arguments(device: str) -> dict[str, tuple]:
     [
         pytest.param(op, *impl.values, marks=impl.marks)
         for op, impl in itertools.product(opcheck_arguments("cpu"), IMPLS[1:])
-        if not (op.startswith("bias_gelu") and impl.values == ("cuda",))  # which has no kernel in CUDA
+        if not (
+            op.startswith(("bias_gelu", "residual_norm")) and impl.values == ("cuda",)
+        )  # which have no kernels in CUDA
     ],
 )
 def test_opcheck(op, impl):

@@ -16,6 +16,8 @@ SWEPT = {
     "gather": "gather single 768 bfloat16",
     "gather backward": "gather backward single 768 bfloat16",
     "bias_gelu": "bias_gelu backward quick_gelu 3072 bfloat16",
+    "residual_norm": "residual_norm 768 bfloat16",
+    "residual_norm backward": "residual_norm backward 768 bfloat16",
     "relevance of one query": "relevance d64 bfloat16 one query",
     "relevance": "relevance d64 {}",
 }
@@ -23,7 +25,18 @@ SWEPT = {
 
 @pytest.mark.parametrize("target", list(compile_report.TARGETS))
 @pytest.mark.parametrize(
-    "op", ["select", "refill p", "refill multi", "refill fused", "patchify", "gather", "bias_gelu", "relevance"]
+    "op",
+    [
+        "select",
+        "refill p",
+        "refill multi",
+        "refill fused",
+        "patchify",
+        "gather",
+        "bias_gelu",
+        "residual_norm",
+        "relevance",
+    ],
 )
 def test_no_spills_and_wide_accesses(op, target):
     rows = list(compile_report.report([target], op))
@@ -39,7 +52,7 @@ def test_no_spills_and_wide_accesses(op, target):
                 assert found.load == wanted, (name, found)
         if kernel == "maskcf_gather_backward" and target != "gfx942":
             assert found.load == found.store == 16, (name, found)
-        if kernel == "maskcf_bias_gelu" and target != "gfx942":
+        if kernel.startswith(("maskcf_bias_gelu", "maskcf_residual_norm")) and target != "gfx942":
             assert found.load == found.store == 16, (name, found)
         if kernel == "maskcf_relevance" and target != "gfx942":
             assert found.load == 16, (name, found)

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
     ("files", "at_least"),
     [
         (("../ops/test_implementations.py", "../ops/test_generated.py"), 400),
-        (("../ops/test_bias_gelu.py", "test_interpreted.py"), 160),
+        (("../ops/test_bias_gelu.py", "../ops/test_residual_norm.py", "test_interpreted.py"), 160),
     ],
 )
 def test_kernels_under_the_interpreter(files, at_least):
