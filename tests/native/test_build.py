@@ -1,7 +1,7 @@
 """The extension as a file: built with sanitizers, loaded by another PyTorch, and what its GPU code looks like.
 
 These compile for half a minute or more each, so they run when asked: ``MASKCF_TEST_BUILD=1``. The other PyTorch is
-named by ``MASKCF_TEST_OTHER_PYTHON``, an interpreter that has one and pytest.
+that of ``MASKCF_TEST_LOWEST_PYTHON``, an interpreter with the lowest versions that pyproject.toml states, and pytest.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import ops_tests
 import pytest
-import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from maskcf_fast.ops import building
 
@@ -145,38 +147,66 @@ def test_under_sanitizers(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def other() -> str:
-    """An interpreter with another PyTorch."""
-    python = os.environ.get("MASKCF_TEST_OTHER_PYTHON")
+def lowest() -> str:
+    """An interpreter with the lowest versions that pyproject.toml states, another PyTorch among them."""
+    python = os.environ.get("MASKCF_TEST_LOWEST_PYTHON")
     if not python:
-        pytest.skip("MASKCF_TEST_OTHER_PYTHON is not set")
-    command = [python, "-c", "import torch; print(torch.__version__)"]
-    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    assert version != torch.__version__
+        pytest.skip("MASKCF_TEST_LOWEST_PYTHON is not set")
     return python
 
 
-def test_ops_and_step_under_another_pytorch(other):
+def test_versions_are_the_lowest_stated(lowest):
+    """Of everything that the package, its commands and its export to ONNX need."""
+    project = tomllib.loads((ops_tests.ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    stated = {}
+    for requirement in map(Requirement, project["dependencies"] + extras["train"] + extras["onnx"]):
+        if requirement.marker is None or requirement.marker.evaluate():
+            (bound,) = (each.version for each in requirement.specifier if each.operator == ">=")
+            stated[requirement.name] = Version(bound)
+    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    found = subprocess.run([lowest, "-c", code, *stated], capture_output=True, text=True, check=True).stdout.split()
+    assert dict(zip(stated, map(Version, found), strict=True)) == stated
+
+
+def test_ops_and_step_under_the_lowest_versions(lowest):
     """With the library that is installed, GPU part included if it has one."""
     from maskcf_fast.ops import extension
 
-    # Without whole runs: they need what that environment lacks, and conftest.py.
     done = ops_tests.run(
-        other, extension.library_path(), "not triton and not a_run_and_its_settings and not resumed_exactly",
-        "--ignore-glob=*test_large*", "--ignore-glob=*test_registry*", files=("tests/ops", "tests/methods"),
+        lowest, extension.library_path(), "not triton", "--ignore-glob=*test_large*", "--ignore-glob=*test_registry*",
+        files=("tests/ops", "tests/methods"),
     )  # fmt: skip
     ops_tests.assert_passed(done, 1000)
 
 
-def test_triton_kernels_under_another_triton(other):
+def test_commands_under_the_lowest_versions(lowest):
+    """Pictures by both readers, training, TensorBoard, evaluation, the table, the demo, pages and ONNX."""
+    from maskcf_fast.ops import extension
+
+    files = (
+        *(f"tests/data/test_{name}.py" for name in ("dali", "every_sample", "images", "odd_pictures")),
+        *(f"tests/evaluation/test_{name}.py" for name in ("evaluate_command", "metrics")),
+        "tests/experiments",
+        "tests/training/test_command.py",
+        "tests/training/test_export.py::test_onnx",
+        "tests/training/test_recovery.py::test_tensorboard_shows_a_step_once",
+        "tests/training/test_trainer.py::test_resume_is_exact",
+    )
+    select = "not several_processes and (not resume_is_exact or 3-object-single) and (not onnx or cosine)"
+    done = ops_tests.run(lowest, extension.library_path(), select, files=files)
+    ops_tests.assert_passed(done, 380)
+
+
+def test_triton_kernels_under_the_lowest_triton(lowest):
     files = ["tests/triton_kernels/test_interpreted.py"]
-    done = ops_tests.run(other, Path("none"), "not t197 and not t129", files=files, TRITON_INTERPRET="1")
+    done = ops_tests.run(lowest, Path("none"), "not t197 and not t129", files=files, TRITON_INTERPRET="1")
     ops_tests.assert_passed(done, 80)
 
 
-def test_a_library_built_under_another_pytorch(other, tmp_path):
+def test_a_library_built_under_the_lowest_pytorch(lowest, tmp_path):
     """The GPU part, too, compiles against its headers; the library serves there and here."""
-    command = [other, "-m", "maskcf_fast.build", "--out", tmp_path]
+    command = [lowest, "-m", "maskcf_fast.build", "--out", tmp_path]
     environment = os.environ | {"PYTHONPATH": str(ops_tests.ROOT), "MASKCF_CUDA_ARCHS": "90"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -185,7 +215,7 @@ def test_a_library_built_under_another_pytorch(other, tmp_path):
         assert building.facts_of(tmp_path)["cuda"]
     except building.BuildError as error:
         assert "the CUDA part is left out" in done.stdout, error  # noqa: PT017
-    for python in (other, sys.executable):
+    for python in (lowest, sys.executable):
         ops_tests.assert_passed(ops_tests.run(python, tmp_path / building.LIBRARY, "cpu and eager"), 300)
 
 
