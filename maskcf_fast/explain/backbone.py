@@ -6,6 +6,7 @@ order. The map is made of the clean forward pass, in which every attention call 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..core.checks import check_tensor
 from ..core.errors import UserError
 from ..models import Backbone, Tap
-from ..models.libraries import Unmodified
+from ..models.libraries import Unmodified, Unsupported
 from ..models.sources import load_unmodified
 from ..models.vit import check_pixels
 from .calls import Call
@@ -43,6 +44,7 @@ class LibraryConfig:
         depth: Number of attention layers, without a pool.
         feature_dim: Dimension of the feature.
         prefix: Tokens before the patches.
+        mixed: Whether convolutions between its attention layers, too, carry content from patch to patch.
         pool: ``"attention"``, or the weights ``[T]`` by which the feature reads the last layer's tokens.
     """
 
@@ -54,6 +56,7 @@ class LibraryConfig:
     depth: int
     feature_dim: int
     prefix: int
+    mixed: bool
     pool: str | tuple[float, ...]
     native: ClassVar[bool] = False
 
@@ -84,7 +87,10 @@ class LibraryBackbone(Backbone):
 
     def __init__(self, name: str, image_size: int | None = None, weights: dict[str, Tensor] | None = None) -> None:
         super().__init__()
-        whole = load_unmodified(name, image_size, pretrained=weights is None)
+        try:
+            whole = load_unmodified(name, image_size, pretrained=weights is None)
+        except Unsupported as error:
+            raise UserError(f"{name} cannot be trained unmodified either: {error.reason}") from error
         self.module, self.features, self.call = whole.module.eval(), whole.features, whole.call
         if weights is not None:
             try:
@@ -99,7 +105,7 @@ class LibraryBackbone(Backbone):
         self.register_buffer("std", torch.tensor(whole.std)[:, None, None], persistent=False)
         try:
             self.config = self._looked_at(name, whole)
-        except (UserError, RuntimeError, TypeError) as error:
+        except (ValueError, RuntimeError, TypeError, AssertionError) as error:  # also the library's own, of a size
             raise UserError(f"{name} cannot be trained unmodified either: {error}") from error
 
     def _looked_at(self, name: str, whole: Unmodified) -> LibraryConfig:
@@ -108,8 +114,10 @@ class LibraryBackbone(Backbone):
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), record_attention() as record:
             torch.manual_seed(0)
             record.one_pass = True
-            feature = self.features(self.module, torch.randn(2, 3, side, side))
-        check_tensor("its feature", feature, [2, "D"])
+            pixels = torch.randn(2, 3, side, side, requires_grad=True)
+            feature = self.features(self.module, pixels)
+            check_tensor("its feature", feature, [2, "D"])
+            score = (feature @ torch.randn(feature.shape[1])).sum()  # the plain sum of a normalised feature is constant
         layers = select_layers(record, feature)
         if len(layers) != len(record.calls):
             raise UserError(f"{len(record.calls) - len(layers)} of its attention calls do not lead to the feature")
@@ -117,14 +125,19 @@ class LibraryBackbone(Backbone):
         prefix, grid = count_prefix(layers[0], known if isinstance(known, int) else None)
         if grid is None or grid[0] != grid[1]:
             raise UserError(f"its tokens are no square grid of patches over {side} pixels, but {grid}")
-        if rest := side % grid[0]:
-            raise UserError(
-                f"image_size={side} does not divide into its {grid[0]} × {grid[0]} patches: take {side - rest}, or "
-                "another multiple of its patch"
+        (read,) = torch.autograd.grad(score, pixels, retain_graph=True)
+        covered = 1 + min(int(read.sum(axes).nonzero().max()) for axes in ((0, 1, 2), (0, 1, 3)))
+        if covered < side or side % grid[0]:
+            near = str(covered) if covered < side else "a multiple of its patch"
+            raise UserError(f"image_size={side} does not divide into its {grid[0]} × {grid[0]} patches: take {near}")
+        if record.mixed:
+            print(
+                f"note: {name} has convolutions between its attention layers, too: what they carry from patch to patch "
+                "is not in its map",
+                file=sys.stderr,
             )
         readout = known_readout(self.module)
         edges = [call.edge for call in layers if call.edge is not None]
-        score = feature.sum()
         start = start_weights(layers[-1], torch.autograd.grad(score, edges[-1:], retain_graph=True)[0], prefix, readout)
         for parameter, grad in zip(parameters, torch.autograd.grad(score, parameters, allow_unused=True), strict=True):
             parameter.requires_grad_(grad is not None)
@@ -137,6 +150,7 @@ class LibraryBackbone(Backbone):
             len(layers) - (readout == "attention"),
             feature.shape[1],
             prefix,
+            record.mixed,
             "attention" if readout == "attention" else tuple(start.tolist()),
         )
 
@@ -151,7 +165,7 @@ class LibraryBackbone(Backbone):
         side = self.config.image_size
         if images.dtype == torch.uint8:
             check_tensor("images", images, ["N", side, side, 3])
-            return images.permute(0, 3, 1, 2) / 255
+            return images.permute(0, 3, 1, 2).contiguous() / 255  # strided otherwise, oneDNN's gradients may crash
         check_tensor("images", images, ["N", 3, side, side])
         check_pixels(images)
         return images
@@ -188,10 +202,11 @@ class LibraryBackbone(Backbone):
         if not fill.leaves_out:
             return self.encode(fill.pixels(tokens, mask, donors))[0]
         prefix, pool = self.config.prefix, self.config.pool
-        if isinstance(pool, str) or any(pool[prefix:]):
+        if self.config.mixed or isinstance(pool, str) or any(pool[prefix:]):
+            reads = "has convolutions between its tokens" if self.config.mixed else "reads its feature from all tokens"
             raise UserError(
-                f"{self.config.name} reads its feature from all tokens, of which none can be left out while it is "
-                "unmodified: take a strategy that fills them (single, multi)"
+                f"{self.config.name} {reads}, of which none can be left out while it is unmodified: take a strategy "
+                "that fills them (single, multi)"
             )
         visible = torch.cat([mask.new_ones(len(mask), prefix), ~mask], dim=1)
         return self.encode(tokens, visible=visible)[0]

@@ -20,9 +20,9 @@ ONE_BRANCH = "only a chain of layers, each attending to what the one before made
 def select_layers(record: Calls, logits: Tensor) -> list[Call]:
     """The self-attention calls that lead to ``logits [N, C]``, first layer first.
 
-    Calls of other forward passes, or made without gradients, are left out, and so are calls with a mask, as text
-    encoders make them, as long as there are others. A call with one query may come last: a class token that asks
-    alone, or attention pooling.
+    Calls of other forward passes, or made without gradients, are left out, and so are calls with a mask or of another
+    batch, as text encoders make them, as long as others do not depend on them nor they on others. A call with one query
+    may come last: a class token that asks alone, or attention pooling.
 
     Raises:
         RuntimeError: ``logits`` carry no gradient.
@@ -51,6 +51,15 @@ def select_layers(record: Calls, logits: Tensor) -> list[Call]:
     # A call's level counts the calls below it on the longest path, so a chain has the levels 1, 2, …; calls side
     # by side share one.
     levels = graph_levels(logits.grad_fn, {call.node for call in layers})
+    left = [call for call in calls if call not in layers]
+    below = graph_levels(logits.grad_fn, {call.node for call in left})
+    between = [call for call in left if levels[call.node]] + [call for call in layers if below[call.node]]
+    if between:  # a text encoder lies beside the layers
+        shapes = sorted({tuple(call.q.shape) for call in left})
+        raise UserError(
+            f"attention calls with queries {shapes} lie between those over all tokens of an image: windowed attention, "
+            "or heads or frames folded into the batch, cannot be explained"
+        )
     order = sorted(layers, key=lambda call: levels[call.node])
     if [levels[call.node] for call in order] != list(range(1, len(order) + 1)):
         raise UserError(

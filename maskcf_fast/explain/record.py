@@ -36,6 +36,7 @@ class AttentionRecord(Calls):
         super().__init__()
         self.grid: tuple[int, int] | None = None
         self.visible: Tensor | None = None  # [N, T] bool, the keys that attention over all tokens is to see
+        self.mixed = False  # a convolution over several tokens after the first call
         self._last_convolution: tuple[int, int, int] | None = None
         self._paused = False
 
@@ -138,6 +139,8 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func is F.conv2d and result.ndim == 4:
             record._last_convolution = (result.shape[0], result.shape[2], result.shape[3])
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            record.mixed |= bool(record.calls) and weight.shape[2:].numel() > 1
         elif func in _SOFTMAX and result.ndim >= 3 and result.shape[-1] == result.shape[-2]:
             record.maps.append(result.shape)
         return result

@@ -1,4 +1,7 @@
-"""Models made of trained ones without training: averages of weights, and of outputs."""
+"""Models made of trained ones without training: averages of weights, and of outputs.
+
+Integers in a state, the batches that a BatchNorm has counted, stay those of the first model.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def interpolate(start: State, end: State, alpha: float) -> dict[str, Tensor]:
         ValueError: The states differ in their names or shapes.
     """
     _same_shapes([start, end])
-    return {name: torch.lerp(start[name], end[name], alpha) for name in start}
+    return {name: torch.lerp(x, end[name], alpha) if x.is_floating_point() else x for name, x in start.items()}
 
 
 def average(states: Sequence[State]) -> dict[str, Tensor]:
@@ -35,7 +38,10 @@ def average(states: Sequence[State]) -> dict[str, Tensor]:
     if not states:
         raise UserError("an average needs at least one model, got none")
     _same_shapes(states)
-    return {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
+    return {
+        name: torch.stack([state[name] for state in states]).mean(dim=0) if first.is_floating_point() else first
+        for name, first in states[0].items()
+    }
 
 
 def model_stock(start: State, states: Sequence[State]) -> dict[str, Tensor]:
@@ -55,6 +61,9 @@ def model_stock(start: State, states: Sequence[State]) -> dict[str, Tensor]:
     _same_shapes([start, *states])
     merged = {}
     for name, origin in start.items():
+        if not origin.is_floating_point():
+            merged[name] = origin
+            continue
         ways = torch.stack([state[name] - origin for state in states]).flatten(1).double()
         total = torch.nn.functional.normalize(ways, dim=1).sum(dim=0)
         cos = float((total @ total - k) / (k * (k - 1)))

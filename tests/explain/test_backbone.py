@@ -30,13 +30,22 @@ from maskcf_fast.training.trainer import Trainer
 
 timm = pytest.importorskip("timm")
 SMALL = {"embed_dim": 32, "num_heads": 2, "num_classes": 5}
+VITAMIN = {"patch_size": 1, "img_size": 64, "embed_dim": 384, "num_heads": 6}
+FAST = {"layers": [1, 1, 1, 2], "embed_dims": [8, 8, 16, 64], "num_classes": 5, "layer_scale_init_value": 1.0}
 MODELS = {  # name, arguments, tokens before the patches, what of the last layer the feature reads
     "relu": ("vit_tiny_patch16_224", {"act_layer": "relu"}, 1, "class"),
     "two class tokens": ("deit_tiny_distilled_patch16_224", {}, 2, "both"),
     "mixed rotary positions, a mean": ("vit_small_patch16_rope_mixed_224", {"global_pool": "avg"}, 1, "mean"),
     "a hybrid: convolutions before global attention": ("vit_tiny_r_s16_p8_224", {"patch_size": 2}, 1, "class"),
+    "ViTamin": ("vitamin_small_224", VITAMIN, 0, "mean"),
+    "FastViT: convolutions between attention layers, too": ("fastvit_sa12", FAST, 0, "mean"),
+    "attention and MLP side by side": ("vit_base_patch16_xp_224", {}, 1, "class"),
     "gated attention pool": ("vit_base_patch16_siglip_224", {"act_layer": "relu"}, 0, "pool"),
 }
+
+
+def saved(folder, name, options):
+    return save("timm", name, folder, **({} if options is FAST else SMALL) | options)[0]
 
 
 def forward(backbone, images, hidden=None):
@@ -75,7 +84,7 @@ def paper(student, teacher, strategy, images, labels, draw, prefix, reads):
 
 def prepared(folder, key):
     name, options, *known = MODELS[key]
-    student, teacher = moved(LibraryBackbone(save("timm", name, folder, **SMALL, **options)[0]))
+    student, teacher = moved(LibraryBackbone(saved(folder, name, options)))
     return student, teacher.backbone, *known
 
 
@@ -83,13 +92,14 @@ def prepared(folder, key):
 def test_step(tmp_path, key):
     """Loss, map, mask and every gradient are the paper's; in one graph, and in two passes."""
     student, teacher, prefix, reads = prepared(tmp_path, key)
-    images, labels = torch.rand(3, 3, SIDE, SIDE), torch.tensor([0, 3, 4])
+    side = student.backbone.config.image_size
+    images, labels = torch.rand(3, 3, side, side), torch.tensor([0, 3, 4])
     assert (student.backbone.config.prefix, student.backbone.config.depth) == (prefix, 2)
     for strategy in map(MaskStrategy.from_name, strategy_names()):
         draw = strategy.draw(3, PATCHES, generator=torch.Generator().manual_seed(0))
         method = CounterfactualDistiller(student, teacher, strategy).train()
         if strategy.filling.leaves_out and reads in ("mean", "pool"):
-            with pytest.raises(UserError, match=r"reads its feature from all tokens.*single, multi"):
+            with pytest.raises(UserError, match=r"(from all|convolutions between its) tokens.*single, multi"):
                 method(images, labels, draw=draw)
             continue
         fast = method(images, labels, draw=draw)
@@ -128,17 +138,18 @@ def test_every_method_takes_it(tmp_path):
         assert any(p.grad is not None and p.grad.any() for p in trained), name
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_run_from_start_to_export(tmp_path, change, capsys, asked):
+@pytest.mark.parametrize("key", [None, "relu", "FastViT: convolutions between attention layers, too"])
+def test_a_run_from_start_to_export(tmp_path, change, capsys, key):
     """By itself, with a notice of what it costs; resumed exactly; evaluated from its file; given back."""
-    source = tmp_path / "source"
+    source, asked = tmp_path / "source", key is None
     source.mkdir()
-    name, _ = save("timm", "vit_tiny_patch16_224", source, **SMALL, **({} if asked else {"act_layer": "relu"}))
+    name = saved(source, *(("vit_tiny_patch16_224", {}) if asked else MODELS[key][:2]))
     model = {"name": name, "weights": None, "head_kind": "linear", "native": not asked}
     config = change(model=model, optim={"epochs": 2, "lr": 1e-3}, out=tmp_path / "whole")
     accuracy = Trainer(config, quiet=True).run()
     said = capsys.readouterr().err
-    assert ("its activation is ReLU" in said and "pixels are refilled" in said) == (not asked)
+    assert ("this model is not supported because" in said and "pixels are refilled" in said) == (not asked)
+    assert ("has convolutions between its attention layers" in said) == (str(key).startswith("Fast"))
     whole = load_file(tmp_path / "whole" / "model.safetensors")
 
     after_dying(config, tmp_path / "half", step=5).run()
@@ -156,7 +167,8 @@ def test_a_run_from_start_to_export(tmp_path, change, capsys, asked):
     run = read_run(tmp_path / "whole")
     tuned = run.tuned()
     initial = run.initial()
-    images = torch.rand(2, 3, SIDE, SIDE)
+    side = tuned.backbone.config.image_size
+    images = torch.rand(2, 3, side, side)
     assert not torch.equal(tuned(images), initial(images))
     with pytest.raises(UserError, match=r"was trained unmodified, as a model of its own library: take --to timm"):
         export_model(tuned, run.classes, "hf", tmp_path / "hf")
@@ -171,8 +183,9 @@ def test_a_run_from_start_to_export(tmp_path, change, capsys, asked):
 
 def test_sizes_and_weights_that_do_not_fit(tmp_path, weights):
     name, _ = save("timm", "vit_tiny_patch16_224", tmp_path, **SMALL)
-    with pytest.raises(UserError, match="image_size=33 does not divide into its 4 × 4 patches: take 32"):
-        LibraryBackbone(name, 33)
+    for side in (33, 36):  # of which 36 would divide into as many patches, but of other places
+        with pytest.raises(UserError, match=f"image_size={side} does not divide into its 4 × 4 patches: take 32"):
+            LibraryBackbone(name, side)
     state = LibraryBackbone(name, 40).module.state_dict()
     with pytest.raises(UserError, match=r"not those of .* at 32 px: .*size mismatch.* give its --model.image-size"):
         LibraryBackbone(name, weights=state)
@@ -180,7 +193,34 @@ def test_sizes_and_weights_that_do_not_fit(tmp_path, weights):
         build_model(ModelConfig(name=name, weights=weights, native=False), 5, seed=0)
 
 
+def test_sizes_that_the_library_refuses(tmp_path):
+    (tmp_path / "wide").mkdir()
+    name, _ = save("timm", "vit_tiny_patch16_224", tmp_path / "wide", **SMALL, img_size=[32, 48])
+    with pytest.raises(UserError, match=r"not square, but 32×48; --model.image-size N asks .*cannot be trained unmod"):
+        build_model(ModelConfig(name=name), 5, seed=0)
+    assert build_model(ModelConfig(name=name, image_size=48), 5, seed=0).backbone.config.num_patches == 36
+    (tmp_path / "dynamic").mkdir()
+    options = {"act_layer": "relu", "dynamic_img_size": True}
+    name, _ = save("timm", "vit_tiny_patch16_224", tmp_path / "dynamic", **SMALL, **options)
+    with pytest.raises(
+        UserError, match=r"unmodified either: Input height \(33\) should be divisible by patch size \(8\)"
+    ):
+        LibraryBackbone(name, 33)
+    (tmp_path / "fast").mkdir()
+    with pytest.raises(UserError, match="runs at its own image size only: leave out"):
+        LibraryBackbone(saved(tmp_path / "fast", "fastvit_sa12", FAST), 64)
+
+
+def test_what_a_normalised_feature_reads(tmp_path):
+    """Its sum is constant as long as the last norm's weights are one, so that this shows no read-out."""
+    name, theirs = save("timm", "vit_tiny_patch16_224", tmp_path, **SMALL)
+    state = {key: t.fill_(1.0) if key == "norm.weight" else t for key, t in theirs.state_dict().items()}
+    assert LibraryBackbone(name, weights=state).config.pool == (1.0, *[0.0] * PATCHES)
+
+
 SWIN = {"img_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+
+DAVIT = {"depths": [1] * 4, "embed_dims": [8, 8, 16, 16], "num_heads": [2] * 4, "num_classes": 5}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +228,8 @@ SWIN = {"img_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], 
     [
         ("swin_tiny_patch4_window7_224", SWIN, "windowed attention, or heads or frames folded into the batch"),
         ("swin_tiny_patch4_window7_224", SWIN, "attention by an explicit softmax"),
+        ("davit_tiny", DAVIT, r"attention calls with queries \[.*\] lie between those over all tokens .*: windowed"),
+        ("vit_small_patch16_18x2_224", {}, "attention calls side by side"),
         ("resnet18", {}, "no attention call was recorded"),
         ("beit_base_patch16_224", {}, "a mask, a position bias"),
         ("vit_base_patch16_224", {"global_pool": "max"}, r"the score reads \d+ of 16 patches"),
@@ -196,7 +238,8 @@ SWIN = {"img_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], 
 def test_models_that_neither_can_take(tmp_path, monkeypatch, name, options, reason):
     if "windowed" in reason:  # timm's switch for it
         monkeypatch.setattr(timm.layers.config, "_USE_FUSED_ATTN", 2)
-    name, _ = save("timm", name, tmp_path, **({} if name.startswith(("swin", "resnet")) else SMALL), **options)
+    sizes = {} if name.startswith(("swin", "davit", "resnet")) else SMALL
+    name, _ = save("timm", name, tmp_path, **sizes, **options)
     message = f"(?s)not supported because .*cannot be trained unmodified either: .*{reason}"
     with pytest.raises(UserError, match=message):
         build_model(ModelConfig(name=name), 5, seed=0)

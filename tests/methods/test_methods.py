@@ -139,6 +139,12 @@ def test_averages(pair):
         average([a, {name: t for name, t in a.items() if name != "head.bias"}])
 
 
+def test_what_a_batch_norm_has_counted_stays_in_all_averages():
+    few, many = ({"w": torch.full((2, 2), float(n)), "num_batches_tracked": torch.tensor(n)} for n in (4, 6))
+    for merged in interpolate(few, many, 0.25), average([few, many]), model_stock(few, [many, many]):
+        assert torch.equal(merged["num_batches_tracked"], few["num_batches_tracked"])
+
+
 @pytest.mark.parametrize("k", [2, 5])
 def test_model_stock_is_nearest_to_the_centre(k):
     """Of models around a centre, in directions square to each other: the foot of the centre on the line to the mean."""

@@ -96,7 +96,9 @@ def save(library: str, kind: str, folder: Path, **options: Any) -> tuple[str, nn
         _save_preprocessor(folder)
         return f"hf:{folder}", model
     if library == "timm":
-        config |= {"architecture": kind, "num_classes": model.num_classes, "pretrained_cfg": pixels}
+        sides = getattr(getattr(model, "patch_embed", None), "img_size", (128, 128))  # convolutions take any
+        config |= {"architecture": kind, "num_classes": model.num_classes}
+        config |= {"pretrained_cfg": pixels | {"input_size": [3, *sides]}}
         (folder / "config.json").write_text(json.dumps(config))
         save_file(state, folder / "model.safetensors")
     else:
@@ -130,7 +132,7 @@ def _timm(kind: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import timm
 
     sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 0}
-    args = options if kind.startswith(("swin", "resnet")) else {**sizes, **options}
+    args = options if kind.startswith(("swin", "davit", "resnet", "fastvit")) else {**sizes, **options}
     return timm.create_model(kind, **args), {"model_args": args}
 
 

@@ -83,7 +83,14 @@ class Unmodified:
 
 
 class Unsupported(UserError):
-    """A model that the compact vision transformer cannot express."""
+    """A model that the compact vision transformer cannot express, for this ``reason``."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"this model is not supported because {reason}: --model.native False trains it unmodified, if its "
+            "attention can be seen"
+        )
 
 
 def zero_shot(image: Callable[[Tensor], Tensor], text: TextTower, prompts: Sequence[str]) -> Callable[[Tensor], Tensor]:
@@ -160,14 +167,6 @@ def fits(config: VisionTransformerConfig, traits: Mapping[str, object]) -> bool:
     return all(value is ANY or getattr(config, name) == value for name, value in traits.items())
 
 
-def unsupported(reason: str) -> Unsupported:
-    """The error for a model that the compact vision transformer cannot express."""
-    return Unsupported(
-        f"this model is not supported because {reason}: --model.native False trains it unmodified, if its attention "
-        "can be seen"
-    )
-
-
 def no_place(library: str, kinds: str, config: VisionTransformerConfig) -> UserError:
     """The error for a model that a library has no class for."""
     usual = {**PLAIN, "activation": None, "eps": None, "mlp_width": None}
@@ -189,7 +188,10 @@ def square(size: Any) -> int:
     """The side of a square size."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if sides[0] != sides[1]:
-        raise unsupported(f"its images or patches are not square: {sides[0]}×{sides[1]}")
+        raise Unsupported(
+            f"its images or patches are not square, but {sides[0]}×{sides[1]}; --model.image-size N asks its library "
+            "for a square"
+        )
     return int(sides[0])
 
 
@@ -207,6 +209,6 @@ def whole_patches(side: int, patch: int) -> int:
 def three(values: Any) -> tuple[float, float, float]:
     """One number per channel."""
     if len(values) != 3:
-        raise unsupported(f"its images have {len(values)} channels")
+        raise Unsupported(f"its images have {len(values)} channels")
     red, green, blue = (float(v) for v in values)
     return red, green, blue

@@ -46,6 +46,7 @@ from . import (
     Classifier,
     TextTower,
     Unmodified,
+    Unsupported,
     check_sizes,
     fits,
     loading,
@@ -53,7 +54,6 @@ from . import (
     refuse_prompts,
     square,
     three,
-    unsupported,
     unusual,
     whole_patches,
     zero_shot,
@@ -137,17 +137,17 @@ def vision_config(settings: Any, state: State, pixels: dict[str, Any]) -> Vision
     """The architecture that a configuration, its weights and its preprocessor's settings describe."""
     kind = settings.model_type.removesuffix("_vision_model")
     if kind not in FAMILIES:
-        raise unsupported(REASONS.get(kind, f"{kind} is none of {', '.join(FAMILIES)}"))
+        raise Unsupported(REASONS.get(kind, f"{kind} is none of {', '.join(FAMILIES)}"))
     family, vision = FAMILIES[kind], getattr(settings, "vision_config", settings)
     if vision.hidden_act not in ACTIVATIONS:
-        raise unsupported(f"its activation is {vision.hidden_act}")
+        raise Unsupported(f"its activation is {vision.hidden_act}")
     biases = tuple(
         getattr(vision, f"{name}_bias", getattr(vision, "qkv_bias", True)) for name in ("query", "key", "value")
     )
     if biases not in QKV_BIAS or not (getattr(vision, "proj_bias", True) and getattr(vision, "mlp_bias", True)):
-        raise unsupported("only some of its layers have a bias")
+        raise Unsupported("only some of its layers have a bias")
     if not getattr(vision, "vision_use_head", True):
-        raise unsupported("its attention pool is left out (vision_use_head)")
+        raise Unsupported("its attention pool is left out (vision_use_head)")
     ratio = getattr(vision, "mlp_ratio", None)
     hidden = vision.intermediate_size if ratio is None else int(vision.hidden_size * ratio)
     swiglu = getattr(vision, "use_swiglu_ffn", False)

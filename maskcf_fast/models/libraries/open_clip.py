@@ -24,6 +24,7 @@ from . import (
     Classifier,
     TextTower,
     Unmodified,
+    Unsupported,
     check_settings,
     fits,
     is_exactly,
@@ -31,7 +32,6 @@ from . import (
     no_place,
     square,
     three,
-    unsupported,
     unusual,
     zero_shot,
 )
@@ -148,19 +148,19 @@ def vision_config(visual: Any) -> VisionTransformerConfig:
     std = three(getattr(visual, "image_std", None) or CLIP_STD)
     if is_exactly(visual, TimmModel):
         if len(visual.head):
-            raise unsupported(
+            raise Unsupported(
                 f"its vision tower has a head of its own: {', '.join(dict(visual.head.named_children()))}"
             )
         return replace(timm_library.vision_config(visual.trunk), mean=mean, std=std)
     if not is_exactly(visual, VisionTransformer):
-        raise unsupported(
+        raise Unsupported(
             f"its vision tower is a {type(visual).__name__}, not a VisionTransformer of open_clip or timm"
         )
     block = visual.transformer.resblocks[0]
     if not is_exactly(block, ResidualAttentionBlock):
-        raise unsupported(f"its blocks are {type(block).__name__}s, not plain pre-norm blocks")
+        raise Unsupported(f"its blocks are {type(block).__name__}s, not plain pre-norm blocks")
     if visual.attn_pool is not None or visual.pool_type != "tok":
-        raise unsupported("its feature is pooled from all tokens, not read at the class token")
+        raise Unsupported("its feature is pooled from all tokens, not read at the class token")
     return VisionTransformerConfig(
         image_size=square(visual.image_size),
         patch_size=square(visual.patch_size),

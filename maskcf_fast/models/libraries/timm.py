@@ -23,6 +23,7 @@ from . import (
     PT,
     Classifier,
     Unmodified,
+    Unsupported,
     check_settings,
     fits,
     is_exactly,
@@ -31,7 +32,6 @@ from . import (
     refuse_prompts,
     square,
     three,
-    unsupported,
     unusual,
     whole_patches,
 )
@@ -99,7 +99,12 @@ def unmodified(name: str, image_size: int | None, pretrained: bool) -> Unmodifie
     import timm
 
     options = {} if image_size is None else {"img_size": image_size}
-    model = load_module(name, pretrained, **options)
+    try:
+        model = load_module(name, pretrained, **options)
+    except UserError as error:
+        if options and isinstance(error.__cause__, TypeError):
+            raise UserError(f"timm:{name} runs at its own image size only: leave out --model.image-size") from error
+        raise
     data = timm.data.resolve_model_data_config(model)
     side = image_size or getattr(getattr(model, "patch_embed", None), "img_size", None) or data["input_size"][1:]
     features = _whole if "_clip_" in str(model.pretrained_cfg.get("architecture")) else _before_classifier
@@ -139,44 +144,47 @@ def vision_config(model: Any) -> VisionTransformerConfig:
 
     eva = is_exactly(model, Eva)
     if not (eva or is_exactly(model, VisionTransformer)):
-        raise unsupported(f"it is a {type(model).__name__}, neither timm's VisionTransformer nor its Eva")
+        raise Unsupported(f"it is a {type(model).__name__}, neither timm's VisionTransformer nor its Eva")
+    if not is_exactly(model.patch_embed, PatchEmbed):
+        raise Unsupported(f"its first layer is a {type(model.patch_embed).__name__}, no convolution of patches alone")
+    if not isinstance(model.patch_embed.norm, nn.Identity):
+        raise Unsupported("its patches are normalised before they get a position")
+    attentions: tuple[type, ...] = (EvaAttention, AttentionRope) if eva else (Attention,)
+    for block in model.blocks:
+        plain = is_exactly(block, EvaBlock if eva else Block) and type(block.attn) in attentions
+        if not (plain and type(block.mlp) in (Mlp, GluMlp, SwiGLU)):
+            raise Unsupported(f"its blocks are not timm's plain pre-norm blocks, but a {type(block).__name__}")
+        if getattr(block.attn, "gate", None) is not None or getattr(block.attn, "num_kv_groups", 1) != 1:
+            raise Unsupported("its attention has gates, or fewer keys than queries")
     block = model.blocks[0]
     attention, mlp = block.attn, block.mlp
-    if not is_exactly(model.patch_embed, PatchEmbed) or not isinstance(model.patch_embed.norm, nn.Identity):
-        raise unsupported(f"its first layer is a {type(model.patch_embed).__name__}, no convolution of patches alone")
-    attentions: tuple[type, ...] = (EvaAttention, AttentionRope) if eva else (Attention,)
-    plain = is_exactly(block, EvaBlock if eva else Block) and type(attention) in attentions
-    if not (plain and type(mlp) in (Mlp, GluMlp, SwiGLU)):
-        raise unsupported("its blocks are not timm's plain pre-norm blocks")
-    if getattr(attention, "gate", None) is not None or getattr(attention, "num_kv_groups", 1) != 1:
-        raise unsupported("its attention has gates, or fewer keys than queries")
     if eva and (block.gamma_1 is None) != (block.gamma_2 is None):
-        raise unsupported("only some of its branches are scaled")
+        raise Unsupported("only some of its branches are scaled")
     norms = (nn.LayerNorm, LayerNorm)
     within = [module for name, module in block.named_modules() if "norm" in name.rpartition(".")[2]]
     if any(type(module) not in (*norms, nn.Identity) for module in within):
-        raise unsupported("its blocks have norms other than LayerNorm")
+        raise Unsupported("its blocks have norms other than LayerNorm")
     registers = 0 if model.reg_token is None else model.reg_token.shape[1]
     class_token = model.cls_token is not None
     if model.num_prefix_tokens != class_token + registers:
-        raise unsupported(
+        raise Unsupported(
             f"it has {model.num_prefix_tokens} tokens before the patches, not one class token and registers"
         )
     if registers and model.pos_embed is not None and not model.no_embed_class:
-        raise unsupported("its registers have position embeddings")
+        raise Unsupported("its registers have position embeddings")
     if model.global_pool not in POOLS:
-        raise unsupported(f"its feature is pooled by {model.global_pool!r}, not {', '.join(map(repr, POOLS))}")
+        raise Unsupported(f"its feature is pooled by {model.global_pool!r}, not {', '.join(map(repr, POOLS))}")
     if model.global_pool == "map":
         _check_pool(model)
         if class_token and not eva and not model.pool_include_prefix:
-            raise unsupported("its attention pool leaves out a class token that the patches see")
+            raise Unsupported("its attention pool leaves out a class token that the patches see")
     last = [norm for norm in (model.norm, model.fc_norm) if type(norm) in norms]
     if len(last) != 1:
-        raise unsupported(f"it has {len(last)} LayerNorms after its last block, not one")
+        raise Unsupported(f"it has {len(last)} LayerNorms after its last block, not one")
     pre_norm = not isinstance(model.norm_pre, nn.Identity)
     head, gated = model.head, not is_exactly(mlp, Mlp)
     if is_exactly(mlp, GluMlp) and (mlp.gate_last or mlp.chunk_dim != -1):
-        raise unsupported("its MLPs are gated by their second half")
+        raise Unsupported("its MLPs are gated by their second half")
     # The projection of a CLIP is kept in the head: EVA-CLIP's with a bias, the others' with one of zero.
     clip = eva and "_clip_" in str(model.pretrained_cfg.get("architecture"))
     projects = isinstance(head, nn.Linear) and (clip or (pre_norm and not bool(head.bias.any())))
@@ -231,11 +239,11 @@ def _rotary(rope: Any) -> Rotary:
 
     if is_exactly(rope, RotaryEmbeddingDinoV3):
         if rope.normalize_coords != "separate" or rope.grid_offset or rope.min_period is not None:
-            raise unsupported("its rotary positions are not DINOv3's")
+            raise Unsupported("its rotary positions are not DINOv3's")
         columns = rope.grid_indexing == "xy"
         return Rotary(rope.temperature, "centred", columns_first=columns, halves=rope.rotate_half)
     if not is_exactly(rope, RotaryEmbeddingCat) or rope.in_pixels or rope.grid_type != "index":
-        raise unsupported(f"its rotary positions are {type(rope).__name__}")
+        raise Unsupported(f"its rotary positions are {type(rope).__name__}")
     return Rotary(
         rope.temperature,
         offset=rope.grid_offset,
@@ -262,7 +270,7 @@ def _check_pool(model: Any) -> None:
         and (pool.latent_len, pool.latent_dim, pool.out_features) == (1, model.embed_dim, model.embed_dim)
     )
     if not plain:
-        raise unsupported("its attention pool is not SigLIP's")
+        raise Unsupported("its attention pool is not SigLIP's")
 
 
 def activation(module: nn.Module, quick: type) -> Activation:
@@ -275,7 +283,7 @@ def activation(module: nn.Module, quick: type) -> Activation:
         return "gelu_tanh"
     if type(module).__name__ == "GELU":
         return "gelu" if getattr(module, "approximate", "none") == "none" else "gelu_tanh"
-    raise unsupported(f"its activation is {module}")
+    raise Unsupported(f"its activation is {module}")
 
 
 def write(model: ImageClassifier, classes: Sequence[str], folder: Path) -> tuple[str, bool]:
