@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 from PIL import Image, ImageFile
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from ..core.errors import UserError
 
@@ -166,7 +167,10 @@ def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
     except Exception:  # damaged metadata of a picture that is sound
         turn = None
     if image.mode.startswith("I"):  # PIL's own conversion would clip it
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        grey = np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8)
+        # A TIFF whose white is 0: PIL turns it round where it has 8 bits, but not where it has 16.
+        negative = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+        image = Image.fromarray(255 - grey if negative else grey)
     image.info.clear()  # what is left would turn it twice; and PIL warns about some kinds of transparency
     image = image.convert("RGB")
     if upright and turn is not None:

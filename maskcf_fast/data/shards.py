@@ -94,7 +94,8 @@ def _expand(source: Path) -> list[Path]:
         ]
     if missing := [str(shard) for shard in shards if not shard.is_file()]:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(shards)} tar shard(s) are missing or no files, first {missing[0]}"
+            f"{len(missing)} of {len(shards)} tar shard(s) are missing or no files, first {missing[0]}: "
+            "check the path; many are named {000..009}, or by their folder"
         )
     return shards
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -98,7 +99,8 @@ def read_state(path: Path) -> State:
         ValueError: It is damaged, or holds other things than tensors, or none.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+        hint = ": it is a folder, name the file in it, or the model, such as hf:FOLDER" if path.is_dir() else ""
+        raise FileNotFoundError(f"no weights at {path}{hint}")
     with path.open("rb") as file:
         start = file.read(64)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER:
@@ -120,9 +122,16 @@ def read_state(path: Path) -> State:
 
 def _read_pickle(path: Path) -> State:
     try:
+        if zipfile.is_zipfile(path):  # as torch.save writes it, which compresses nothing
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > path.stat().st_size:
+                raise UserError(f"{path} would unpack to {unpacked:,} bytes: save it again with torch.save")
         # The settings that many trainers keep. And a file object, since a path is also judged by its suffix.
         with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # an unpickler that meets garbage raises whatever comes up
         called = re.search(r"GLOBAL ([\w.]+)", str(error))  # what stands for an object in the file
         reason = f"holds {called[1]}, and would execute code when loaded" if called else "is damaged"

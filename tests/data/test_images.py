@@ -88,6 +88,8 @@ PIXELS = {
     "16-bit PNG": (encoded(Image.fromarray(GREY16), "PNG"), GREY),
     "16-bit TIFF": (encoded(Image.fromarray(GREY16), "TIFF"), GREY),
     "16-bit big-endian TIFF": (encoded(Image.fromarray(GREY16.astype(">u2")), "TIFF"), GREY),
+    "16-bit TIFF of which 0 is white": (encoded(Image.fromarray(65535 - GREY16), "TIFF", tiffinfo={262: 0}), GREY),
+    "8-bit TIFF of which 0 is white": (encoded(Image.fromarray(GREY), "TIFF", tiffinfo={262: 0}), GREY),
     "16-bit JPEG 2000": (encoded(Image.fromarray(GREY16), "JPEG2000"), GREY),
     "16-bit PGM": (b"P5 40 60 65535\n" + GREY16.astype(">u2").tobytes(), GREY),
     "PGM up to 100": (b"P5 40 60 100\n" + (GREY // 2.55).astype(np.uint8).tobytes(), GREY // 2.55 * 2.55),

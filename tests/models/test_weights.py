@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import io
 import json
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -47,6 +48,8 @@ def test_refusals(tmp_path):
         load_backbone(model, {"foo": torch.zeros(1)})
     with pytest.raises(FileNotFoundError, match=r"no weights at .*absent"):
         load_backbone(model, tmp_path / "absent.safetensors")
+    with pytest.raises(FileNotFoundError, match="it is a folder, name the file in it"):
+        load_backbone(model, tmp_path)
     save_file(model.state_dict(), tmp_path / "cut.safetensors")
     whole = (tmp_path / "cut.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -157,6 +160,15 @@ def saved(content):
     return file.getvalue()
 
 
+def compressed(archive):
+    """The same ZIP archive, deflated, as a small file that would unpack to anything."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -169,9 +181,10 @@ def saved(content):
         (b"\x80\x04" + b"(" * 10**5 + b"N.", "is damaged"),
         (saved({"weight": torch.zeros(1), "trap": Trap()}), "and would execute code when loaded"),
         (saved({"model": VisionTransformer("tiny")}), "and would execute code when loaded"),
+        (compressed(saved({"weight": torch.zeros(10**6)})), r"would unpack to 4,00\d,\d+ bytes: save it again"),
         (b"{}", "no index of weights"),
     ],
-    ids=["empty", "LFS", "web page", "zeros", "pickle", "zip", "deep", "trap", "whole model", "JSON"],
+    ids=["empty", "LFS", "web page", "zeros", "pickle", "zip", "deep", "trap", "whole model", "bomb", "JSON"],
 )
 def test_files_that_are_no_weights(tmp_path, capsys, content, message):
     (tmp_path / "x.safetensors").write_bytes(content)
