@@ -17,18 +17,25 @@ from .workload import Variant, Workload
 REPEATS = 2
 
 
-def measure(work: Workload, precision: str) -> dict[Variant, int | None]:
+def measure(work: Workload, precision: str) -> dict[str, int | None]:
     """Bytes above weights, gradients and moments, by way to compute the step; the least of some steps.
 
     The least, since on a CPU the system may take pages of libraries back and count them again when they are used.
     """
-    found = {}
+    found: dict[str, int | None] = {}
     for order in ("paper", "one graph", "two passes"):
         variant = Variant("object-single", order, precision=precision)
-        backward = work.backward(variant)
-        peaks = [work.peak_memory(backward) for _ in range(REPEATS)]
-        found[variant] = None if None in peaks else min(p for p in peaks if p is not None)
+        found[str(variant)] = least(work, variant)
+    work.student.transformer.recompute = "gelu"
+    found[f"{variant}, GELU recomputed"] = least(work, variant)
     return found
+
+
+def least(work: Workload, variant: Variant) -> int | None:
+    """The least peak of some steps."""
+    backward = work.backward(variant)
+    peaks = [work.peak_memory(backward) for _ in range(REPEATS)]
+    return None if None in peaks else min(p for p in peaks if p is not None)
 
 
 @command()
@@ -41,7 +48,7 @@ def main(arguments: list[str]) -> None:
     )  # fmt: skip
     found = measure(Workload(preset(given.arch), given.batch, m.resolve_device(given.device)), given.precision)
     paper = next(iter(found.values()))
-    rows = [(str(v), number(peak, ".0f", 1e-6), number(peak and paper and peak / paper)) for v, peak in found.items()]
+    rows = [(v, number(peak, ".0f", 1e-6), number(peak and paper and peak / paper)) for v, peak in found.items()]
     print("\n".join(table(("step", "MB", "of the paper order's"), rows, left=1)))
 
 

@@ -30,7 +30,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--image-size", type=int, help="side of the images in pixels; by default the model's own")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="(bf16)")
     parser.add_argument("--strategy", default="object-single", help="(object-single)")
-    parser.add_argument("--recompute", action="store_true", help="keep each block's input only")
+    parser.add_argument(
+        "--recompute", nargs="?", const=True, default=False, choices=("gelu",),
+        help="keep each block's input only, or (gelu) all but the results of GELU",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
     print(describe(__version__) if given.model is None else describe_training(given))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from .blocks import Tap
+
+Recompute = bool | Literal["gelu"]  # see `VisionTransformer.recompute`
 
 
 class Shape(Protocol):
@@ -41,7 +43,7 @@ class Backbone(nn.Module):
     """Image → feature, in two parts: ``embed`` each patch alone, ``encode`` what may have been refilled in between."""
 
     config: Shape
-    recompute = False
+    recompute: Recompute = False
 
     def rows(self, images: Tensor) -> Tensor:
         """The first part of `embed`, which has no parameters."""

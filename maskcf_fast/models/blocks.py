@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +137,22 @@ def scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
     return branch if scale is None else branch * scale.to(branch.dtype)
 
 
+def remade(x: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
+    """Within, an operation that would keep ``x`` for its backward pass has it made again there."""
+    place = x.untyped_storage()._cdata
+
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        return kept.shape if kept.untyped_storage()._cdata == place else kept
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return make().view(packed)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 class WithMlp(nn.Module):
     """A module with two layers that act on each token alone, an activation or gates between them."""
 
@@ -146,6 +164,7 @@ class WithMlp(nn.Module):
         self.mlp_norm = nn.LayerNorm(hidden, config.eps) if norm else None
         self.proj = nn.Linear(hidden, config.width)
         self.activation, self.gated = config.activation, gated
+        self.remake = False  # the activation's result, in the backward pass, instead of keeping it
         self.pointwise = POINTWISE
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -154,7 +173,11 @@ class WithMlp(nn.Module):
         if self.gated or self.activation == "silu":
             x = activate(self.fc(x), self.activation, self.gated)
         else:
-            x = bias_gelu(F.linear(x, self.fc.weight), self.fc.bias, self.activation)
+            hidden = F.linear(x, self.fc.weight)
+            x = bias_gelu(hidden, self.fc.bias, self.activation)
+            if self.remake and self.mlp_norm is None and x.requires_grad:
+                with remade(x, partial(bias_gelu, hidden.detach(), self.fc.bias.detach(), self.activation)):
+                    return self.proj(x)
         if self.mlp_norm is not None:
             x = norm(x, self.mlp_norm.weight, self.mlp_norm.bias, self.mlp_norm.eps)
         return self.proj(x)

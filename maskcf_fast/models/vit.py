@@ -19,7 +19,7 @@ from ..core.checks import check_tensor, value_checks
 from ..core.precision import compute_dtype
 from ..ops.drop import Packing
 from ..ops.patchify import patchify
-from .backbone import Backbone
+from .backbone import Backbone, Recompute
 from .blocks import POINTWISE, Attention, Block, Tap, WithMlp
 from .config import VisionTransformerConfig, preset
 from .pool import AttentionPool, mean_pool
@@ -77,7 +77,7 @@ class VisionTransformer(Backbone):
         out = config.output_dim
         self.projection = None if out is None else nn.Parameter(torch.randn(width, out) * scale)
         self.projection_bias = nn.Parameter(torch.zeros(out)) if out and config.projection_bias else None
-        self.recompute = False  # activation checkpointing: keep what goes into each block, recompute the rest
+        self.recompute = False
         self._init_blocks()
 
     def _init_blocks(self) -> None:
@@ -91,6 +91,18 @@ class VisionTransformer(Backbone):
             for linear in (block.attn.qkv, block.attn.out, block.fc, block.proj):
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
+
+    @property
+    def recompute(self) -> Recompute:
+        """What the backward pass makes again instead of keeping it: nothing, or what lies within each block (activation
+        checkpointing), or the results of GELU alone, a fifth of it at little cost."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, what: Recompute) -> None:
+        self._recompute = what
+        for block in cast(list[Block], self.blocks):
+            block.remake = what == "gelu"
 
     def embed(self, images: Tensor) -> Tensor:
         """Pixels to tokens, every patch alone: normalise, embed, add the position, first LayerNorm.
@@ -173,7 +185,7 @@ class VisionTransformer(Backbone):
         branch: Tensor | None = None  # the last block's, which the next one's first norm adds
         for layer, block in enumerate(self.blocks):
             inputs = (tokens, branch, layer == last, packing, rotation)
-            keep_all = not (self.recompute and torch.is_grad_enabled())
+            keep_all = not (self.recompute is True and torch.is_grad_enabled())
             tokens, branch, tap = block(*inputs) if keep_all else recomputed(block, *inputs)
             if record:
                 taps.append(tap)

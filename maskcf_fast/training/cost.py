@@ -22,6 +22,7 @@ from torch.utils.flop_counter import (
 
 from ..methods import CounterfactualDistiller
 from ..models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
+from ..models.backbone import Recompute
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def step_cost(
     precision: str = "fp32",
     strategy: str = "object-single",
     classes: int = 1000,
-    recompute: bool = False,
+    recompute: Recompute = False,
 ) -> Cost:
     """Run a step on tensors without data, and see what it allocates: no memory is taken, and no GPU is needed.
 
@@ -74,7 +75,7 @@ def step_cost(
         precision: "fp32" or "bf16".
         strategy: Of a fixed number of patches, since no map is known here.
         classes: Outputs of the head.
-        recompute: Keep each block's input only (activation checkpointing).
+        recompute: As `VisionTransformer.recompute`.
 
     Returns:
         The cost of the second step: the first has made the gradients.

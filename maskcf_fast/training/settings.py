@@ -248,8 +248,9 @@ class TrainConfig:
     Memory for them stays reserved."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: a whole model in each, or (fsdp) its parameters divided among them."""
-    recompute: bool = False
-    """Activation checkpointing: keep each block's input only, for less memory and more arithmetic."""
+    recompute: bool | Literal["gelu"] = False
+    """Activation checkpointing: keep each block's input only, for less memory and more arithmetic; or (gelu) compute
+    the results of GELU again and keep the rest, for a little of both."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     log_every: int = 20
@@ -361,7 +362,7 @@ class TrainConfig:
         strategy = self.method.mask_strategy()
         asked = {
             "parallel fsdp": self.parallel == "fsdp",
-            "recompute": self.recompute,
+            "recompute": bool(self.recompute),
             "compile": self.compile,
             "cuda_graph": self.cuda_graph,
             "optim.lora_rank": self.optim.lora_rank,

@@ -369,7 +369,7 @@ class Trainer:
         images = config.optim.batch_size // (self.processes.world_size * config.optim.accumulate)
         side = self.method.student.backbone.config.image_size
         options = [
-            (not config.recompute, "--recompute True (keeps each block's input only)"),
+            (config.recompute is not True, "--recompute True (keeps each block's input only)"),
             (images > 2, f"--optim.accumulate {2 * config.optim.accumulate} (half as many images at once)"),
             (config.precision == "fp32", "--precision bf16"),
             (config.data.cache == "device", "--data.cache disk"),

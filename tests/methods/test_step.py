@@ -227,12 +227,13 @@ def test_logprob_map_costs_no_backward_pass():
 
 
 @pytest.mark.parametrize("size", ["8×8 patches", "attention pool"])
-def test_recomputed_activations_give_the_same_gradients(size):
+@pytest.mark.parametrize(("what", "share"), [(True, 0.5), ("gelu", 0.9)])
+def test_recomputed_activations_give_the_same_gradients(what, share, size):
     student, teacher, images, labels = make(SIZES[size])
     method = CounterfactualDistiller(student, teacher, "object-single")
     draw = method.strategy.draw(6, 64)
     results = []
-    for recompute in (False, True):
+    for recompute in (False, what):
         student.backbone.recompute = recompute
         student.zero_grad()
         with KeptBytes() as kept:
@@ -242,7 +243,7 @@ def test_recomputed_activations_give_the_same_gradients(size):
     assert torch.equal(plain.cam, again.cam)
     assert torch.equal(plain.loss, again.loss)
     assert all(torch.equal(a, b) for a, b in zip(plain_grads, again_grads, strict=True))
-    assert again_peak < 0.5 * plain_peak
+    assert again_peak < share * plain_peak
 
 
 @pytest.mark.parametrize("size", ["8×8 patches", "attention pool"])

@@ -41,6 +41,7 @@ def allocated(step):
     ("name", "precision", "recompute"),
     [
         ("class token", "fp32", False),
+        ("class token", "fp32", "gelu"),
         ("gates, rotary, attention pool", "fp32", False),
         ("gates, rotary, attention pool", "fp32", True),
         ("gates, rotary, attention pool", "bf16", False),
