@@ -75,8 +75,12 @@ def chain_relevance(
 
     score = logits.gather(1, labels[:, None]).sum()
     edges = [call.edge for call in used if call.edge is not None]
-    grads = list(torch.autograd.grad(score, edges, retain_graph=True))
-
+    grads = torch.autograd.grad(score, edges, retain_graph=True, allow_unused=True)
+    if any(grad is None for grad in grads):
+        raise UserError(
+            "no gradient reaches an attention call: what follows it has no derivative, as a quantised layer has none; "
+            "explain the model before it is quantised"
+        )
     start = start_weights(layers[-1], grads[-1], prefix, readout)  # [T]
 
     def steps() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, float | None]]:
@@ -124,6 +128,8 @@ def start_weights(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tens
             )
         start[0 if prefixes else prefix :] = 1
     elif patches:
+        if not torch.isfinite(grad).all():
+            raise UserError("the gradient holds NaN or infinity: look for them in the images and the model's weights")
         raise UserError(
             f"the score reads {patches} of {t - prefix} patches after the last layer, and {prefixes} of {prefix} "
             f'tokens before them, not the class token alone. If it reads their mean, pass readout="mean"; the mean '

@@ -55,6 +55,11 @@ def hidden(x):
     return by_name(attn_mask=x)
 
 
+LIBRARY = torch.library.Library("maskcf_tests", "DEF")  # an op as the quantised ones are: nothing for autograd
+LIBRARY.define("opaque(Tensor x) -> Tensor")
+LIBRARY.impl("opaque", torch.clone, "CPU")
+opaque = torch.ops.maskcf_tests.opaque
+
 BIAS = torch.zeros(17, 17)
 BIAS[3, 4] = 0.1
 REFUSED = {
@@ -73,6 +78,10 @@ REFUSED = {
     "differential attention": (lambda: zoo.timm_model("vit_tiny_patch16_224", attn_layer="diff"), "side by side"),
     "mean without a word": (lambda: Toy(read=lambda x: x.mean(1)), r"reads 16 of 16 patches.*readout=\"mean\""),
     "fewer tokens in later layers": (Hierarchical, r"different lengths \[5, 17\].*Hierarchical models"),
+    "an op without derivative": (
+        lambda: Toy(read=lambda x: opaque(x[:, 0])),
+        "explain the model before it is quantised",
+    ),
     "no logits": (lambda: lambda x: {"features": Toy()(x)}, "returns dict without logits"),
 }
 
@@ -105,6 +114,11 @@ def test_layers_that_the_model_cuts_off(cut):
         logits = model(IMAGES)
     above = zoo.expected("torchvision-vit", zoo.make("torchvision-vit"), IMAGES, LABELS, 1)
     torch.testing.assert_close(record.relevance(logits, LABELS), above, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_that_is_not_finite_is_not_taken_for_another_readout():
+    with pytest.raises(ValueError, match="holds NaN or infinity: look for them in the images"):
+        explain(Toy(sdpa), IMAGES * float("nan"))
 
 
 @pytest.mark.parametrize("build", ["timm", "own", "open_clip"])
