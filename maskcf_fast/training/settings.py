@@ -477,7 +477,7 @@ def _flatten(content: dict[str, Any], kind: type, path: Path, prefix: str) -> li
             texts = [text for text in values if isinstance(text, str)]
             if len(texts) < len(values):
                 raise UserError(f"{path}: {prefix}{key} must be a value or a list of values, got {value!r}")
-            plain: dict[str, str] = {**NONE, **(BOOL if fields[key].type == "bool" else {})}
+            plain: dict[str, str] = {**NONE, **(BOOL if "bool" in str(fields[key].type).split(" | ") else {})}
             arguments += [f"--{prefix}{key}".replace("_", "-"), *(plain.get(text.lower(), text) for text in texts)]
     return arguments
 
