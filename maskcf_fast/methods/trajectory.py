@@ -40,8 +40,9 @@ class RunningAverage:
         """Take in the model after ``step``, from 1 to the last. Parameters may be divided among processes (FSDP)."""
         # Asked for anew each time: FSDP exchanges its tensors, and adapters have to be merged.
         old, new = self.target.state_dict(), merged_state(self.source)
-        ours = [_local(tensor) for tensor in old.values()]
-        torch._foreach_lerp_(ours, [_local(new[name]) for name in old], self._rate(step))
+        names = [name for name, tensor in old.items() if tensor.is_floating_point()]  # not a BatchNorm's counter
+        ours, theirs = ([_local(state[name]) for name in names] for state in (old, new))
+        torch._foreach_lerp_(ours, theirs, self._rate(step))
 
     def _rate(self, step: int) -> float:
         """How far to go to the model after this step."""

@@ -143,6 +143,9 @@ def test_what_a_batch_norm_has_counted_stays_in_all_averages():
     few, many = ({"w": torch.full((2, 2), float(n)), "num_batches_tracked": torch.tensor(n)} for n in (4, 6))
     for merged in interpolate(few, many, 0.25), average([few, many]), model_stock(few, [many, many]):
         assert torch.equal(merged["num_batches_tracked"], few["num_batches_tracked"])
+    running = torch.nn.BatchNorm2d(2)
+    RunningAverage(running, torch.nn.BatchNorm2d(2), 0.9, total_steps=3).update(1)
+    assert running.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("k", [2, 5])

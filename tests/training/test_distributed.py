@@ -24,8 +24,12 @@ from maskcf_fast.core.errors import UserError
 from maskcf_fast.core.processes import Processes
 from maskcf_fast.data import LoaderConfig, Manifest, build_loader, scan_images
 from maskcf_fast.evaluation import measure
+from maskcf_fast.methods import CounterfactualDistiller
+from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, preset
 from maskcf_fast.training import Trainer
 from maskcf_fast.training.build import as_benchmark
+from maskcf_fast.training.cost import step_cost
+from maskcf_fast.training.sharding import shard
 
 
 def join(rank, port):
@@ -139,6 +143,45 @@ class Memory(TorchDispatchMode):
 
     def free(self, size):
         self.bytes -= size
+
+
+def divided_step(rank, port, config, path):
+    """Bytes of a divided step's state, and what the step holds beside it at its highest point, by live storages."""
+    processes = join(rank, port)
+    student = ImageClassifier(VisionTransformer(config), CosineClassifier(config.feature_dim, 10))
+    method = CounterfactualDistiller(student, VisionTransformer(config), "object-single").train()
+    shard(method, processes)
+    optimizer = torch.optim.AdamW(student.parameters())
+    images, labels = torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    for _ in range(2):
+        method.backward(images, labels)
+        optimizer.step()
+    held = [*method.parameters(), *(p.grad for p in student.parameters())]
+    held += [moment for one in optimizer.state.values() for name, moment in one.items() if name != "step"]
+    parts = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
+    with Held({part.untyped_storage()._cdata for part in parts}) as beside:
+        method.backward(images, labels)
+    torch.save({"state": sum(part.nbytes for part in parts), "beside": beside.peak}, f"{path}/{rank}.pt")
+    processes.stop()
+
+
+class Held(TorchDispatchMode):
+    """The most bytes at a time in the storages that are seen, but for some: FSDP resizes those it gathers blocks in."""
+
+    def __init__(self, without):
+        super().__init__()
+        self.without, self.live, self.peak = without, weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if (
+                type(tensor) in (torch.Tensor, torch.nn.Parameter)
+                and tensor.untyped_storage()._cdata not in self.without
+            ):
+                self.live.add(tensor.untyped_storage())
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.live))
+        return out
 
 
 def known_masks(rank, port, config, path):
@@ -359,3 +402,17 @@ def test_batch_must_divide(change):
     with pytest.raises(ValueError, match=r"batch_size=10 does not divide into 1 process\(es\) × accumulate=3"):
         Trainer(config, quiet=True)
     assert not dist.is_initialized()
+
+
+def test_what_each_of_two_is_said_to_hold(port, tmp_path):
+    """Half of the state; activations as alone; and some whole blocks, of which six are said: others gather ahead."""
+    config = preset("tiny", width=192, depth=6)
+    mp.spawn(divided_step, (port, config, str(tmp_path)), nprocs=2)
+    cost = step_cost(config, 8, classes=10)
+    state = cost.total - (alone := cost.memory["activations"] + cost.memory["buffers of the ops"])
+    for rank in range(2):
+        held = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert held["state"] == pytest.approx(state / 2, rel=0.01)  # and the teacher's embedding, which stays whole
+        blocks = (held["beside"] - alone) / cost.block
+        assert 2 < blocks < 4
+        assert held["state"] + held["beside"] < cost.divided(2) < 1.2 * (held["state"] + held["beside"])
