@@ -145,11 +145,12 @@ class Memory(TorchDispatchMode):
         self.bytes -= size
 
 
-def divided_step(rank, port, config, path):
+def divided_step(rank, port, config, precision, path):
     """Bytes of a divided step's state, and what the step holds beside it at its highest point, by live storages."""
     processes = join(rank, port)
     student = ImageClassifier(VisionTransformer(config), CosineClassifier(config.feature_dim, 10))
     method = CounterfactualDistiller(student, VisionTransformer(config), "object-single").train()
+    method.precision, method.keep_casts = precision, False  # as the trainer has it
     shard(method, processes)
     optimizer = torch.optim.AdamW(student.parameters())
     images, labels = torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
@@ -404,12 +405,14 @@ def test_batch_must_divide(change):
     assert not dist.is_initialized()
 
 
-def test_what_each_of_two_is_said_to_hold(port, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_each_of_two_is_said_to_hold(precision, port, tmp_path):
     """Half of the state; activations as alone; and some whole blocks, of which six are said: others gather ahead."""
     config = preset("tiny", width=192, depth=6)
-    mp.spawn(divided_step, (port, config, str(tmp_path)), nprocs=2)
-    cost = step_cost(config, 8, classes=10)
-    state = cost.total - (alone := cost.memory["activations"] + cost.memory["buffers of the ops"])
+    mp.spawn(divided_step, (port, config, precision, str(tmp_path)), nprocs=2)
+    cost = step_cost(config, 8, classes=10, precision=precision)
+    alone = cost.memory["activations"] + cost.memory["buffers of the ops"]
+    state = 2 * (cost.divided(2) - 6 * cost.block - alone)
     for rank in range(2):
         held = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert held["state"] == pytest.approx(state / 2, rel=0.01)  # and the teacher's embedding, which stays whole
