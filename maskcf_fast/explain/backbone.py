@@ -106,7 +106,9 @@ class LibraryBackbone(Backbone):
         try:
             self.config = self._looked_at(name, whole)
         except (ValueError, RuntimeError, TypeError, AssertionError) as error:  # also the library's own, of a size
-            raise UserError(f"{name} cannot be trained unmodified either: {error}") from error
+            told = any(f"pass {option}" in str(error) for option in ("readout", "prefix_tokens"))
+            hint = " (to explain: training has no such option, and does not take such models)" if told else ""
+            raise UserError(f"{name} cannot be trained unmodified either: {error}{hint}") from error
 
     def _looked_at(self, name: str, whole: Unmodified) -> LibraryConfig:
         """What a forward pass shows of the model."""
