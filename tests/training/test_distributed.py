@@ -408,7 +408,7 @@ def test_batch_must_divide(change):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_each_of_two_is_said_to_hold(precision, port, tmp_path):
     """Half of the state; activations as alone; and some whole blocks, of which six are said: others gather ahead."""
-    config = preset("tiny", width=192, depth=6)
+    config = preset("tiny", width=192, depth=12)
     mp.spawn(divided_step, (port, config, precision, str(tmp_path)), nprocs=2)
     cost = step_cost(config, 8, classes=10, precision=precision)
     alone = cost.memory["activations"] + cost.memory["buffers of the ops"]
@@ -417,5 +417,5 @@ def test_what_each_of_two_is_said_to_hold(precision, port, tmp_path):
         held = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert held["state"] == pytest.approx(state / 2, rel=0.01)  # and the teacher's embedding, which stays whole
         blocks = (held["beside"] - alone) / cost.block
-        assert 2 < blocks < 4
-        assert held["state"] + held["beside"] < cost.divided(2) < 1.2 * (held["state"] + held["beside"])
+        assert 2 < blocks < (4 if precision == "fp32" else 5)  # a CPU computes attention in float32
+        assert held["state"] + held["beside"] < cost.divided(2) < 1.1 * (held["state"] + held["beside"])
