@@ -137,18 +137,36 @@ def scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
     return branch if scale is None else branch * scale.to(branch.dtype)
 
 
-def remade(x: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
-    """Within, an operation that would keep ``x`` for its backward pass has it made again there."""
-    place = x.untyped_storage()._cdata
+class View(NamedTuple):
+    """Where a tensor lies in a storage."""
 
-    def pack(kept: Tensor) -> Tensor | torch.Size:
-        return kept.shape if kept.untyped_storage()._cdata == place else kept
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
 
-    def unpack(packed: Tensor | torch.Size) -> Tensor:
+
+def remade(x: Tensor, make: Callable[..., Tensor], *given: Tensor) -> AbstractContextManager[None]:
+    """Within, an operation that would keep ``x``, or a part of it, for its backward pass has it made again there.
+
+    Of what it is made of there may be no other values by then: as autograd does of what it keeps, this raises.
+    """
+    place, dtype, sources = x.untyped_storage()._cdata, x.dtype, [t.detach() for t in given]
+    versions = [t._version for t in sources]
+
+    def pack(kept: Tensor) -> Tensor | View:
+        inside = kept.untyped_storage()._cdata == place and kept.dtype == dtype
+        return View(kept.shape, kept.stride(), int(kept.storage_offset())) if inside else kept
+
+    def unpack(packed: Tensor | View) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
+        if [t._version for t in sources] != versions:
+            raise RuntimeError(
+                "what a result is made again of for the backward pass has been modified by an inplace operation since "
+                "the forward pass"
+            )
         with torch.no_grad():
-            return make().view(packed)
+            return make(*sources).as_strided(*packed)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
@@ -176,7 +194,7 @@ class WithMlp(nn.Module):
             hidden = F.linear(x, self.fc.weight)
             x = bias_gelu(hidden, self.fc.bias, self.activation)
             if self.remake and self.mlp_norm is None and x.requires_grad:
-                with remade(x, partial(bias_gelu, hidden.detach(), self.fc.bias.detach(), self.activation)):
+                with remade(x, partial(bias_gelu, activation=self.activation), hidden, self.fc.bias):
                     return self.proj(x)
         if self.mlp_norm is not None:
             x = norm(x, self.mlp_norm.weight, self.mlp_norm.bias, self.mlp_norm.eps)

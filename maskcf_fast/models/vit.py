@@ -100,7 +100,9 @@ class VisionTransformer(Backbone):
 
     @recompute.setter
     def recompute(self, what: Recompute) -> None:
-        self._recompute = what
+        if what not in (False, True, "gelu"):
+            raise ValueError(f"recompute must be False, True or 'gelu', got {what!r}")
+        self._recompute = what if isinstance(what, str) else bool(what)
         for block in cast(list[Block], self.blocks):
             block.remake = what == "gelu"
 

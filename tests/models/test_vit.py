@@ -186,10 +186,47 @@ def test_bad_arguments():
         ValueError, match="activation must be 'quick_gelu' or 'gelu' or 'gelu_tanh' or 'silu', got 'relu'"
     ):
         preset("tiny", activation="relu")
+    with pytest.raises(ValueError, match="recompute must be False, True or 'gelu', got 'GELU'"):
+        VisionTransformer("tiny").recompute = "GELU"
     with pytest.raises(ValueError, match="eps must be positive, got 0"):
         preset("tiny", eps=0.0)
     with pytest.raises(ValueError, match=r"images must have shape \[N, 3, 32, 32\], got \[1, 3, 40, 40\]"):
         VisionTransformer("tiny")(torch.rand(1, 3, 40, 40))
+
+
+class OfParts(torch.nn.Linear):
+    """Its backward pass needs parts of what came in, transposed."""
+
+    def forward(self, x):
+        return (self.weight @ (x[:, 1:].mT * x[:, :-1].mT)).mT + self.bias
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, OfParts])
+def test_gelu_is_made_again_as_it_was(kind):
+    """Also for derivatives of derivatives, and in backward passes one after another."""
+    torch.manual_seed(0)
+    model = VisionTransformer("tiny").double()
+    block, x = model.blocks[0], torch.randn(2, 96, 96, dtype=torch.float64, requires_grad=True)
+    block.proj = kind(384, 96).double()
+    inputs, found = [x, block.fc.weight, block.fc.bias, block.proj.weight], []
+    for what in (False, "gelu"):
+        model.recompute = what
+        loss = block.mlp(x).square().sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, retain_graph=True)
+        found.append([*first, *second, *torch.autograd.grad(loss, inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_gelu_is_not_made_again_of_other_values():
+    model = VisionTransformer("tiny")
+    model.recompute = "gelu"
+    block = model.blocks[0]
+    out = block.mlp(torch.randn(2, 5, 96))
+    with torch.no_grad():
+        block.fc.bias += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.sum(), block.proj.weight)
 
 
 def test_cosine_head_ignores_the_features_length():
