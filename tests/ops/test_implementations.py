@@ -316,6 +316,17 @@ def test_opcheck(op, impl):
     torch.library.opcheck(getattr(namespace, op), opcheck_arguments(device_of(impl))[op])
 
 
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS[1:] if impl.values != ("cuda",)])
+@pytest.mark.parametrize("op", ["bias_gelu", "bias_gelu_backward", "residual_norm", "residual_norm_backward"])
+def test_rows_of_any_layout_give_the_layout_that_is_traced(op, impl):
+    arguments = opcheck_arguments(device_of(impl))[op]
+    rows = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.ndim > 1]
+    namespace = getattr(torch.ops, dispatch.NAMESPACES[impl])
+    for turned in (rows, *([i] for i in rows)):
+        given = [x.mT.contiguous().mT if i in turned else x for i, x in enumerate(arguments)]
+        torch.library.opcheck(getattr(namespace, op), tuple(given), test_utils="test_faketensor")
+
+
 @pytest.mark.skipif(extension.why_not("cpu") is not None, reason="extension not built")
 @pytest.mark.parametrize("op", ["refill_patches", "gather_tokens", "gather_tokens_backward"])
 def test_a_donor_outside_the_batch_cannot_reach_memory(op):

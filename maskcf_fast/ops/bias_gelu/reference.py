@@ -13,9 +13,9 @@ def bias_gelu(
     x: Tensor,  # [..., D]
     bias: Tensor,  # [D], float32, or float64 with float64 x
     kind: int,  # of KINDS
-) -> Tensor:  # like x
+) -> Tensor:  # like x, contiguous
     """``GELU(x + bias)``, computed in the bias's dtype and rounded once."""
-    z = x.to(bias.dtype) + bias
+    z = x.contiguous().to(bias.dtype) + bias
     if KINDS[kind] == "quick_gelu":
         return (F.silu(1.702 * z) / 1.702).to(x.dtype)  # x σ(1.702 x); its backward pass keeps one tensor, not two
     return F.gelu(z, approximate="tanh" if KINDS[kind] == "gelu_tanh" else "none").to(x.dtype)
@@ -26,9 +26,9 @@ def bias_gelu_backward(
     x: Tensor,  # [..., D]
     bias: Tensor,  # [D]
     kind: int,
-) -> tuple[Tensor, Tensor]:  # like x, like bias
+) -> tuple[Tensor, Tensor]:  # like x, contiguous, like bias
     """The gradients of ``x`` and of ``bias``, the second from those of ``x`` before they are rounded."""
-    z, wide = x.to(bias.dtype) + bias, grad.to(bias.dtype)
+    z, wide = x.contiguous().to(bias.dtype) + bias, grad.contiguous().to(bias.dtype)
     if KINDS[kind] == "quick_gelu":
         s = torch.sigmoid(1.702 * z)
         found = wide * (s + 1.702 * z * s * (1 - s))

@@ -13,12 +13,12 @@ def residual_norm(
     weight: Tensor,  # [D], float32, or float64 with float64 x
     bias: Tensor,  # like weight
     eps: float,
-) -> tuple[Tensor, Tensor]:  # both like x; without a branch the first is empty, [0]
+) -> tuple[Tensor, Tensor]:  # both like x, contiguous; without a branch the first is empty, [0]
     """The sum, rounded, and its LayerNorm: in the weight's dtype, rounded once."""
-    total = x if branch is None else x + branch
+    total = x if branch is None else (x + branch).contiguous()
     return x.new_empty(0) if branch is None else total, F.layer_norm(
         total.to(weight.dtype), weight.shape, weight, bias, eps
-    ).to(x.dtype)
+    ).to(x.dtype).contiguous()
 
 
 def residual_norm_backward(
@@ -27,7 +27,7 @@ def residual_norm_backward(
     total: Tensor,  # [..., D], the sum
     weight: Tensor,  # [D]
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # like x, like weight, like weight
+) -> tuple[Tensor, Tensor, Tensor]:  # like x, contiguous, like weight, like weight
     """The gradient of ``x``, which is a branch's too, and those of ``weight`` and ``bias``."""
     z, grad = total.to(weight.dtype), grad_normed.to(weight.dtype)
     variance, mean = torch.var_mean(z, dim=-1, correction=0, keepdim=True)
@@ -36,4 +36,4 @@ def residual_norm_backward(
     inner = weighted - weighted.mean(dim=-1, keepdim=True) - normed * (weighted * normed).mean(dim=-1, keepdim=True)
     found = scale * inner if grad_total is None else grad_total.to(weight.dtype) + scale * inner
     of_weight, of_bias = ((g.reshape(-1, len(weight)).sum(dim=0)) for g in (grad * normed, grad))
-    return found.to(total.dtype), of_weight, of_bias
+    return found.to(total.dtype).contiguous(), of_weight, of_bias
