@@ -129,7 +129,7 @@ def residual_norm_backward(
             maskcf_residual_norm_backward[(blocks,)](
                 *given, grad, partial, bits_of(eps), rows, width, BRANCH=grad_total is not None, **options
             )
-    of_weight, of_bias = partial.sum(dim=1)
+    of_weight, of_bias = (part.sum(dim=0) for part in partial)  # an op's results share no memory
     return grad, of_weight, of_bias
 
 
