@@ -62,9 +62,9 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[Make, ...], list[dict[str, int]]]
     ("gather backward", {}, CALLS["gather", ()], _tiles("BLOCK", "num_warps")((2048, 4), (1024, 2), (512, 1))),
     ("bias_gelu", {}, CALLS["bias_gelu", ()], _tiles("ROWS", "COLS", "num_warps")(
         (16, 256, 4), (8, 256, 4), (32, 256, 8), (8, 512, 4), (16, 128, 4))),
-    ("residual_norm", {}, CALLS["residual_norm", ()], _tiles("num_warps")((4,), (2,), (1,), (8,))),
+    ("residual_norm", {}, CALLS["residual_norm", ()], _tiles("num_warps")((4,), (2,), (1,))),
     ("residual_norm backward", {}, CALLS["residual_norm", ()], _tiles("ROWS", "num_warps")(
-        (32, 4), (16, 4), (64, 4), (32, 2), (32, 8))),
+        (32, 4), (16, 4), (64, 4), (32, 2))),
     ("relevance", {"half": True, "width": 64}, CALLS["relevance", ("float16", "bfloat16")],
      _tiles("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")(
         (32, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 2))),

@@ -125,7 +125,8 @@ def test_frozen_parts_change_no_other_gradient(part, step):
     else:
         method.backward(images, labels, draw=draw)
     for name, p in student.named_parameters():
-        assert p.grad is None if name in frozen else relative(p.grad, expected[name]) < 1e-6, name
+        # Without gradients, PyTorch may take another kernel for attention, which rounds otherwise.
+        assert p.grad is None if name in frozen else relative(p.grad, expected[name]) < 1e-5, name
 
 
 def test_two_passes_take_less_memory():
