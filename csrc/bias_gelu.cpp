@@ -7,8 +7,13 @@
 namespace maskcf {
 namespace {
 
+void check(Tensor& x, Tensor& bias, int64_t kind) {
+  check_rows(x, bias, "bias");
+  STD_TORCH_CHECK(kind >= 0 && kind < 3, "kind must be 0, 1 or 2, got ", kind);
+}
+
 Tensor bias_gelu(Tensor x, Tensor bias, int64_t kind) {
-  check_bias_gelu(x, bias, kind);
+  check(x, bias, kind);
   const Element element = element_of(x.scalar_type());
   const int64_t width = bias.size(0), rows = x.numel() / width, bytes = width * int64_t(x.element_size());
   Tensor out = torch::stable::empty_like(x);
@@ -24,7 +29,7 @@ Tensor bias_gelu(Tensor x, Tensor bias, int64_t kind) {
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, int64_t kind) {
-  check_bias_gelu(x, bias, kind);
+  check(x, bias, kind);
   check_like(grad, x);
   const Element element = element_of(x.scalar_type());
   const int64_t width = bias.size(0), rows = x.numel() / width, bytes = width * int64_t(x.element_size());

@@ -83,12 +83,10 @@ void gelu_rows_backward(const GeluRows& rows) {
 
 template <Gelu kind>
 void gelu_of_element(Element element, const GeluRows& rows, bool backward) {
-  switch (element) {
-    case Element::kFloat32: return (backward ? gelu_rows_backward<kind, float> : gelu_rows<kind, float>)(rows);
-    case Element::kFloat64: return (backward ? gelu_rows_backward<kind, double> : gelu_rows<kind, double>)(rows);
-    case Element::kFloat16: return (backward ? gelu_rows_backward<kind, Float16> : gelu_rows<kind, Float16>)(rows);
-    case Element::kBFloat16: return (backward ? gelu_rows_backward<kind, Bfloat16> : gelu_rows<kind, Bfloat16>)(rows);
-  }
+  for_element(element, [&](auto zero) {
+    using T = decltype(zero);
+    (backward ? gelu_rows_backward<kind, T> : gelu_rows<kind, T>)(rows);
+  });
 }
 
 void gelu_of_kind(Element element, Gelu kind, const GeluRows& rows, bool backward) {

@@ -93,21 +93,11 @@ void norm_rows_backward(const NormRows& rows, const NormBackward& to) {
 }
 
 void residual_norm(Element element, const NormRows& rows, const NormForward& to) {
-  switch (element) {
-    case Element::kFloat32: return norm_rows<float>(rows, to);
-    case Element::kFloat64: return norm_rows<double>(rows, to);
-    case Element::kFloat16: return norm_rows<Float16>(rows, to);
-    case Element::kBFloat16: return norm_rows<Bfloat16>(rows, to);
-  }
+  for_element(element, [&](auto zero) { norm_rows<decltype(zero)>(rows, to); });
 }
 
 void residual_norm_backward(Element element, const NormRows& rows, const NormBackward& to) {
-  switch (element) {
-    case Element::kFloat32: return norm_rows_backward<float>(rows, to);
-    case Element::kFloat64: return norm_rows_backward<double>(rows, to);
-    case Element::kFloat16: return norm_rows_backward<Float16>(rows, to);
-    case Element::kBFloat16: return norm_rows_backward<Bfloat16>(rows, to);
-  }
+  for_element(element, [&](auto zero) { norm_rows_backward<decltype(zero)>(rows, to); });
 }
 
 }  // namespace

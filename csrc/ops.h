@@ -173,25 +173,15 @@ inline void check_relevance(Tensor& q, Tensor& k, Tensor& v, Tensor& grad_out, T
   }
 }
 
-inline void check_bias_gelu(Tensor& x, Tensor& bias, int64_t kind) {
-  STD_TORCH_CHECK(x.dim() > 0 && bias.dim() == 1 && bias.size(0) == x.size(x.dim() - 1), "bias must have shape [D]");
-  STD_TORCH_CHECK(bias.size(0) > 0, "rows must not be empty");
+// Rows [..., D], and a value for each of their columns, which the message calls `name`.
+inline void check_rows(Tensor& x, Tensor& columns, const char* name) {
+  STD_TORCH_CHECK(x.dim() > 0 && columns.dim() == 1 && columns.size(0) == x.size(x.dim() - 1), name,
+                  " must have shape [D]");
+  STD_TORCH_CHECK(columns.size(0) > 0, "rows must not be empty");
   const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(bias.scalar_type() == wide, "bias must be float32, or float64 with float64 x");
-  STD_TORCH_CHECK(kind >= 0 && kind < 3, "kind must be 0, 1 or 2, got ", kind);
+  STD_TORCH_CHECK(columns.scalar_type() == wide, name, " must be float32, or float64 with float64 x");
   make_dense(x);
-  make_dense(bias);
-}
-
-inline void check_residual_norm(Tensor& x, Tensor& weight, double eps) {
-  STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1),
-                  "weight and bias must have shape [D]");
-  STD_TORCH_CHECK(weight.size(0) > 0, "rows must not be empty");
-  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(weight.scalar_type() == wide, "weight and bias must be float32, or float64 with float64 x");
-  STD_TORCH_CHECK(eps >= 0, "eps must be at least 0, got ", eps);
-  make_dense(x);
-  make_dense(weight);
+  make_dense(columns);
 }
 
 // A further tensor of x's shape and dtype, such as its gradient.

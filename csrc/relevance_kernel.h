@@ -206,12 +206,10 @@ void run_typed(const Head& head, void* scratch) {
 }
 
 void relevance(Element element, const Head& head, void* scratch) {
-  switch (element) {
-    case Element::kFloat32: return run_typed<float, float>(head, scratch);
-    case Element::kFloat64: return run_typed<double, double>(head, scratch);
-    case Element::kFloat16: return run_typed<float, Float16>(head, scratch);
-    case Element::kBFloat16: return run_typed<float, Bfloat16>(head, scratch);
-  }
+  for_element(element, [&](auto zero) {
+    using T = decltype(zero);
+    run_typed<typename Wider<T>::type, T>(head, scratch);
+  });
 }
 
 int64_t relevance_scratch_bytes(Element element, int64_t t, int64_t d) {

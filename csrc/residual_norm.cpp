@@ -14,7 +14,7 @@ const char* at(const char* rows, int64_t bytes) { return rows ? rows + bytes : n
 
 std::tuple<Tensor, Tensor> residual_norm(Tensor x, std::optional<Tensor> branch, Tensor weight, Tensor bias,
                                          double eps) {
-  check_residual_norm(x, weight, eps);
+  check_rows(x, weight, "weight");
   if (branch) check_like(*branch, x);
   check_like(bias, weight);
   const Element element = element_of(x.scalar_type());
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> residual_norm(Tensor x, std::optional<Tensor> branch,
 
 std::tuple<Tensor, Tensor, Tensor> residual_norm_backward(std::optional<Tensor> grad_total, Tensor grad_normed,
                                                           Tensor total, Tensor weight, double eps) {
-  check_residual_norm(total, weight, eps);
+  check_rows(total, weight, "weight");
   check_like(grad_normed, total);
   if (grad_total) check_like(*grad_total, total);
   const Element element = element_of(total.scalar_type());

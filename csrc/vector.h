@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace maskcf {
 namespace {
 
@@ -31,6 +33,17 @@ template <>
 struct Wider<double> {
   using type = double;
 };
+
+// Calls f(T{}) with the storage format of an element.
+template <class F>
+inline void for_element(Element element, const F& f) {
+  switch (element) {
+    case Element::kFloat32: return f(float{});
+    case Element::kFloat64: return f(double{});
+    case Element::kFloat16: return f(Float16{});
+    case Element::kBFloat16: return f(Bfloat16{});
+  }
+}
 
 template <class To, class From>
 inline To bits_as(From from) {

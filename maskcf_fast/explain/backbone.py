@@ -22,7 +22,7 @@ from ..models.vit import check_pixels
 from .calls import Call
 from .layers import select_layers
 from .models import known_readout
-from .readout import count_prefix, start_weights
+from .readout import Ambiguous, count_prefix, start_weights
 from .record import record_attention
 
 COST = (
@@ -106,9 +106,8 @@ class LibraryBackbone(Backbone):
         try:
             self.config = self._looked_at(name, whole)
         except (ValueError, RuntimeError, TypeError, AssertionError) as error:  # also the library's own, of a size
-            told = any(f"pass {option}" in str(error) for option in ("readout", "prefix_tokens"))
-            hint = " (to explain: training has no such option, and does not take such models)" if told else ""
-            raise UserError(f"{name} cannot be trained unmodified either: {error}{hint}") from error
+            reason = error.reason if isinstance(error, Ambiguous) else str(error)
+            raise UserError(f"{name} cannot be trained unmodified either: {reason}") from error
 
     def _looked_at(self, name: str, whole: Unmodified) -> LibraryConfig:
         """What a forward pass shows of the model."""

@@ -28,6 +28,14 @@ def check_labels(logits: Tensor, labels: Tensor) -> None:
         raise UserError(f"labels must lie in [0, {logits.shape[1] - 1}], got {low} to {high}")
 
 
+class Ambiguous(UserError):
+    """What a model shows has several readings, for this ``reason``, of which an argument of `explain` chooses one."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}: {remedy}")
+
+
 def count_prefix(first: Call, prefix_tokens: int | None) -> tuple[int, tuple[int, int] | None]:
     """Tokens before the patches, and rows and columns of the patches (None if unknown)."""
     n, t = first.q.shape[0], first.k.shape[2]
@@ -48,8 +56,8 @@ def count_prefix(first: Call, prefix_tokens: int | None) -> tuple[int, tuple[int
     side = math.isqrt(t - prefix)
     grid = (side, side) if side and side**2 == t - prefix else None
     if grid is None and prefix_tokens is None:
-        raise UserError(
-            f"which of the {t} tokens are patches is not known: pass prefix_tokens, the number of tokens before them"
+        raise Ambiguous(
+            f"which of the {t} tokens are patches is not known", "pass prefix_tokens, the number of tokens before them"
         )
     return prefix, grid
 
@@ -102,9 +110,10 @@ def start_weights(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tens
         return readout.to(start.dtype)
     if last.q.shape[2] == 1 and t > 1:
         if readout not in ("class", "attention"):
-            raise UserError(
-                'the last attention call has a single query: pass readout="class" if it is the class token\'s, or '
-                'readout="attention" if it is a learned query that pools the tokens'
+            raise Ambiguous(
+                "the last attention call has a single query",
+                'pass readout="class" if it is the class token\'s, or readout="attention" if it is a learned query '
+                "that pools the tokens",
             )
         start[0] = 1  # the only query
         return start
@@ -130,10 +139,11 @@ def start_weights(last: Call, grad: Tensor, prefix: int, readout: ReadOut | Tens
     elif patches:
         if not torch.isfinite(grad).all():
             raise UserError("the gradient holds NaN or infinity: look for them in the images and the model's weights")
-        raise UserError(
+        raise Ambiguous(
             f"the score reads {patches} of {t - prefix} patches after the last layer, and {prefixes} of {prefix} "
-            f'tokens before them, not the class token alone. If it reads their mean, pass readout="mean"; the mean '
-            f'beside the class token, readout="class+mean"; attention pooling that is not fused is not covered'
+            "tokens before them, not the class token alone",
+            'if it reads their mean, pass readout="mean"; the mean beside the class token, readout="class+mean"; '
+            "attention pooling that is not fused is not covered",
         )
     elif prefixes:
         start[:prefix] = read[:prefix]

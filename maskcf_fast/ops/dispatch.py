@@ -8,6 +8,7 @@ CUDA for those on a GPU), and ``maskcf_triton``, whose kernel is the function of
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from importlib import import_module, util
@@ -42,6 +43,12 @@ def define(contract: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
     CALLS.setdefault(package, {})[name] = calls
     return calls
+
+
+def differentiable(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Keep the signature of its ``forward``, which PyTorch would work out anew at every call."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
 
 
 def implementation(

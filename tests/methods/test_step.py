@@ -125,8 +125,8 @@ def test_frozen_parts_change_no_other_gradient(part, step):
     else:
         method.backward(images, labels, draw=draw)
     for name, p in student.named_parameters():
-        # Without gradients, PyTorch may take another kernel for attention, which rounds otherwise.
-        assert p.grad is None if name in frozen else relative(p.grad, expected[name]) < 1e-5, name
+        # torch 2.11 rounds the product of the last block's one query otherwise where its weights rest.
+        assert p.grad is None if name in frozen else relative(p.grad, expected[name]) < 3e-6, name
 
 
 def test_two_passes_take_less_memory():

@@ -31,18 +31,9 @@ GOOD = {
     mf.sample_donors: {"n": 4, "num_patches": 9, "generator": None},
 }  # fmt: skip
 OPTIONAL = {
-    "threshold",
-    "top_k",
-    "grid",
-    "mask",
-    "donors",
-    "dropped",
-    "relevance",
-    "scale",
-    "num_patches",
-    "generator",
+    "threshold", "top_k", "grid", "mask", "donors", "dropped", "relevance", "scale", "num_patches", "generator",
     "branch",
-}
+}  # fmt: skip
 OF_NO_KIND = [None, object(), [], "3", 1.5, True, torch.ones(1, 1, 1, 1, 1)]
 # What of these each argument takes.
 TAKEN = {"threshold": {1.5}, "scale": {1.5}, "eps": {1.5}}

@@ -274,6 +274,9 @@ def test_relevance_does_not_depend_on_the_number_of_threads(impl):
     assert same_bits(results[0], results[2])
 
 
+ROWS = ("bias_gelu", "residual_norm")  # of rows, without kernels in CUDA
+
+
 def opcheck_arguments(device: str) -> dict[str, tuple]:
     """Arguments of each registered op."""
     images, mask, donors, grid = cases.refill_case()().values()
@@ -306,9 +309,7 @@ def opcheck_arguments(device: str) -> dict[str, tuple]:
     [
         pytest.param(op, *impl.values, marks=impl.marks)
         for op, impl in itertools.product(opcheck_arguments("cpu"), IMPLS[1:])
-        if not (
-            op.startswith(("bias_gelu", "residual_norm")) and impl.values == ("cuda",)
-        )  # which have no kernels in CUDA
+        if not (op.startswith(ROWS) and impl.values == ("cuda",))
     ],
 )
 def test_opcheck(op, impl):
@@ -317,7 +318,7 @@ def test_opcheck(op, impl):
 
 
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS[1:] if impl.values != ("cuda",)])
-@pytest.mark.parametrize("op", ["bias_gelu", "bias_gelu_backward", "residual_norm", "residual_norm_backward"])
+@pytest.mark.parametrize("op", [op for op in opcheck_arguments("cpu") if op.startswith(ROWS)])
 def test_rows_of_any_layout_give_the_layout_that_is_traced(op, impl):
     arguments = opcheck_arguments(device_of(impl))[op]
     rows = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.ndim > 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ...core.checks import FLOATS, check_batch, check_tensor, shown
 from ...core.names import did_you_mean
-from ..dispatch import define, implementation
+from ..dispatch import define, differentiable, implementation
 from . import reference
 
 define(reference.bias_gelu)
@@ -55,25 +56,26 @@ def bias_gelu(x: Tensor, bias: Tensor, activation: str = "gelu", *, impl: str = 
     )
     impl = "reference" if impl == "auto" and torch.compiler.is_compiling() else impl
     run = implementation(reference.bias_gelu, impl, x.device, dtype=x.dtype)
-    return run(x, bias, kind) if run is reference.bias_gelu else _BiasGelu.apply(x, bias, kind, impl)
+    return run(x, bias, kind) if run is reference.bias_gelu else _BiasGelu.apply(x, bias, kind, run, impl)
 
 
+@differentiable
 class _BiasGelu(torch.autograd.Function):
     # Not an autograd kernel of the op, which torch.func cannot look into.
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor, kind: int, impl: str) -> Tensor:
-        return implementation(reference.bias_gelu, impl, x.device, dtype=x.dtype)(x, bias, kind)
+    def forward(x: Tensor, bias: Tensor, kind: int, run: Callable[..., Tensor], impl: str) -> Tensor:
+        return run(x, bias, kind)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, str], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
-        ctx.kind, ctx.impl = inputs[2:]
+        ctx.kind, _, ctx.impl = inputs[2:]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         # Where this is to be differentiated in turn, by what can be.
         impl = "reference" if torch.is_grad_enabled() else ctx.impl
         run = implementation(reference.bias_gelu_backward, impl, x.device, dtype=x.dtype)
-        return *run(grads[0], x, bias, ctx.kind), None, None
+        return *run(grads[0], x, bias, ctx.kind), None, None, None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.checks import FLOATS, check_batch, check_number, check_tensor
-from ..dispatch import define, implementation
+from ..dispatch import define, differentiable, implementation
 from . import reference
 
 define(reference.residual_norm)
@@ -58,24 +59,25 @@ def residual_norm(
     impl = "reference" if impl == "auto" and torch.compiler.is_compiling() else impl
     run = implementation(reference.residual_norm, impl, x.device, dtype=x.dtype)
     arguments = (x, branch, weight.to(wide), bias.to(wide), float(eps))
-    total, normed = run(*arguments) if run is reference.residual_norm else _ResidualNorm.apply(*arguments, impl)
+    total, normed = run(*arguments) if run is reference.residual_norm else _ResidualNorm.apply(*arguments, run, impl)
     return x if branch is None else total, normed
 
 
+@differentiable
 class _ResidualNorm(torch.autograd.Function):
     # Not an autograd kernel of the op, which torch.func cannot look into.
 
     @staticmethod
     def forward(
-        x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, impl: str
+        x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, run: Callable[..., Any], impl: str
     ) -> tuple[Tensor, Tensor]:
-        return implementation(reference.residual_norm, impl, x.device, dtype=x.dtype)(x, branch, weight, bias, eps)
+        return run(x, branch, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.alone = inputs[1] is None
         ctx.save_for_backward(inputs[0] if ctx.alone else output[0], inputs[2])
-        ctx.eps, ctx.impl = inputs[4:]
+        ctx.eps, _, ctx.impl = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,4 +87,4 @@ class _ResidualNorm(torch.autograd.Function):
         run = implementation(reference.residual_norm_backward, impl, total.device, dtype=total.dtype)
         of_total = None if ctx.alone else grads[0]
         grad, of_weight, of_bias = run(of_total, grads[1], total, weight, ctx.eps)
-        return grad, None if ctx.alone else grad, of_weight, of_bias, None, None
+        return grad, None if ctx.alone else grad, of_weight, of_bias, None, None, None
