@@ -320,8 +320,10 @@ def row_name(text: str, between: str = " ") -> str:
 def _preset(name: str) -> tuple[TrainConfig, dict[str, Any], dict[str, Any]]:
     """A preset or a file of one's own, and what it says of the optimiser and of what images are made into.
 
-    lp-ft is ft, and what trains nothing stands on it.
+    A strategy's name says it all. lp-ft is ft, and what trains nothing stands on it.
     """
+    if name in strategy_names():
+        return parse(["--method.strategy", name], name="table"), {}, {}
     path = find_yaml("ft" if name in DERIVED or name == "lp-ft" else name)
     config, said = parse(["--config", str(path)], name="table"), yaml.safe_load(path.read_text())
     optim = {key: getattr(config.optim, key) for key in said.get("optim", {})}

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
+import maskcf_fast.configs
 from maskcf_fast.core.tensors import fingerprint, save_tensors
 from maskcf_fast.evaluation.suite import _identity
 from maskcf_fast.experiments.table import (
@@ -31,7 +33,7 @@ from maskcf_fast.table import main
 from maskcf_fast.training import Trainer
 from maskcf_fast.training.checkpoint import ALONE, load_checkpoint
 from maskcf_fast.training.runs import read_run
-from maskcf_fast.training.settings import TrainConfig, find_yaml
+from maskcf_fast.training.settings import TrainConfig, find_yaml, parse
 from maskcf_fast.visualization.plots import draw_tradeoff
 
 
@@ -216,7 +218,7 @@ def test_mistakes(line, capsys):
 
 def test_every_trained_method_has_a_preset():
     assert {*METHODS, *FURTHER, "model-stock"} == {*TRAINED, *DERIVED}
-    for method in set(TRAINED) - {"lp-ft"}:
+    for method in set(TRAINED) - {"lp-ft", *strategy_names()}:
         assert find_yaml(method).stem == method
 
 
@@ -234,6 +236,8 @@ def test_settings_of_every_method(tmp_path):
         assert (config.optim != made.base.optim) == (method in own)
         assert (config.data != made.base.data) == (method in {"ft-mixup", "ft-randaugment"})
         assert config.data.holdout == 0
+        if method in strategy_names() and (Path(maskcf_fast.configs.__path__[0]) / f"{method}.yaml").is_file():
+            assert config.method == parse(["--config", method]).method
         config.validate()
         probe = tmp_path / "lp-seed3" / "model.safetensors"
         expected = dataclasses.replace(TrainConfig().model, weights=probe) if method == "lp-ft" else TrainConfig().model
