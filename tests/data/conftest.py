@@ -15,6 +15,13 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture(params=["dali", "torch"])
+def backend(request) -> str:
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali")
+    return request.param
+
+
 @pytest.fixture
 def make_folder(tmp_path):
     """A function that writes `{class: number of JPEGs}` and returns the root."""

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from pictures import picture
+from pictures import oriented, picture
 from PIL import Image
 
 from maskcf_fast.data import LoaderConfig, build_loader, scan_images
@@ -25,12 +25,6 @@ def test_importing_the_package_loads_no_dali_and_touches_no_gpu():
 pytest.importorskip("nvidia.dali")
 
 
-def exif(orientation: int) -> Image.Exif:
-    tags = Image.Exif()
-    tags[0x112] = orientation
-    return tags
-
-
 # Sides whose scaled length or margin is odd, a half, or just below a whole number; enlarged and reduced.
 SIZES = [(500, 375), (375, 500), (501, 333), (333, 777), (224, 224), (225, 226), (299, 301), (100, 80), (33, 200)]
 FILES = {f"{width}x{height}.jpg": (picture(width, height), {"quality": 90}) for width, height in SIZES}
@@ -48,7 +42,7 @@ FILES |= {
     "a.tiff": (picture(300, 410), {"compression": "tiff_lzw"}),
     "a.webp": (picture(300, 410), {"quality": 90}),
     "a.jp2": (picture(300, 410), {}),
-} | {f"exif{i}.{kind}": (picture(300, 410), {"exif": exif(i)}) for i in range(1, 9) for kind in ("jpg", "png")}
+} | {f"exif{i}.{kind}": (picture(300, 410), {"exif": oriented(i)}) for i in range(1, 9) for kind in ("jpg", "png")}
 
 
 @pytest.mark.parametrize(("size", "upright"), [(224, True), (32, True), (224, False)])

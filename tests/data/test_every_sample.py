@@ -14,13 +14,6 @@ N = 23
 CONFIG = LoaderConfig(batch_size=3, image_size=8, train=True, seed=7, threads=0)
 
 
-@pytest.fixture(params=["dali", "torch"])
-def backend(request) -> str:
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali")
-    return request.param
-
-
 @pytest.fixture(params=["none", "disk", "device"])
 def cache_mode(request, monkeypatch) -> str:
     monkeypatch.setattr("maskcf_fast.data.disk_cache.CHUNK_BYTES", 5 * 8 * 8 * 3)  # 5 images per chunk
@@ -96,4 +89,5 @@ def test_evaluation(manifest, backend, cache_mode, world):
     next(steps)
     resumed = build_loader(manifest, replace(config, rank=world - 1), backend)
     resumed.load_state_dict(saved(ranks[-1]))
-    assert [b.labels.tolist() for b in resumed] == [b.labels.tolist() for b in steps]
+    rest = [batch.labels.tolist() for batch in (*steps, *ranks[-1])]
+    assert [batch.labels.tolist() for batch in (*resumed, *resumed)] == rest

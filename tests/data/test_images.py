@@ -1,13 +1,12 @@
 """The one reader: where an orientation may stand, kinds of pixels, and what is refused."""
 
-import io
 import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from pictures import picture
+from pictures import encoded, oriented, picture, xmp
 from PIL import Image
 
 from maskcf_fast.data import images
@@ -15,18 +14,7 @@ from maskcf_fast.data.images import ImageError, read_file, read_image
 
 RGB = picture(40, 60)
 TURNED = RGB.transpose(Image.Transpose.ROTATE_90)  # to be seen upright, it must be turned back
-EXIF = Image.Exif()
-EXIF[images.ORIENTATION] = 6
-XMP = (
-    b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'>"
-    b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
-)
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.copy().save(file, kind, **options)  # of a copy: PIL keeps some options in the image
-    return file.getvalue()
+EXIF, XMP = oriented(6), xmp(6)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -46,10 +34,10 @@ BROKEN_EXIF = (  # of an orientation and a resolution of 5/0
 LONG_EXIF = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">HHHII", 1, images.ORIENTATION, 4, 1, 6) + bytes(4)
 XMP_CHUNK = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)
 ORIENTED = {
-    "JPEG": lambda image: encoded(image, "JPEG", quality=98, subsampling=0, exif=EXIF),
-    "JPEG, big-endian LONG": lambda image: encoded(image, "JPEG", quality=98, subsampling=0, exif=LONG_EXIF),
-    "JPEG, damaged beside it": lambda image: encoded(image, "JPEG", quality=98, subsampling=0, exif=BROKEN_EXIF),
-    "JPEG, XMP": lambda image: encoded(image, "JPEG", quality=98, subsampling=0, xmp=XMP),
+    "JPEG": lambda image: encoded(image, quality=98, subsampling=0, exif=EXIF),
+    "JPEG, big-endian LONG": lambda image: encoded(image, quality=98, subsampling=0, exif=LONG_EXIF),
+    "JPEG, damaged beside it": lambda image: encoded(image, quality=98, subsampling=0, exif=BROKEN_EXIF),
+    "JPEG, XMP": lambda image: encoded(image, quality=98, subsampling=0, xmp=XMP),
     "PNG, before the pixels": lambda image: in_png(image, chunk(b"eXIf", EXIF.tobytes()[6:])),
     "PNG, after the pixels": lambda image: in_png(image, chunk(b"eXIf", EXIF.tobytes()[6:]), at_end=True),
     "PNG, XMP": lambda image: in_png(image, XMP_CHUNK),
@@ -75,9 +63,7 @@ def test_orientations_are_those_of_the_standard(orientation):
         1: rows, 2: rows[:, ::-1], 3: rows[::-1, ::-1], 4: rows[::-1],
         5: rows.T, 6: np.rot90(rows), 7: rows[::-1, ::-1].T, 8: np.rot90(rows, -1),
     }[orientation]  # fmt: skip
-    exif = Image.Exif()
-    exif[images.ORIENTATION] = orientation
-    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
+    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=oriented(orientation))
     assert np.array_equal(np.asarray(read_image(data))[..., 0], rows)
     assert np.array_equal(np.asarray(read_image(data, upright=False))[..., 0], stored)
 
@@ -117,7 +103,7 @@ def one_bit_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-JPEG = encoded(RGB, "JPEG")
+JPEG = encoded(RGB)
 SIDES = JPEG.index(b"\xff\xc0") + 5
 REFUSED = {
     "text": (b"no image", "not an image of a format that is read"),

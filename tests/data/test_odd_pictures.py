@@ -1,6 +1,5 @@
 """What decoders disagree about: whatever the scan passes, all backends see as the same picture."""
 
-import io
 import os
 import struct
 import subprocess
@@ -9,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from pictures import encoded, xmp
 from PIL import Image
 
 from maskcf_fast.data import LoaderConfig, LoadingError, build_loader, dali, scan_images
@@ -19,12 +19,6 @@ Y, X = np.mgrid[:48, :64]
 VALUES = np.stack([X * 4, Y * 5, (X + Y) * 2], -1).astype(np.uint8)  # no two of its turned forms look alike
 PICTURE = Image.fromarray(VALUES)
 CONFIG = LoaderConfig(batch_size=64, image_size=32, train=False, threads=1)
-
-
-def encoded(kind: str, image: Image.Image = PICTURE, **options) -> bytes:
-    file = io.BytesIO()
-    image.copy().save(file, kind, **options)
-    return file.getvalue()
 
 
 def segment(kind: int, body: bytes) -> bytes:
@@ -39,14 +33,6 @@ def exif(orientation: int, kind: int = 3, count: int = 1) -> bytes:
     return b"Exif\0\0II*\0\x08\0\0\0\1\0" + struct.pack("<HHIHHI", 0x112, kind, count, orientation, 0, 0)
 
 
-def xmp(orientation: int) -> bytes:
-    return (
-        b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF xmlns:rdf='http://www.w3.org/1999"
-        b"/02/22-rdf-syntax-ns#'><rdf:Description xmlns:tiff='http://ns.adobe.com/tiff/1.0/' tiff:Orientation=\"%d\"/>"
-        b"</rdf:RDF></x:xmpmeta>" % orientation
-    )
-
-
 def rgb555() -> bytes:
     packed = VALUES.astype(np.uint16)[::-1] >> 3
     pixels = (packed[..., 0] << 10 | packed[..., 1] << 5 | packed[..., 2]).astype("<u2").tobytes()
@@ -54,25 +40,30 @@ def rgb555() -> bytes:
     return b"BM" + struct.pack("<IHHI", 54 + len(pixels), 0, 0, 54) + header + pixels
 
 
-JPEG, PNG, CMYK = encoded("JPEG", quality=95), encoded("PNG"), encoded("JPEG", PICTURE.convert("CMYK"), quality=95)
+XMP_MARK = b"http://ns.adobe.com/xap/1.0/\0"
+JPEG, PNG, CMYK = (
+    encoded(PICTURE, quality=95),
+    encoded(PICTURE, "PNG"),
+    encoded(PICTURE.convert("CMYK"), quality=95),
+)
 TABLE, FRAME, ADOBE = JPEG.index(b"\xff\xdb"), JPEG.index(b"\xff\xc0"), CMYK.index(b"Adobe") - 4
 PLAIN = {
     "baseline": JPEG,
-    "grey": encoded("JPEG", PICTURE.convert("L")),
-    "progressive": encoded("JPEG", quality=95, progressive=True),
-    "not subsampled": encoded("JPEG", quality=95, subsampling=0),
+    "grey": encoded(PICTURE.convert("L")),
+    "progressive": encoded(PICTURE, quality=95, progressive=True),
+    "not subsampled": encoded(PICTURE, quality=95, subsampling=0),
     "junk behind it": JPEG + b"junk" * 99,
-    "two pictures": encoded("MPO", save_all=True, append_images=[PICTURE.rotate(180)]),
+    "two pictures": encoded(PICTURE, "MPO", save_all=True, append_images=[PICTURE.rotate(180)]),
     "EXIF, upright": with_segment(0xE1, exif(1)),
     "EXIF, turned": with_segment(0xE1, exif(6)),
-    "XMP, upright": with_segment(0xE1, xmp(1)),
-    "ICC": encoded("JPEG", icc_profile=b"x" * 200),
+    "XMP, upright": with_segment(0xE1, XMP_MARK + xmp(1)),
+    "ICC": encoded(PICTURE, icc_profile=b"x" * 200),
 }
 ODD = {
     "extraneous byte": JPEG[:TABLE] + b"\0" + JPEG[TABLE:],
     "junk in place of its end": JPEG[:-2] + b"junk" * 9,
     "fill bytes": JPEG[:TABLE] + b"\xff\xff" + JPEG[TABLE:],
-    "XMP, turned": with_segment(0xE1, xmp(6)),
+    "XMP, turned": with_segment(0xE1, XMP_MARK + xmp(6)),
     "EXIF, turned by a LONG": with_segment(0xE1, exif(6, kind=4)),
     "EXIF, no such orientation": with_segment(0xE1, exif(9)),
     "EXIF, two orientations": with_segment(0xE1, exif(6, count=2)),
@@ -81,22 +72,22 @@ ODD = {
     "CMYK": CMYK,
     "CMYK without Adobe's mark": CMYK[:ADOBE] + CMYK[ADOBE + 2 + struct.unpack(">H", CMYK[ADOBE + 2 : ADOBE + 4])[0] :],
     "RGB, not YCbCr": with_segment(0xEE, b"Adobe\0\x64\0\0\0\0\0"),
-    "very long": encoded("JPEG", Image.fromarray(np.tile(VALUES, (1, 20, 1)))),
+    "very long": encoded(Image.fromarray(np.tile(VALUES, (1, 20, 1)))),
     "PNG": PNG,
     "PNG without its end": PNG[:-12],
-    "PNG of 16 bits": encoded("PNG", Image.fromarray(VALUES[..., 0].astype(np.uint16) * 257)),
-    "animated PNG": encoded("PNG", save_all=True, append_images=[PICTURE.rotate(180)]),
-    "transparent palette": encoded("PNG", PICTURE.quantize(64), transparency=0),
-    "animated WebP": encoded("WEBP", save_all=True, append_images=[PICTURE.rotate(180)], duration=100),
-    "WebP with EXIF": encoded("WEBP", exif=exif(6), lossless=True),
-    "GIF": encoded("GIF"),
-    "BMP of 16 bits": rgb555(),
+    "PNG of 16 bits": encoded(Image.fromarray(VALUES[..., 0].astype(np.uint16) * 257), "PNG"),
+    "animated PNG": encoded(PICTURE, "PNG", save_all=True, append_images=[PICTURE.rotate(180)]),
+    "transparent palette": encoded(PICTURE.quantize(64), "PNG", transparency=0),
+    "animated WebP": encoded(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(180)], duration=100),
+    "WebP with EXIF": encoded(PICTURE, "WEBP", exif=exif(6), lossless=True),
+    "GIF.jpeg": encoded(PICTURE, "GIF"),
+    "BMP of 16 bits.png": rgb555(),
     "PPM up to 100": b"P6\n64 48\n100\n" + (VALUES.astype(int) * 100 // 255).astype(np.uint8).tobytes(),
-    "TIFF of 1 bit": encoded("TIFF", PICTURE.convert("L").convert("1", dither=Image.Dither.NONE)),
-    "pages": encoded("TIFF", save_all=True, append_images=[PICTURE.rotate(180)], compression="tiff_lzw"),
-    "JPEG 2000, bare": encoded("JPEG2000", no_jp2=True),
-    "one pixel": encoded("PNG", PICTURE.crop((0, 0, 1, 1))),
-    "thin": encoded("PNG", Image.new("RGB", (1500, 1), (9, 90, 200))),
+    "TIFF of 1 bit": encoded(PICTURE.convert("L").convert("1", dither=Image.Dither.NONE), "TIFF"),
+    "pages": encoded(PICTURE, "TIFF", save_all=True, append_images=[PICTURE.rotate(180)], compression="tiff_lzw"),
+    "JPEG 2000, bare": encoded(PICTURE, "JPEG2000", no_jp2=True),
+    "one pixel": encoded(PICTURE.crop((0, 0, 1, 1)), "PNG"),
+    "thin": encoded(Image.new("RGB", (1500, 1), (9, 90, 200)), "PNG"),
 }
 
 

@@ -3,7 +3,7 @@ import os
 import tarfile
 
 import pytest
-from pictures import picture
+from pictures import encoded, picture
 from shards import write_tar
 
 from maskcf_fast.data import scan_images
@@ -11,9 +11,7 @@ from maskcf_fast.data import shards as module
 
 
 def jpeg(seed: int = 0) -> bytes:
-    file = io.BytesIO()
-    picture(40, 30, seed=seed).save(file, "JPEG")
-    return file.getvalue()
+    return encoded(picture(40, 30, seed=seed))
 
 
 def test_lists_images_with_labels_of_cls_and_json(tmp_path):

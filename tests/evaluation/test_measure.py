@@ -10,7 +10,7 @@ from coloured import SIZE, ByColour, write_objectnet, write_tree
 
 from maskcf_fast.core.processes import Processes
 from maskcf_fast.core.schema import conform
-from maskcf_fast.data import LoaderConfig, LoadingError, Manifest, build_loader, scan_images
+from maskcf_fast.data import LoaderConfig, LoadingError, Manifest, build_loader
 from maskcf_fast.evaluation import Reader, Results, Spec, Suite, measure, read_benchmark, suite
 from maskcf_fast.evaluation.benchmark import Benchmark
 from maskcf_fast.evaluation.measure import Accumulator, Measurement
@@ -141,8 +141,6 @@ def test_processes_share_the_images(tmp_path):
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
 def test_images_smaller_than_their_border(tmp_path, backend):
-    from maskcf_fast.data import LoadingError
-
     root = write_tree(tmp_path / "x", {"a": [0]})
     benchmark = read_benchmark(Spec.parse(f"folder:{root}"), Reader(("a",)))
     with pytest.raises(LoadingError, match=r"a/0\.png: its sides \(16, 16\) leave nothing inside a border of 8"):
@@ -164,15 +162,3 @@ def test_a_suite_cuts_the_border_and_tells_decoders_apart(wnids, tmp_path, monke
         keys = [key.rsplit("-", 1)[1].split()[0] for key in results._saved]
         assert keys == ["PIL", "PIL", *(["DALI", "DALI"] if "DALI" in keys else [])]
         assert backend == "torch" or len(keys) == 4
-
-
-@pytest.mark.parametrize("threads", [0, 1])
-def test_an_image_that_has_gone_is_named_without_a_traceback(tmp_path, threads):
-    manifest = scan_images(write_tree(tmp_path / "data", {"cat": [0, 0], "dog": [1]}))
-    (tmp_path / "data" / "dog" / "0.png").unlink()
-    loader = build_loader(manifest, LoaderConfig(4, SIZE, train=False, threads=threads), "torch")
-    with pytest.raises(LoadingError) as info:
-        list(loader)
-    says = str(info.value)
-    assert says.startswith(f"{tmp_path}/data/dog/0.png: No such file")
-    assert "\n" not in says
