@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import maskcf_fast.configs
 from maskcf_fast.core.errors import UserError
@@ -28,9 +29,6 @@ CUTS = {  # the paper's table: rates of random strategies, thresholds of the oth
     "context-none": 0.6, "context-single": 0.5, "context-multi": 0.3,
 }  # fmt: skip
 PRESETS = sorted(path.stem for path in Path(maskcf_fast.configs.__path__[0]).glob("*.yaml"))
-
-
-TINY = ("--data.train", "{train}", "--model.weights", "{weights}", "--model.arch", "tiny")
 
 
 def arguments(config, **changes):
@@ -127,16 +125,10 @@ def test_divergence_is_reported(config, capsys):
     assert "--optim.lr" in error
 
 
-def broken_image(config, image_folders, tmp_path):
-    root = tmp_path / "broken"
-    shutil.copytree(image_folders["train"], root)
-    data = (root / "dog" / "003.jpg").read_bytes()
-    (root / "dog" / "003.jpg").write_bytes(data[: len(data) // 2])
-    return root
-
-
 def test_bad_image_is_named_or_skipped(config, image_folders, tmp_path, capsys):
-    root = broken_image(config, image_folders, tmp_path)
+    root = shutil.copytree(image_folders["train"], tmp_path / "broken")
+    broken = root / "dog" / "003.jpg"
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     data = replace(config.data, train=root)
     assert main(arguments(config, data=data)) == 1
     error = capsys.readouterr().err
@@ -168,76 +160,47 @@ def test_folders_that_do_not_fit(config, image_folders, tmp_path, capsys):
     assert "owl" in message(ood=(other,))
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        (["--config", "object-singel"], "did you mean 'object-single'"),
-        (["--config", "object-single"], "--data.train DIR is missing"),
-        (["--data.train", "{train}", "--model.arch", "tinny", "--model.weights", "random"], "did you mean 'tiny'"),
-        (["--data.train", "{train}"], "--model.weights"),
-        (["--data.train", "{train}", "--model.weights", "/absent.safetensors"], "/absent.safetensors"),
-        (
-            ["--data.train", "{train}", "--model.weights", "{weights}", "--model.arch", "ViT-B/32"],
-            "another architecture",
-        ),
-        (["--data.train", "{train}", "--optim.lr", "-1"], "optim.lr must be positive and finite, got -1"),
-        (["--data.train", "{train}", "--optim.weight-decay", "nan"], "weight_decay must be finite, got nan"),
-        (["--data.train", "{train}", "--method.weight", "inf"], "method.weight must be finite, got inf"),
-        (["--data.train", "{train}", "--checkpoint-minutes", "nan"], "checkpoint_minutes must be finite, got nan"),
-        (
-            ["--config", "kd", "--data.train", "{train}", "--method.temperature", "inf"],
-            "method.temperature must be positive",
-        ),
-        (["--data.train", "{train}", "--seed", str(2**31)], f"seed must be at most {2**31 - 1}, got {2**31}"),
-        (
-            ["--data.train", "{train}", "--optim.epochs", str(10**13)],
-            "more than the 16,777,216 that AdamW counts: lower",
-        ),
-        (
-            [*TINY, "--optim.batch-size", "6", "--optim.epochs", str(2**24)],
-            "raise --optim.batch-size",
-        ),
-        (
-            ["--resume", "/absent"],
-            "/absent is no run to resume, it has no config.yaml: give the folder that a run's --out",
-        ),
-        (["--config", "{resuming}", "--data.train", "{train}"], "is for the command line: --resume /absent (or auto)"),
-        (["--data.train", "{train}", "--model.image-size", "224x384"], "images are square, as the models' grids"),
-        (["--resume", "/absent", "--resume=/other"], "--resume is given 2 times"),
-        (["--config", "ft", "--config", "lp"], "--config is given 2 times"),
-        (["--resume", "/absent", "--config", "ft"], "no --config, no --out"),
-        (["--data.train", "{train}", "--model.arch", "tiny", "--method.top-k", "17"], "exceeds the 16 patches of tiny"),
-        (["--data.train", "{train}", "--method.top-k", "-1"], "top_k must not be negative, got -1"),
-        (["--data.train", "{train}", "--method.start-layer", "99"], "start_layer must lie in [-12, 11], got 99"),
-        (["--data.train", "{train}", "--device", "cuda"], "no GPU"),
-        (
-            [*TINY, "--optim.batch-size", "99"],
-            "lower the batch size",
-        ),
-        (
-            ["--data.train", "{train}", "--model.weights", "random", "--model.arch", "tiny", "--data.holdout", "60"],
-            "60",
-        ),
-        (
-            [
-                "--data.train",
-                "{train}",
-                "--model.weights",
-                "random",
-                "--model.arch",
-                "tiny",
-                "--method.strategy",
-                "obj",
-            ],
-            "unknown strategy 'obj'",
-        ),
-    ],
-)
+DATA = "--data.train {train}"
+TINY = f"{DATA} --model.arch tiny"
+MISTAKES = [
+    ("--config object-singel", "did you mean 'object-single'"),
+    ("--config object-single", "--data.train DIR is missing"),
+    (f"{DATA} --model.arch tinny --model.weights random", "did you mean 'tiny'"),
+    (DATA, "--model.weights"),
+    (f"{DATA} --model.weights /absent.safetensors", "/absent.safetensors"),
+    (f"{DATA} --model.weights {{weights}} --model.arch ViT-B/32", "another architecture"),
+    (f"{TINY} --model.weights {{weights}} --model.head {{head}}", "is [7, 64], but there are 3 class folders"),
+    (f"{DATA} --optim.lr -1", "optim.lr must be positive and finite, got -1"),
+    (f"{DATA} --optim.weight-decay nan", "weight_decay must be finite, got nan"),
+    (f"{DATA} --method.weight inf", "method.weight must be finite, got inf"),
+    (f"{DATA} --checkpoint-minutes nan", "checkpoint_minutes must be finite, got nan"),
+    (f"{DATA} --config kd --method.temperature inf", "method.temperature must be positive"),
+    (f"{DATA} --seed {2**31}", f"seed must be at most {2**31 - 1}, got {2**31}"),
+    (f"{DATA} --optim.epochs {10**13}", "more than the 16,777,216 that AdamW counts: lower"),
+    (f"{TINY} --model.weights {{weights}} --optim.batch-size 6 --optim.epochs {2**24}", "raise --optim.batch-size"),
+    ("--resume /absent", "/absent is no run to resume, it has no config.yaml: give the folder that a run's --out"),
+    (f"{DATA} --config {{resuming}}", "is for the command line: --resume /absent (or auto)"),
+    (f"{DATA} --model.image-size 224x384", "images are square, as the models' grids"),
+    ("--resume /absent --resume=/other", "--resume is given 2 times"),
+    ("--config ft --config lp", "--config is given 2 times"),
+    ("--resume /absent --config ft", "no --config, no --out"),
+    (f"{TINY} --method.top-k 17", "exceeds the 16 patches of tiny"),
+    (f"{DATA} --method.top-k -1", "top_k must not be negative, got -1"),
+    (f"{DATA} --method.start-layer 99", "start_layer must lie in [-12, 11], got 99"),
+    (f"{DATA} --device cuda", "no GPU"),
+    (f"{TINY} --model.weights {{weights}} --optim.batch-size 99", "lower the batch size"),
+    (f"{TINY} --model.weights random --data.holdout 60", "60"),
+    (f"{TINY} --model.weights random --method.strategy obj", "unknown strategy 'obj'"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), MISTAKES)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="one case asks for a GPU that is not there")
 def test_bad_settings(line, words, image_folders, weights, tmp_path, capsys):
-    resuming = tmp_path / "resuming.yaml"
+    resuming, head = tmp_path / "resuming.yaml", tmp_path / "head.safetensors"
     resuming.write_text("resume: /absent")
-    line = [part.format(train=image_folders["train"], weights=weights, resuming=resuming) for part in line]
+    save_file({"weight": torch.zeros(7, 64)}, head)
+    line = line.format(train=image_folders["train"], weights=weights, resuming=resuming, head=head).split()
     if "--resume" not in line:
         line += ["--out", str(tmp_path / "run")]
     assert main(line) == 1
@@ -277,12 +240,3 @@ def test_unknown_setting_names_the_nearest(tmp_path, capsys):
         yaml_arguments(path)
     with pytest.raises(ValueError, match="unknown preset or file"):
         find_yaml("zzz")
-
-
-def test_head_of_another_size(config, image_folders, tmp_path, capsys):
-    from safetensors.torch import save_file
-
-    save_file({"weight": torch.zeros(7, 64)}, tmp_path / "head.safetensors")
-    model = replace(config.model, head=tmp_path / "head.safetensors")
-    assert main(arguments(config, model=model)) == 1
-    assert "is [7, 64], but there are 3 class folders" in capsys.readouterr().err

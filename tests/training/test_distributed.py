@@ -111,38 +111,18 @@ def whole_run(rank, port, config, died_at):
         assert "pt_gloo_runloop" not in threads, "they could abort the process at Python's end"
 
 
+def run(port, config, died_at=None):
+    mp.spawn(whole_run, (port, config, died_at), nprocs=2)
+
+
 def build(rank, port, config, path):
     """How much this process holds of the models, once they are built, and at most before."""
     processes = join(rank, port)
-    with Memory() as memory:
+    with Held() as memory:
         trainer = Trainer(config, processes, quiet=True)
         held = sum(p.to_local().nbytes for p in trainer.method.parameters())
     torch.save({"held": held, "peak": memory.peak}, f"{path}/{rank}.pt")
     processes.stop()
-
-
-class Memory(TorchDispatchMode):
-    """The most bytes at a time in tensors that were made within the block; those on the meta device have none."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.bytes, self.peak = weakref.WeakSet(), 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor and tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
-                if storage not in self.live:
-                    self.live.add(storage)
-                    size = storage.nbytes()
-                    self.bytes += size
-                    weakref.finalize(storage, self.free, size)
-                    self.peak = max(self.peak, self.bytes)
-        return out
-
-    def free(self, size):
-        self.bytes -= size
 
 
 def divided_step(rank, port, config, precision, path):
@@ -167,20 +147,22 @@ def divided_step(rank, port, config, precision, path):
 
 
 class Held(TorchDispatchMode):
-    """The most bytes at a time in the storages that are seen, but for some: FSDP resizes those it gathers blocks in."""
+    """The most bytes at a time in the storages that are seen, but for some and those on the meta device.
 
-    def __init__(self, without):
+    Of each as large as it is by then: FSDP resizes those that it gathers blocks in.
+    """
+
+    def __init__(self, without=()):
         super().__init__()
         self.without, self.live, self.peak = without, weakref.WeakSet(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, kwargs, out)):
-            if (
-                type(tensor) in (torch.Tensor, torch.nn.Parameter)
-                and tensor.untyped_storage()._cdata not in self.without
-            ):
-                self.live.add(tensor.untyped_storage())
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.without:
+                    self.live.add(storage)
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self.live))
         return out
 
@@ -256,7 +238,7 @@ def test_averaged_gradient_is_that_of_one_process_on_the_same_micro_batches(chan
 
 def test_evaluation_counts_every_image_once_and_resume_is_exact(change, port, tmp_path):
     config = replace(change(optim={"epochs": 2}), checkpoint_every=2)
-    mp.spawn(whole_run, (port, replace(config, out=tmp_path / "whole"), None), nprocs=2)
+    run(port, replace(config, out=tmp_path / "whole"))
     state = values(tmp_path / "whole")
     manifest = scan_images(config.data.id)
     model = Trainer(replace(config, out=tmp_path / "alone"), quiet=True).method.student
@@ -269,9 +251,9 @@ def test_evaluation_counts_every_image_once_and_resume_is_exact(change, port, tm
     assert state["accuracy"]["id"] == 100 * correct / len(manifest)
 
     broken = replace(config, out=tmp_path / "broken")
-    mp.spawn(whole_run, (port, broken, 3), nprocs=2)
+    run(port, broken, died_at=3)
     assert values(tmp_path / "broken")["step"] == 2
-    mp.spawn(whole_run, (port, replace(broken, out=None, resume=tmp_path / "broken"), None), nprocs=2)
+    run(port, replace(broken, out=None, resume=tmp_path / "broken"))
     assert values(tmp_path / "broken")["step"] == state["step"]
     resumed = tensors(tmp_path / "broken", "student.")
     assert all(torch.equal(resumed[k], v) for k, v in expected.items())
@@ -301,10 +283,10 @@ def test_masks_survive_an_interruption_of_both_processes(change, port, tmp_path)
     config = change(method={"cam_every": 2}, optim={"epochs": 2, "batch_size": 16})
     config = replace(config, checkpoint_every=2, eval_every=0)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    mp.spawn(whole_run, (port, replace(config, out=whole), None), nprocs=2)
-    mp.spawn(whole_run, (port, replace(config, out=broken), 3), nprocs=2)
+    run(port, replace(config, out=whole))
+    run(port, replace(config, out=broken), died_at=3)
     assert values(broken)["step"] == 2  # within the epoch of maps
-    mp.spawn(whole_run, (port, replace(config, out=None, resume=broken), None), nprocs=2)
+    run(port, replace(config, out=None, resume=broken))
     assert values(broken)["step"] == values(whole)["step"] == 6
     expected, got = tensors(whole), tensors(broken)
     assert {"masks.known", "masks.masks"} < got.keys() == expected.keys()
@@ -318,9 +300,7 @@ def test_divided_parameters_give_the_same_run(change, port, tmp_path):
     states = {}
     for parallel in ("ddp", "fsdp"):
         out = tmp_path / parallel
-        mp.spawn(
-            whole_run, (port, replace(config, out=out, parallel=parallel, compile=parallel == "fsdp"), None), nprocs=2
-        )
+        run(port, replace(config, out=out, parallel=parallel, compile=parallel == "fsdp"))
         states[parallel] = tensors(out)
     start = Trainer(replace(config, out=tmp_path / "start"), quiet=True).method.student.state_dict()
     assert states["fsdp"].keys() == states["ddp"].keys()
@@ -336,8 +316,8 @@ def test_divided_parameters_give_the_same_run(change, port, tmp_path):
     assert values(tmp_path / "fsdp")["accuracy"] == values(tmp_path / "ddp")["accuracy"]
 
     broken = replace(config, out=tmp_path / "broken", parallel="fsdp", compile=True)
-    mp.spawn(whole_run, (port, broken, 3), nprocs=2)
-    mp.spawn(whole_run, (port, replace(broken, out=None, resume=tmp_path / "broken"), None), nprocs=2)
+    run(port, broken, died_at=3)
+    run(port, replace(broken, out=None, resume=tmp_path / "broken"))
     resumed = tensors(tmp_path / "broken")
     assert all(torch.equal(resumed[name], value) for name, value in states["fsdp"].items())
 
@@ -347,8 +327,8 @@ def test_another_number_of_processes(parallel, change, port, tmp_path):
     """Where nothing is drawn, as in feature distillation, one process continues what two began to the same end."""
     config = change(method={"name": "fd"}, optim={"epochs": 1, "batch_size": 12, "clip": 1e9})
     config = replace(config, checkpoint_every=2, parallel=parallel)
-    mp.spawn(whole_run, (port, replace(config, out=tmp_path / "whole"), None), nprocs=2)
-    mp.spawn(whole_run, (port, replace(config, out=tmp_path / "run"), 3), nprocs=2)
+    run(port, replace(config, out=tmp_path / "whole"))
+    run(port, replace(config, out=tmp_path / "run"), died_at=3)
     alone = replace(config, out=None, resume=tmp_path / "run")
     with pytest.raises(ValueError, match=r"written by 2 process\(es\), now there are 1: .*--elastic True"):
         Trainer(alone, quiet=True)

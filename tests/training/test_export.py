@@ -12,7 +12,15 @@ from families import MEAN, STD, Family, assert_same, pixels
 from safetensors.torch import load_file
 
 from maskcf_fast.export import main
-from maskcf_fast.models import HEADS, ImageClassifier, Rotary, VisionTransformer, VisionTransformerConfig, load_source
+from maskcf_fast.models import (
+    HEADS,
+    ImageClassifier,
+    Rotary,
+    VisionTransformer,
+    VisionTransformerConfig,
+    load_source,
+    preset,
+)
 from maskcf_fast.training.build import build_model
 from maskcf_fast.training.export import export_model
 from maskcf_fast.training.settings import ModelConfig
@@ -120,25 +128,21 @@ def test_libraries_load_what_is_exported(tmp_path, read, config, kind):
         assert_head_beside(model, out, images, output)
 
 
-@pytest.mark.parametrize(("config", "known"), [
-    ("ViT-B/32", "ViT-B-32-quickgelu"), ("ViT-B/16", "ViT-B-16-quickgelu"), ("ViT-L/14", "ViT-L-14-quickgelu"),
-])  # fmt: skip
-def test_the_presets_are_open_clip_models(config, known):
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        (preset("ViT-B/32"), "ViT-B-32-quickgelu"),
+        (preset("ViT-B/16"), "ViT-B-16-quickgelu"),
+        (preset("ViT-L/14"), "ViT-L-14-quickgelu"),
+        (preset("SigLIP-B/16", activation="gelu"), "ViT-B-16-SigLIP"),
+        (preset("SigLIP-B/16"), None),  # open_clip's have the exact GELU
+    ],
+)
+def test_which_open_clip_models_the_presets_are(config, known):
     pytest.importorskip("open_clip")
-    from maskcf_fast.models import preset
     from maskcf_fast.models.libraries.open_clip import known_name
 
-    assert known_name(preset(config)) == known
-    assert known_name(preset(config).resized(448)) == known  # with force_image_size
-
-
-@pytest.mark.parametrize(("changes", "known"), [({"activation": "gelu"}, "ViT-B-16-SigLIP"), ({}, None)])
-def test_siglips_of_open_clip_have_the_exact_gelu(changes, known):
-    pytest.importorskip("open_clip")
-    from maskcf_fast.models import preset
-    from maskcf_fast.models.libraries.open_clip import known_name
-
-    assert known_name(preset("SigLIP-B/16", **changes)) == known
+    assert known_name(config) == known_name(config.resized(448)) == known  # the latter with force_image_size
 
 
 @pytest.mark.parametrize(("config", "kind"), [(CLIP, "cosine"), (DINOV3, "linear"), (SIGLIP, "cosine")])

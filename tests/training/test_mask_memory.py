@@ -61,11 +61,6 @@ def spied(run, monkeypatch):
     return steps
 
 
-def orders(config, epochs):
-    """What the loader is to yield, by its definition: the images of every epoch."""
-    return [np.random.default_rng([config.seed, epoch]).permutation(60)[:48].tolist() for epoch in range(epochs)]
-
-
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_model_that_stands_still_has_the_same_run(every, tmp_path, n):
     """Its masks do not change, so that an old one is the one it would make."""
@@ -83,12 +78,11 @@ def test_a_model_that_stands_still_has_the_same_run(every, tmp_path, n):
     assert all(map(torch.equal, weights, start))
 
 
-def test_maps_are_made_in_every_nth_epoch_only(every, monkeypatch):
-    config = every(2)
-    run = Trainer(config, quiet=True)
+def test_maps_are_made_in_every_nth_epoch_only_and_masks_are_of_the_last(every, monkeypatch):
+    run = Trainer(every(2), quiet=True)
     steps = spied(run, monkeypatch)
     run.run()
-    order = orders(config, 4)
+    order = [np.random.default_rng([run.config.seed, epoch]).permutation(60)[:48].tolist() for epoch in range(4)]
     assert [i for s in steps for i in s["indices"]] == [i for epoch in order for i in epoch]
     for epoch in range(4):
         for s in steps[3 * epoch : 3 * epoch + 3]:
@@ -100,20 +94,13 @@ def test_maps_are_made_in_every_nth_epoch_only(every, monkeypatch):
                 assert s["maps"] == ([new] if new else [])
                 assert s["cam"] is None
     assert sum(len(set(order[e]) - set(order[e - 1])) for e in (1, 3)) > 0, "nothing was left out"
-
-
-def test_masks_are_those_of_the_last_map(every, monkeypatch):
-    run = Trainer(every(2), quiet=True)
-    steps = spied(run, monkeypatch)
-    run.run()
     masks = [{}, {}, {}, {}]
     for i, s in enumerate(steps):
         masks[i // 3] |= dict(zip(s["indices"], s["mask"], strict=True))
     for epoch, same in ((1, True), (2, False), (3, True)):
         both = masks[epoch].keys() & masks[epoch - 1].keys()
         assert len(both) > 20
-        equal = [torch.equal(masks[epoch][i], masks[epoch - 1][i]) for i in both]
-        assert all(equal) if same else not all(equal)
+        assert all(torch.equal(masks[epoch][i], masks[epoch - 1][i]) for i in both) == same
 
 
 @pytest.mark.parametrize(("backend", "died_at"), [("torch", 2), ("torch", 3), ("torch", 5), ("dali", 4)])
