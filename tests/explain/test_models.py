@@ -5,18 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
+from zoo import assert_same
 
 from maskcf_fast.explain import explain, record_attention
 from maskcf_fast.explain.models import known_readout
 from maskcf_fast.methods.label_map import LabelMap
 from maskcf_fast.models import LinearClassifier, VisionTransformer, load_backbone
 from maskcf_fast.models.libraries.timm import vision_config as timm_config
-
-
-def assert_same(cam, truth):
-    assert cam.shape == truth.shape == (len(truth), zoo.PATCHES)
-    assert truth.abs().max() > 1e-4  # far from the rounding of the constants that were subtracted
-    assert (cam - truth).abs().max() <= 1e-5 * truth.abs().max()
 
 
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["trained", "frozen"])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from torch import nn
+from zoo import assert_same
 
 import maskcf_fast as mf
 from maskcf_fast.explain import explain, record_attention
@@ -55,12 +56,6 @@ def oracle(model, images, labels):
     return r[:, 0, 1:]
 
 
-def assert_close(cam, truth):
-    assert cam.shape == truth.shape
-    assert (cam - truth).abs().max() <= 1e-5 * truth.abs().max()
-    assert truth.abs().max() > 0
-
-
 def by_name(**options):
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options)
 
@@ -78,14 +73,14 @@ VISIBLE = {"bool": torch.ones(17, 17, dtype=torch.bool), "float": torch.zeros(17
 def test_arguments_of_the_call(options, requires_grad):
     model = Toy(by_name(**options)).requires_grad_(requires_grad)
     cam = explain(model, IMAGES, LABELS)
-    assert_close(cam, oracle(model.requires_grad_(True), IMAGES, LABELS))
+    assert_same(cam, oracle(model.requires_grad_(True), IMAGES, LABELS))
 
 
 def test_grouped_queries():
     model = Toy(by_name(enable_gqa=True), kv_heads=2)
     cam = explain(model, IMAGES, LABELS)
     model.attend = lambda q, k, v: F.scaled_dot_product_attention(q, k[:, [0, 0, 1, 1]], v[:, [0, 0, 1, 1]])
-    assert_close(cam, oracle(model, IMAGES, LABELS))
+    assert_same(cam, oracle(model, IMAGES, LABELS))
 
 
 def test_mixed_dtypes_under_autocast():
@@ -108,7 +103,7 @@ def test_a_function_imported_earlier_is_seen_and_nothing_is_patched():
     with record_attention() as record:
         assert F.scaled_dot_product_attention is sdpa
         logits = model(IMAGES)
-    assert_close(record.relevance(logits, LABELS), oracle(Toy(by_name()), IMAGES, LABELS))
+    assert_same(record.relevance(logits, LABELS), oracle(Toy(by_name()), IMAGES, LABELS))
 
 
 class Multihead(nn.Module):
@@ -130,7 +125,7 @@ def test_multihead_attention_that_is_asked_for_its_weights():
     asked, fused = Multihead(True), Multihead(False)
     with record_attention() as record:
         logits, wanted = asked(x), fused(x)
-    assert_close(record.relevance(logits, LABELS), record.relevance(wanted, LABELS))
+    assert_same(record.relevance(logits, LABELS), record.relevance(wanted, LABELS))
     recorded = asked.weights
     torch.testing.assert_close(asked(x), logits)
     assert torch.equal(asked.weights, recorded)
@@ -173,8 +168,8 @@ def test_every_forward_pass_has_its_own_map():
         first, second = model(IMAGES), model(IMAGES.flip(0))
         with torch.no_grad():
             model(IMAGES)
-    assert_close(record.relevance(second, LABELS), explain(model, IMAGES.flip(0), LABELS))
-    assert_close(record.relevance(first, LABELS), explain(model, IMAGES, LABELS))
+    assert_same(record.relevance(second, LABELS), explain(model, IMAGES.flip(0), LABELS))
+    assert_same(record.relevance(first, LABELS), explain(model, IMAGES, LABELS))
 
 
 def fail_inside(model):
@@ -200,7 +195,7 @@ def test_outer_function_modes():
     model = zoo.make("torchvision-vit")
     with torch.device("cpu"), record_attention() as record, torch.device("cpu"):
         logits = model(IMAGES)
-    assert_close(record.relevance(logits, LABELS), zoo.expected("torchvision-vit", model, IMAGES, LABELS))
+    assert_same(record.relevance(logits, LABELS), zoo.expected("torchvision-vit", model, IMAGES, LABELS))
 
 
 def test_other_threads_are_not_recorded():
@@ -216,10 +211,10 @@ def test_compiled_model_runs_uncompiled(name):
     model = zoo.make(name)
     truth = zoo.expected(name, model, IMAGES, LABELS)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_close(explain(compiled, IMAGES, LABELS), truth)
+    assert_same(explain(compiled, IMAGES, LABELS), truth)
     with torch.no_grad():
         compiled(IMAGES)
-    assert_close(explain(compiled, IMAGES, LABELS), truth)
+    assert_same(explain(compiled, IMAGES, LABELS), truth)
 
 
 def test_activation_checkpointing():
@@ -229,7 +224,7 @@ def test_activation_checkpointing():
     with record_attention() as record:
         cam = record.relevance(Toy(checkpointed)(IMAGES), LABELS)
         assert len(record.calls) == 3  # what the backward pass computes again is no new call
-    assert_close(cam, explain(Toy(), IMAGES, LABELS))
+    assert_same(cam, explain(Toy(), IMAGES, LABELS))
 
 
 @pytest.mark.parametrize("pool", ["class", "mean", "attention"])
@@ -239,7 +234,7 @@ def test_own_model(pool):
     labels = torch.tensor([2, 0])
     feature, taps = model.backbone.encode(model.backbone.embed(images), record=True)
     own = LabelMap("relevance", "logit", 0, model.backbone.config)
-    assert_close(explain(model, images, labels), own(model.head(feature), labels, taps))
+    assert_same(explain(model, images, labels), own(model.head(feature), labels, taps))
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
@@ -267,7 +262,7 @@ def test_frozen_lower_layers_count(frozen):
         part.requires_grad_(False)
     model.token.requires_grad_(False)
     cam = explain(model, IMAGES, LABELS)
-    assert_close(cam, oracle(model.requires_grad_(True), IMAGES, LABELS))
+    assert_same(cam, oracle(model.requires_grad_(True), IMAGES, LABELS))
 
 
 def test_importing_loads_no_other_library():

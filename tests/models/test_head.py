@@ -26,7 +26,7 @@ def test_both_heads_fit_the_classifier_alike():
         assert ImageClassifier(VisionTransformer("tiny"), head)(torch.rand(2, 3, 32, 32)).shape == (2, 3)
         with pytest.raises(ValueError, match="positive sizes, got 0 features, 3 classes"):
             kind(0, 3)
-    with pytest.raises(ValueError, match="expects features of size 32"):
+    with pytest.raises(ValueError, match="expects features of size 32, the backbone gives 64"):
         ImageClassifier(VisionTransformer("tiny"), LinearClassifier(32, 3))
     assert HEADS["cosine"] is CosineClassifier
 

@@ -7,8 +7,13 @@ import torch
 from families import randomise, save, small_trunks
 from safetensors.torch import load_file, save_file
 
-from maskcf_fast.models import VisionTransformer, load_backbone, load_source
+from maskcf_fast.core.tensors import save_tensors
+from maskcf_fast.models import VisionTransformer, load_backbone, load_source, preset
 from maskcf_fast.models.sources import load_classifier, load_named, load_text_tower
+from maskcf_fast.models.weights import architecture_metadata
+from maskcf_fast.training.build import build_model
+from maskcf_fast.training.runs import read_run
+from maskcf_fast.training.trainer import Trainer
 
 open_clip = pytest.importorskip("open_clip")
 timm = pytest.importorskip("timm")
@@ -227,9 +232,6 @@ def test_tensors_that_do_not_fit_their_configuration_are_named(tmp_path):
 
 
 def test_a_run_starts_from_a_named_model_and_is_rebuilt_from_its_own_file(tmp_path, change, monkeypatch):
-    from maskcf_fast.training.runs import read_run
-    from maskcf_fast.training.trainer import Trainer
-
     source = tmp_path / "source"
     source.mkdir()
     name, _ = save("timm", "vit_small_patch14_dinov2", source)
@@ -258,8 +260,6 @@ def test_a_name_and_weights_exclude_each_other(change):
 
 
 def test_settings_are_checked_against_the_named_model(tmp_path, change):
-    from maskcf_fast.training.trainer import Trainer
-
     name, _ = save("timm", "vit_base_patch16_224", tmp_path)
     config = change(model={"name": name, "weights": None}, method={"top_k": 17})
     with pytest.raises(ValueError, match="top_k=17 exceeds the 16 patches of timm:"):
@@ -268,11 +268,6 @@ def test_settings_are_checked_against_the_named_model(tmp_path, change):
 
 def test_a_weights_file_of_another_architecture_is_refused(change, tmp_path):
     """Activation and normalisation change no tensor's shape."""
-    from maskcf_fast.core.tensors import save_tensors
-    from maskcf_fast.models import VisionTransformer, preset
-    from maskcf_fast.models.weights import architecture_metadata
-    from maskcf_fast.training.build import build_model
-
     other = preset("tiny", activation="quick_gelu", std=(0.5, 0.5, 0.5))
     save_tensors(tmp_path / "x.safetensors", VisionTransformer(other).state_dict(), architecture_metadata(other))
     config = change(model={"weights": tmp_path / "x.safetensors"}).model
@@ -282,8 +277,6 @@ def test_a_weights_file_of_another_architecture_is_refused(change, tmp_path):
 
 def test_a_timm_file_as_weights_of_a_preset_gives_no_head(tmp_path, change):
     """Its ``head.weight`` is the projection."""
-    from maskcf_fast.training.build import build_model
-
     save("timm", "vit_base_patch16_clip_224", tmp_path, embed_dim=96, depth=4, num_classes=64)
     config = change(model={"weights": tmp_path / "model.safetensors"}).model
     model = build_model(config, 64, seed=0)

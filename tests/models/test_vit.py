@@ -7,7 +7,6 @@ from maskcf_fast.methods.fills import FILLS
 from maskcf_fast.methods.paper_order import plain_forward
 from maskcf_fast.models import (
     CosineClassifier,
-    ImageClassifier,
     PoolTap,
     Rotary,
     Tap,
@@ -22,33 +21,22 @@ POOLED = replace(
 )
 
 
-def test_class_token_only_last_block_and_taps():
-    model = VisionTransformer("tiny")
+@pytest.mark.parametrize(
+    ("config", "queries"),
+    [(preset("tiny"), [17, 17, 17, 1]), (POOLED, [16, 16, 16, 16, 1])],
+    ids=["of the last block, the class token alone", "attention pool"],
+)
+def test_features_and_taps(config, queries):
+    model = VisionTransformer(config)
     images = torch.rand(3, 3, 32, 32)
-    tokens = model.embed(images)
-    feature, taps = model.encode(tokens, record=True)
+    feature, taps = model.encode(model.embed(images), record=True)
     expected, maps = plain_forward(model, images)
     torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-6)
-    assert [t.q.shape[2] for t in taps] == [17, 17, 17, 1]
+    assert [t.q.shape[2] for t in taps] == queries
+    assert [type(t) for t in taps] == [Tap] * 4 + [PoolTap] * (len(queries) - 4)
     for tap, attention in zip(taps, maps, strict=True):
         own = torch.softmax(tap.q @ tap.k.mT * tap.q.shape[-1] ** -0.5, dim=-1)
         torch.testing.assert_close(own, attention[:, :, : own.shape[2]], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(own @ tap.v, tap.o, rtol=1e-4, atol=1e-6)
-
-
-def test_attention_pool_and_taps():
-    model = VisionTransformer(POOLED)
-    images = torch.rand(3, 3, 32, 32)
-    tokens = model.embed(images)
-    assert tokens.shape == (3, 16, 96)
-    feature, taps = model.encode(tokens, record=True)
-    expected, maps = plain_forward(model, images)
-    torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-6)
-    assert [t.q.shape[2] for t in taps] == [16, 16, 16, 16, 1]
-    assert [type(t) for t in taps] == [Tap] * 4 + [PoolTap]
-    for tap, attention in zip(taps, maps, strict=True):
-        own = torch.softmax(tap.q @ tap.k.mT * tap.q.shape[-1] ** -0.5, dim=-1)
-        torch.testing.assert_close(own, attention, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(own @ tap.v, tap.o, rtol=1e-4, atol=1e-6)
 
 
@@ -171,27 +159,30 @@ def test_presets_are_the_published_vision_towers(name, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"unknown model preset 'ViT-B/23'.*did you mean 'ViT-B/32'"):
-        VisionTransformer("ViT-B/23")
-    with pytest.raises(ValueError, match="image_size=30 does not divide by patch_size=8: take 24 or 32"):
-        preset("tiny", image_size=30)
-    with pytest.raises(ValueError, match="width=97 does not divide into heads=4"):
-        preset("tiny", width=97)
-    with pytest.raises(ValueError, match="mlp_width must be at least 1, got 0"):
-        preset("tiny", mlp_width=0)
-    with pytest.raises(ValueError, match="pool must be 'class' or 'mean' or 'attention', got 'map'"):
-        preset("tiny", pool="map")
-    with pytest.raises(
-        ValueError, match="activation must be 'quick_gelu' or 'gelu' or 'gelu_tanh' or 'silu', got 'relu'"
-    ):
-        preset("tiny", activation="relu")
-    with pytest.raises(ValueError, match="recompute must be False, True or 'gelu', got 'GELU'"):
-        VisionTransformer("tiny").recompute = "GELU"
-    with pytest.raises(ValueError, match="eps must be positive, got 0"):
-        preset("tiny", eps=0.0)
-    with pytest.raises(ValueError, match=r"images must have shape \[N, 3, 32, 32\], got \[1, 3, 40, 40\]"):
-        VisionTransformer("tiny")(torch.rand(1, 3, 40, 40))
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: VisionTransformer(None), TypeError, "a VisionTransformerConfig or the name of a preset, got None"),
+        (lambda: load_backbone(VisionTransformer("tiny"), 3), TypeError, "a file's path or a state dict, got int"),
+        (lambda: CosineClassifier("5", 3), TypeError, "sizes must be ints, got '5' features, 3 classes"),
+        (lambda: VisionTransformer("ViT-B/23"), ValueError, r"unknown model preset 'ViT-B/23'.*mean 'ViT-B/32'"),
+        (lambda: preset("tiny", image_size=30), ValueError, "=30 does not divide by patch_size=8: take 24 or 32"),
+        (lambda: preset("tiny", width=97), ValueError, "width=97 does not divide into heads=4"),
+        (lambda: preset("tiny", mlp_width=0), ValueError, "mlp_width must be at least 1, got 0"),
+        (lambda: preset("tiny", pool="map"), ValueError, "pool must be 'class' or 'mean' or 'attention', got 'map'"),
+        (lambda: preset("tiny", activation="relu"), ValueError, "'gelu' or 'gelu_tanh' or 'silu', got 'relu'"),
+        (lambda: preset("tiny", eps=0.0), ValueError, "eps must be positive, got 0"),
+        (lambda: setattr(VisionTransformer("tiny"), "recompute", "GELU"), ValueError, "False, True or 'gelu', got"),
+        (
+            lambda: VisionTransformer("tiny")(torch.rand(1, 3, 40, 40)),
+            ValueError,
+            r"images must have shape \[N, 3, 32, 32\], got \[1, 3, 40, 40\]",
+        ),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 class OfParts(torch.nn.Linear):
@@ -236,18 +227,3 @@ def test_cosine_head_ignores_the_features_length():
     logits = head(features)
     torch.testing.assert_close(logits, 100 * torch.cosine_similarity(features[:, None], embeddings, dim=-1))
     torch.testing.assert_close(head(features * 7), logits)
-    with pytest.raises(ValueError, match="expects features of size 32, the backbone gives 64"):
-        ImageClassifier(VisionTransformer("tiny"), CosineClassifier(32, 5))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: VisionTransformer(None), "a VisionTransformerConfig or the name of a preset, got None"),
-        (lambda: load_backbone(VisionTransformer("tiny"), 3), "a file's path or a state dict, got int"),
-        (lambda: CosineClassifier("5", 3), "sizes must be ints, got '5' features, 3 classes"),
-    ],
-)
-def test_arguments_of_other_types(call, message):
-    with pytest.raises(TypeError, match=message):
-        call()

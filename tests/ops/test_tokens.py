@@ -72,17 +72,6 @@ def test_patchify_and_a_matrix_product_are_the_convolution(patch):
     assert torch.equal(rows, mf.patchify(pixels, patch, mean=mean, std=std))
 
 
-@pytest.mark.parametrize("fill", ["single", "multi"])
-def test_patchify_refills_on_the_way_in(fill):
-    images = torch.randint(0, 256, (4, 12, 12, 3), dtype=torch.uint8)
-    _, mask, donors = make(fill=fill)
-    refilled = mf.refill_patches(images.permute(0, 3, 1, 2), mask, donors).permute(0, 2, 3, 1)
-    arguments = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
-    assert torch.equal(
-        mf.patchify(images, 4, mask=mask, donors=donors, **arguments), mf.patchify(refilled, 4, **arguments)
-    )
-
-
 def test_single_fill_draws_a_permutation():
     g = torch.Generator().manual_seed(0)
     draws = torch.stack([mf.sample_donors(6, generator=g) for _ in range(300)])

@@ -195,3 +195,9 @@ def sdpa_maps(model: Callable[[Tensor], Any], images: Tensor, hidden: Tensor | N
 
     with mock.patch.object(F, "scaled_dot_product_attention", written_out):
         return model(images), maps
+
+
+def assert_same(cam: Tensor, truth: Tensor) -> None:
+    assert cam.shape == truth.shape
+    assert truth.abs().max() > 1e-4  # far from the rounding of the constants that were subtracted
+    assert (cam - truth).abs().max() <= 1e-5 * truth.abs().max()
