@@ -17,6 +17,23 @@ def test_help_says_what_every_command_is_for(capsys):
     assert all(len(what) > 20 for _, what in lines)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train", ("--data.train", "embedded demo", "--method.strategy", "Peak learning rate", "--resume")),
+        ("train", ("cf-kd: Knowledge distillation on counterfactual images.", "context-multi")),
+        ("evaluate", ("--run", "--data", "[NAME=][LAYOUT:]PATH", "--wise-ft", "Measure fine-tuned models")),
+    ],
+)
+def test_help_of_a_command_is_readable(name, words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert not end.value.code
+    said = capsys.readouterr().out
+    assert [text for text in words if text not in said] == []
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"maskcf_fast {maskcf_fast.__version__}\n"

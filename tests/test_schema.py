@@ -64,7 +64,13 @@ def test_any_results_file_is_read_or_refused_with_a_message(tmp_path, changes, w
     assert found is None or isinstance(found, Measurement)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff", b"[" * 100_000, b'{"version": 1e999}', b'{"version": 1}', b"3"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(b"", b"\xff", b"[" * 100_000, b"3", b"mine", b"{}", b"[1]", b'{"version": 1e999}', b'{"version": 1}'),
+        *(b'{"version": 7, "measurements": {}}', b'{"version": 1, "measurements": {"a": {"top1": 3}}}'),
+    ],
+)
 def test_damaged_results_are_refused(tmp_path, damage):
     (tmp_path / "results.json").write_bytes(damage)
     with pytest.raises(UserError, match=r"results\.json holds no results that can be continued"):

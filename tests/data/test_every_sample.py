@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from shards import write_shards
+from tars import write_shards
 
 from maskcf_fast.data import LoaderConfig, build_loader, scan_images
 

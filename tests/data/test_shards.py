@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 from pictures import encoded, picture
-from shards import write_tar
+from tars import write_tar
 
 from maskcf_fast.data import scan_images
 from maskcf_fast.data import shards as module

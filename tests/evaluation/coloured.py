@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
+from tars import write_tar
 from torch import nn
 
 SIZE = 16  # of the images, so that none is resized
@@ -71,16 +70,13 @@ def write_tree(root: Path, answers: dict[str, list[int | tuple[int, int]]]) -> P
 
 def write_shards(root: Path, tree: Path, label: Callable[[str], str] = str, shards: int = 2) -> str:
     """The images of a tree as tar shards 0.tar, 1.tar, …, each with ``label(folder)`` for its class; their pattern."""
-    root.mkdir(parents=True, exist_ok=True)
     paths = [path for path in sorted(tree.glob("*/*")) if path.suffix in (".png", ".jpg")]
     for number in range(shards):
-        with tarfile.open(root / f"{number}.tar", "w") as archive:
-            for i, path in list(enumerate(paths))[number::shards]:
-                files = {path.suffix: path.read_bytes(), ".cls": label(path.parent.name).encode()}
-                for suffix, content in files.items():
-                    member = tarfile.TarInfo(f"{i:04}{suffix}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+        files = {}
+        for i, path in list(enumerate(paths))[number::shards]:
+            files[f"{i:04}{path.suffix}"] = path.read_bytes()
+            files[f"{i:04}.cls"] = label(path.parent.name).encode()
+        write_tar(root / f"{number}.tar", files)
     return f"{root}/{{0..{shards - 1}}}.tar"
 
 
