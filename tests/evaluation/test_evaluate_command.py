@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from coloured import write_shards
-from runs import metrics
+from runs import caller, metrics
 from safetensors.torch import load_file
 
 from maskcf_fast.core.tensors import save_tensors
@@ -42,15 +42,8 @@ def runs(tmp_path_factory, image_folders, weights):
 @pytest.fixture
 def call(tmp_path, capsys):
     """``call(*arguments)``: exit code, what was printed, and the results."""
-    fixed = ["--out", str(tmp_path / "out"), "--device", "cpu", "--backend", "torch", "--threads", "0"]
-
-    def called(*arguments):
-        code = main([*map(str, arguments), *fixed])
-        printed = capsys.readouterr()
-        path = tmp_path / "out" / "results.json"
-        return code, printed.out + printed.err, json.loads(path.read_text()) if path.exists() else None
-
-    return called
+    fixed = ("--out", tmp_path / "out", "--device", "cpu", "--backend", "torch", "--threads", "0")
+    return caller(main, capsys, tmp_path / "out" / "results.json", *fixed)
 
 
 def logged(run, step):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from coloured import write_objectnet, write_shards
 from PIL import Image
+from runs import caller
 
 from maskcf_fast.data.transforms import resize_and_crop
 from maskcf_fast.evaluate import main as evaluate
@@ -53,13 +54,7 @@ def call(data, weights, tmp_path, capsys):
         *("--optim.lr", "1e-3", "--out", tmp_path / "table"),
     ]
 
-    def called(*arguments):
-        code = main([*map(str, fixed), *map(str, arguments)])
-        printed = capsys.readouterr()
-        path = tmp_path / "table" / "table.json"
-        return code, printed.out + printed.err, json.loads(path.read_text()) if path.exists() else None
-
-    return called
+    return caller(main, capsys, tmp_path / "table" / "table.json", *fixed)
 
 
 def test_every_row_is_what_evaluate_finds(call, sets, tmp_path):

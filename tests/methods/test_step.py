@@ -69,6 +69,11 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
+def linear_flops(counter):
+    """Of matrix products but those of attention."""
+    return sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", strategy_names())
@@ -221,9 +226,7 @@ def test_logprob_map_costs_no_backward_pass():
         method = CounterfactualDistiller(student, teacher, name, cam_target=target)
         with FlopCounterMode(display=False) as counter:
             method.backward(images, labels, draw=method.strategy.draw(8, 64))
-        counts = counter.get_flop_counts()["Global"]
-        names = (torch.ops.aten.mm, torch.ops.aten.addmm)
-        flops[target, name] = sum(counts.get(name, 0) for name in names)
+        flops[target, name] = linear_flops(counter)
     assert flops["logprob", "object-single"] == flops["logit", "random-single"] < flops["logit", "object-single"]
 
 
@@ -386,11 +389,6 @@ def test_the_map_costs_no_weight_gradient():
         logits = student.head(feature)
     with FlopCounterMode(display=False) as backward:
         LabelMap("relevance", "logit", 0, SIZES["8×8 patches"])(logits, labels, taps)
-
-    def linear_flops(counter):
-        names = (torch.ops.aten.mm, torch.ops.aten.addmm)
-        return sum(counter.get_flop_counts()["Global"].get(name, 0) for name in names)
-
     assert 0 < linear_flops(backward) <= linear_flops(forward)
     assert all(p.grad is None for p in student.parameters())
 

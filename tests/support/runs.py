@@ -1,6 +1,7 @@
 """Runs that end half-way, and what is found in a run's folder, to look at and to spoil."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,3 +52,14 @@ def rewrite(run: Path, change_values=lambda v: v, change_tensors=lambda t: t) ->
     """Write the newest checkpoint again with other contents, whose digests are right."""
     held = values(run), tensors(run)
     save_checkpoint(run, held[0]["step"], change_values(held[0]), change_tensors(held[1]), ALONE, keep=9)
+
+
+def caller(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], result: Path, *fixed: object):
+    """``called(*arguments)``: a command's exit code with these and the fixed ones, what it printed, what it left."""
+
+    def called(*arguments: object) -> tuple[int, str, dict | None]:
+        code = main([*map(str, fixed), *map(str, arguments)])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err, json.loads(result.read_text()) if result.exists() else None
+
+    return called
