@@ -152,11 +152,11 @@ class Bench:
                 raise Broken(f"the run ended at step {step_of(out)}: {process.communicate()[0][-600:]}")
             time.sleep(0.005)
 
-    def finish(self, out: Path, log: bool = True) -> str:
+    def finish(self, out: Path) -> str:
         """Run the same command again; what it says. It must end as the undisturbed run did."""
         said = self.check(self.start(out), 0)
         weights, lines = self.outcome(out)
-        if log and lines != self.expected[1]:
+        if lines != self.expected[1]:
             raise Broken("another log")
         if weights != self.expected[0]:
             raise Broken("other weights")

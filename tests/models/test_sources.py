@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from families import randomise, save, small_trunks
+from families import assert_same, pixels, randomise, save, small_trunks, with_text
 from safetensors.torch import load_file, save_file
 
 from maskcf_fast.core.tensors import save_tensors
@@ -22,29 +22,9 @@ transformers = pytest.importorskip("transformers")
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
 
-def assert_same_features(name, theirs, mean, std, image_size=None):
-    """``theirs`` takes normalised pixels, ours the pixels themselves."""
-    torch.manual_seed(1)
-    pixels = torch.rand(2, 3, image_size or 32, image_size or 32)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
-    with torch.no_grad():
-        ours, expected = load_named(name, image_size)(pixels), theirs((pixels - mean) / std)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-
-
 def test_hugging_face_whole_clip_in_shards_and_as_a_pickle(tmp_path):
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=48)
-    theirs = randomise(transformers.CLIPModel(config))
-    theirs.save_pretrained(tmp_path)
-
-    def features(x):
-        return theirs.visual_projection(theirs.vision_model(pixel_values=x).pooler_output)
-
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    assert_same_features(f"hf:{tmp_path}", features, mean, std)
-    whole, state = load_source(f"hf:{tmp_path}")
-    assert (whole.output_dim, whole.activation, whole.mlp_width) == (48, "quick_gelu", 3072)
+    with_text("CLIP", tmp_path)
+    _, state = load_source(f"hf:{tmp_path}")
     (tmp_path / "model.safetensors").unlink()
     names = sorted(state)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -71,10 +51,9 @@ def test_hugging_face_whole_siglip(tmp_path, capsys, side):
     theirs = randomise(transformers.SiglipModel(config))
     theirs.save_pretrained(tmp_path)
 
-    def features(x):
-        return theirs.vision_model(pixel_values=torch.nn.functional.pad(x, (0, side - 32) * 2, value=9.0)).pooler_output
-
-    assert_same_features(f"hf:{tmp_path}", features, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    images, normalised = pixels(count=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    padded = torch.nn.functional.pad(normalised, (0, side - 32) * 2, value=9.0)
+    assert_same(load_named(f"hf:{tmp_path}")(images), theirs.vision_model(pixel_values=padded).pooler_output)
     assert ("patches cover 32 of 35 pixels" in capsys.readouterr().err) == (side == 35)
     config, state = load_source(f"hf:{tmp_path}")
     assert (config.activation, config.mlp_width, config.eps, config.pool) == ("gelu_tanh", 3072, 1e-6, "attention")
@@ -231,7 +210,7 @@ def test_tensors_that_do_not_fit_their_configuration_are_named(tmp_path):
     assert "norm.bias" in load_file(tmp_path / "model.safetensors")
 
 
-def test_a_run_starts_from_a_named_model_and_is_rebuilt_from_its_own_file(tmp_path, change, monkeypatch):
+def test_a_run_starts_from_a_named_model_and_is_rebuilt_from_its_own_file(tmp_path, change):
     source = tmp_path / "source"
     source.mkdir()
     name, _ = save("timm", "vit_small_patch14_dinov2", source)

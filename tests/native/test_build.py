@@ -68,7 +68,7 @@ def build_command(out: Path, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture
-def fake_compilers(tmp_path, monkeypatch):
+def fake_compilers(tmp_path):
     """A C++ compiler that takes no time, and an nvcc that fails."""
     for name, script in {
         "c++": 'while [ "$1" != -o ] && [ $# -gt 0 ]; do shift; done; [ $# -eq 0 ] || echo compiled > "$2"',

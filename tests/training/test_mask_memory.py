@@ -121,7 +121,7 @@ def test_resume_is_exact(every, tmp_path, monkeypatch, backend, died_at):
         assert all(s["maps"] != [16] for s in steps[: 6 - died_at])
 
 
-def test_state_is_packed_and_comes_back(tmp_path):
+def test_state_is_packed_and_comes_back():
     method = SimpleNamespace(student=SimpleNamespace(backbone=SimpleNamespace(config=SimpleNamespace(num_patches=13))))
     memory = MaskMemory(method, 23, 2, ALONE)
     memory.masks.copy_(torch.rand(23, 13) < 0.4)

@@ -225,7 +225,7 @@ def test_full_disk_keeps_the_old_checkpoint(change, monkeypatch):
     assert not list(trainer.folder.rglob(".*")), "a half-written file is left"
 
 
-def test_refuses_what_is_not_this_run(change, weights, tmp_path):
+def test_refuses_what_is_not_this_run(change):
     config = change(optim={"epochs": 1})
     Trainer(config, quiet=True).run()
     with pytest.raises(ValueError, match="already holds a run: --resume"):
@@ -251,7 +251,7 @@ def test_batch_of_one_cannot_be_refilled(change, fill):
     assert not config.out.exists()
 
 
-def test_ruined_weights_are_not_saved(change, monkeypatch):
+def test_ruined_weights_are_not_saved(change):
     """One step with a huge learning rate: the loss before it was fine, the weights after it are not."""
     config = change(optim={"epochs": 1, "batch_size": 60, "lr": 1e30, "warmup": 0.0})
     trainer = Trainer(config, quiet=True)
@@ -278,7 +278,7 @@ def test_what_a_user_copies_beside_the_checkpoints_stays(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["my-best", "step-9"]
 
 
-def test_out_never_overwrites(change, weights, image_folders, tmp_path):
+def test_out_never_overwrites(change, image_folders, tmp_path):
     """A folder with the user's files, a data folder, a file, a finished run without its checkpoint."""
     own = tmp_path / "own"
     own.mkdir()
