@@ -14,15 +14,20 @@ EXTRAS = {
 PACKAGES = {"open_clip": "open_clip_torch", "nvidia.dali": "nvidia-dali-cuda130"}
 
 
-def need(*modules: str) -> None:
-    """Raise `MissingLibraryError`, which names the command that installs it, unless all these modules are installed."""
+def need(*modules: str, instead: str = "") -> None:
+    """Raise `MissingLibraryError` unless all these modules are installed.
+
+    It names the command that installs the one that is missing, and what may be done ``instead``.
+    """
     for module in modules:
-        if not _installed(module):
+        if not installed(module):
             package = f"'maskcf-fast[{EXTRAS[module]}]'" if module in EXTRAS else PACKAGES.get(module, module)
-            raise MissingLibraryError(f"{module} is not installed: pip install {package}")
+            otherwise = f", or {instead}" if instead else ""
+            raise MissingLibraryError(f"{module} is not installed: pip install {package}{otherwise}")
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether there is such a module, which is not imported."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # a parent of it is missing

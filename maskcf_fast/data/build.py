@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from typing import Literal
 
 from ..core.errors import UserError
+from ..core.optional import installed
 from .cached_loader import CachedLoader
 from .dali import DaliLoader
 from .loader import Loader, LoaderConfig
@@ -38,14 +38,9 @@ def build_loader(
     """
     if backend not in ("auto", "dali", "torch"):
         raise UserError(f'backend must be "auto", "dali" or "torch", got {backend!r}')
-    if backend == "auto" and not _has_dali():
+    if backend == "auto" and not installed("nvidia.dali"):
         if config.rank == 0:
             print("NVIDIA DALI is not installed: images are decoded with PIL, which is slower.", file=sys.stderr)
         backend = "torch"
     loader = TorchLoader(manifest, config) if backend == "torch" else DaliLoader(manifest, config)
     return loader if config.cache == "none" else CachedLoader(loader)
-
-
-def _has_dali() -> bool:
-    # The parent first: looking for a module inside an absent package raises.
-    return all(importlib.util.find_spec(name) for name in ("nvidia", "nvidia.dali"))

@@ -11,6 +11,7 @@ import numpy as np
 import PIL
 import torch
 
+from ..core.optional import need
 from .jpeg import is_plain_jpeg
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
@@ -42,13 +43,7 @@ class DaliLoader(EpochLoader):
     backend = "dali"
 
     def __init__(self, manifest: Manifest, config: LoaderConfig) -> None:
-        try:
-            import_module("nvidia.dali")
-        except ImportError as error:
-            raise ImportError(
-                "NVIDIA DALI cannot be imported: install nvidia-dali-cuda130 (Linux x86-64 only) "
-                'or use the loader backend "torch"'
-            ) from error
+        need("nvidia.dali", instead='use the loader backend "torch" (DALI is for Linux on x86-64)')
         super().__init__(manifest, config)
         self._pipeline: Any = None  # of a loader that augments: it has the state of the random numbers
         self._checkpoint: bytes | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import read_lines
+from ..core.optional import need
 from ..data import scan_images
 from ..data.manifest import some
 from ..data.scan import class_folders
@@ -23,13 +24,9 @@ def imagenet_classes() -> tuple[str, ...]:
     Raises:
         ImportError: timm, whose list it is, is not installed.
     """
-    try:
-        from timm.data import ImageNetInfo
-    except ImportError as error:
-        raise ImportError(
-            "ImageNet's class list comes with timm, which is not installed: pip install timm, or pass --classes FILE "
-            "with one folder name per line in the order of the model's outputs"
-        ) from error
+    need("timm", instead="pass --classes FILE with one folder name per line in the order of the model's outputs")
+    from timm.data import ImageNetInfo
+
     return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.optional import need
 from ..data import ImageError, Manifest
 from ..data.images import ImageReader, read_file
 from .classes import data_folder
@@ -81,10 +82,8 @@ def read_table(source: Path, known: Collection[str] = ()) -> TableImages:
         raise UserError(
             f"{root} holds the splits {', '.join(splits)}: pass the folder of one, such as {root / splits[0]}"
         )
-    try:
-        datasets: Any = import_module("datasets")
-    except ImportError as error:
-        raise ImportError(f"{root} is a Hugging Face data set, which needs: pip install datasets") from error
+    need("datasets")
+    datasets: Any = import_module("datasets")
     try:
         table = datasets.load_from_disk(str(root))
     except Exception as error:  # its own, Arrow's, and whatever comes up in files that are damaged or empty

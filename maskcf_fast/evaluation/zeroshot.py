@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.files import check_writable, composed, read_lines
+from ..core.optional import need
 from ..core.processes import choose_device
 from ..data.scan import class_folders
 from ..models import CosineClassifier
@@ -169,14 +171,9 @@ def read_templates(source: str) -> Templates:
 
 
 def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(
-            'the templates "openai" and "simple" and ImageNet\'s class names come with open_clip: '
-            "pip install open_clip_torch, or give files"
-        ) from error
-    return open_clip
+    """open_clip, whose templates "openai" and "simple" and names of ImageNet's classes are."""
+    need("open_clip", instead="give files of --classes and --templates")
+    return import_module("open_clip")
 
 
 def write_head(config: ZeroShotConfig) -> None:

@@ -252,7 +252,7 @@ def test_backend_without_dali(numbered, monkeypatch, capsys):
     manifest = numbered(4)
     with pytest.raises(ValueError, match="backend must be"):
         build_loader(manifest, EVAL, "ffcv")
-    monkeypatch.setattr(build, "_has_dali", lambda: False)
+    monkeypatch.setattr(build, "installed", lambda _: False)
     assert build_loader(manifest, EVAL).backend == "torch"
     build_loader(manifest, replace(EVAL, rank=1, world_size=2))
     assert capsys.readouterr().err.count("DALI is not installed") == 1

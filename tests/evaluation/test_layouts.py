@@ -38,7 +38,7 @@ def test_v2_is_mapped_by_number(score, wnids, tmp_path):
 
 
 def test_v2_needs_no_list_for_a_model_of_imagenet(wnids, monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm.data", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     assert numbered_classes(wnids) == wnids
     for others in (wnids[:999], wnids[::-1], ("cat", "dog")):
         with pytest.raises(ImportError, match="pip install timm, or pass --classes FILE"):
