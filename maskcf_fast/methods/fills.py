@@ -28,12 +28,14 @@ class Fill:
         name: The second part of a strategy's name.
         cuts: The paper's settings by region: threshold for object and context masks, rate for random ones.
         other_images: Whether it takes from other images of the batch, and so needs two.
+        per_patch: Then, whether each patch comes from an image of its own.
         leaves_out: Whether masked patches are left out of the network's input, which nothing is pasted into.
     """
 
     name: str
     cuts: Mapping[str, float]
     other_images: bool = False
+    per_patch: bool = False
     leaves_out: bool = False
 
     def donors(
@@ -45,8 +47,11 @@ class Fill:
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor | None:
-        """Draw the images that patches come from, int64 ``[N]`` or ``[N, L]``; None where they come from none."""
-        return None
+        """As `sample_donors` draws them, int64 ``[N]`` or ``[N, L]``; None where patches come from no image."""
+        if not self.other_images:
+            return None
+        patches = num_patches if self.per_patch else None
+        return sample_donors(n, patches, exclude_self=exclude_self, generator=generator, device=device)
 
     def dropped(self, rate: float, num_patches: int) -> int | None:
         """Patches of every image that a random mask takes; None where each is taken with probability ``rate``."""
@@ -111,25 +116,8 @@ class LeftOut(Fill):
         return backbone.encode(rows, packing=packing, angles=angles)[0]
 
 
-@dataclass(frozen=True)
 class FromOthers(Fill):
     """The same patch of another image: of one for all patches, or of one for each."""
-
-    other_images: bool = True
-    per_patch: bool = False
-
-    def donors(
-        self,
-        n: int,
-        num_patches: int,
-        *,
-        exclude_self: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor | None:
-        """As `sample_donors` draws them."""
-        patches = num_patches if self.per_patch else None
-        return sample_donors(n, patches, exclude_self=exclude_self, generator=generator, device=device)
 
     def encode(
         self, backbone: VisionTransformer, tokens: Tensor, mask: Tensor, donors: Tensor | None, dropped: int | None
@@ -144,6 +132,6 @@ class FromOthers(Fill):
         return refill_patches(images, mask, donors)
 
 
-register_fill(FromOthers("single", {"object": 0.3, "context": 0.5, "random": 0.5}))
-register_fill(FromOthers("multi", {"object": 0.6, "context": 0.3, "random": 0.5}, per_patch=True))
+register_fill(FromOthers("single", {"object": 0.3, "context": 0.5, "random": 0.5}, other_images=True))
+register_fill(FromOthers("multi", {"object": 0.6, "context": 0.3, "random": 0.5}, other_images=True, per_patch=True))
 register_fill(LeftOut("none", {"object": 0.3, "context": 0.6, "random": 0.75}, leaves_out=True))
