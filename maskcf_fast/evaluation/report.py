@@ -87,7 +87,7 @@ class Report:
         extra = ["OOD average"] if self.shifted else []
         extra += ["OOD − initial"] if any(self.above_initial(row) is not None for row in self.rows) else []
         extra += ["effective robustness"] if self.effective_robustness(self.rows[0]) else []
-        lines = _heading([*columns, *extra], text=1)
+        lines = []
         for row in self.rows:
             cells = [row.model, *([_alpha(row)] if interpolated else [])]
             cells += [f"{row.results[name].top1:.2f}" for name in (self.id, *self.shifted)]
@@ -100,13 +100,16 @@ class Report:
             for name in extra:
                 value, sign = values[name]
                 cells.append("" if value is None else f"{value:{sign}.2f}")
-            lines.append(table_line(cells))
-        return "\n".join([*lines, "", *self._details(interpolated), "", *self._notes()])
+            lines.append(cells)
+        return "\n\n".join(
+            [markdown_table([*columns, *extra], lines), self._details(interpolated), "\n".join(self._notes())]
+        )
 
-    def _details(self, interpolated: bool) -> list[str]:
+    def _details(self, interpolated: bool) -> str:
         robust = bool(self.effective_robustness(self.rows[0]))
         columns = ["model", *(["α"] if interpolated else []), "data", "images", "classes", "top-1", "95 % interval"]
-        lines = _heading([*columns, "top-5", "ECE", *(["effective robustness"] if robust else [])], text=1)
+        columns += ["top-5", "ECE", *(["effective robustness"] if robust else [])]
+        lines = []
         for row in self.rows:
             above = self.effective_robustness(row)
             for benchmark in self.benchmarks:
@@ -117,8 +120,8 @@ class Report:
                 cells += [f"{result.ece:.2f}"]
                 if robust:
                     cells.append(f"{above[benchmark.name]:+.2f}" if benchmark.name in above else "")
-                lines.append(table_line(cells))
-        return lines
+                lines.append(cells)
+        return markdown_table(columns, lines)
 
     def _notes(self) -> list[str]:
         notes = [
@@ -159,8 +162,9 @@ def _alpha(row: Row) -> str:
     return "" if row.alpha is None else f"{row.alpha:g}"
 
 
-def _heading(columns: Sequence[str], text: int) -> list[str]:
-    return [table_line(columns), "|" + "---|" * text + "--:|" * (len(columns) - text)]
+def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text, the others figures."""
+    return "\n".join([table_line(columns), "|---|" + "--:|" * (len(columns) - 1), *map(table_line, lines)])
 
 
 def table_line(cells: Sequence[str]) -> str:

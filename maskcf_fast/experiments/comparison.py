@@ -17,7 +17,6 @@ from ..core.processes import Processes
 from ..core.schema import Range, conform, read_record
 from ..data import Manifest
 from ..evaluation import Reader, Results, Spec, Suite
-from ..evaluation.report import table_line
 from ..training.folder import AUTO
 from ..training.settings import ModelConfig, TrainConfig, changed_settings
 from ..training.trainer import Trainer
@@ -120,8 +119,3 @@ def spread(values: Sequence[float], *, signed: bool = False) -> str:
     """Mean ± standard deviation."""
     mean = f"{statistics.mean(values):{'+' if signed else ''}.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text, the others figures."""
-    return "\n".join([table_line(columns), "|---|" + "--:|" * (len(columns) - 1), *map(table_line, lines)])

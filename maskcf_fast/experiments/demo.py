@@ -22,6 +22,7 @@ from ..core.errors import UserError
 from ..core.files import atomic_write, check_writable
 from ..core.processes import Processes
 from ..data import scan_images
+from ..evaluation.report import markdown_table
 from ..evaluation.results import refuse_others
 from ..methods import MaskStrategy
 from ..methods.label_map import LabelMap
@@ -31,7 +32,7 @@ from ..visualization.board import board_images
 from ..visualization.draws import Draws
 from ..visualization.maps import counterfactuals, explain_labels
 from ..visualization.plots import draw_sheet, draw_tradeoff, heat_maps, mask_maps
-from .comparison import markdown_table, spread, train_or_reuse
+from .comparison import spread, train_or_reuse
 from .table import Table, TableConfig, TableRow, curves, grouped
 
 SHOWN = "object-single"

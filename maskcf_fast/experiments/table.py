@@ -28,12 +28,13 @@ from ..core.processes import Processes
 from ..core.tensors import fingerprint
 from ..evaluation import Reader, Results, choose_specs
 from ..evaluation.benchmark import read_class_map
+from ..evaluation.report import markdown_table
 from ..methods import OutputEnsemble, average, registry, strategy_names
 from ..training.build import as_benchmark, build_model, named_test_sets, scan
 from ..training.runs import Run, read_run, stock
 from ..training.settings import DataConfig, ModelConfig, OptimConfig, TrainConfig, check_seeds, find_yaml, parse
 from ..visualization.plots import Point, plot_tradeoff
-from .comparison import build_suite, images_checksum, markdown_table, spread, train_or_reuse
+from .comparison import build_suite, images_checksum, spread, train_or_reuse
 from .demo_model import demo_start
 from .evaluate_settings import Repeated, flat
 
