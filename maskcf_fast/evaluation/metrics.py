@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, linear_regression
 
 import numpy as np
 
@@ -69,9 +69,7 @@ class Baseline:
             raise UserError("accuracies of a baseline must lie between 0 and 100 per cent, both excluded")
         if len({x for x, _ in pairs}) < 2:
             raise UserError(f"a line needs at least two models of different ID accuracy, got {len(pairs)} model(s)")
-        x, y = np.array([[logit(value) for value in pair] for pair in pairs]).T
-        slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-        return cls(slope, float(y.mean() - slope * x.mean()))
+        return cls(*linear_regression(*zip(*(map(logit, pair) for pair in pairs), strict=True)))
 
     def expected(self, id_accuracy: float) -> float:
         """OOD accuracy on the line, in per cent."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import UserError
+from ..core.schema import read_record
 from .classes import data_folder
 
 BORDER = 2  # every image has a red frame of this many pixels, put there to tell it from training data
-FILES = (
-    "folder_to_objectnet_label.json",
-    "objectnet_to_imagenet_1k.json",
-    "imagenet_to_label_2012_v2",
-    "pytorch_to_imagenet_2012_id.json",
-)
+FILES = {  # of mappings, and what the JSON files hold
+    "folder_to_objectnet_label.json": dict[str, str],
+    "objectnet_to_imagenet_1k.json": dict[str, str],
+    "pytorch_to_imagenet_2012_id.json": dict[str, int],
+    "imagenet_to_label_2012_v2": None,
+}
 
 
 def find_objectnet(root: Path) -> tuple[Path, Path] | None:
@@ -49,35 +48,27 @@ def objectnet_meanings(mappings: Path, folders: Sequence[str], numbered: Sequenc
     """
     if missing := [name for name in FILES if not (mappings / name).is_file()]:
         raise FileNotFoundError(f"{mappings} lacks {', '.join(missing)}: they come with ObjectNet, extract them again")
-    labels, translations, _, lines_of = (_read(mappings / name) for name in FILES)
-    lines = (mappings / FILES[2]).read_text().splitlines()
+    folders_file, translations_file, numbers_file, lines_file = (mappings / name for name in FILES)
+    try:
+        labels, translations, lines_of = (read_record(mappings / name, kind) for name, kind in FILES.items() if kind)
+    except UserError as error:
+        raise UserError(f"{error}: extract it from ObjectNet again") from error
+    lines = lines_file.read_text().splitlines()
     numbers: dict[str, list[int]] = {}
     for number, line in lines_of.items():
         if not 0 <= line < len(lines) or not 0 <= int(number) < len(numbered):
-            raise UserError(f"{mappings / FILES[3]}: class {number} is said to be in line {line} of {len(lines)}")
+            raise UserError(f"{numbers_file}: class {number} is said to be in line {line} of {len(lines)}")
         numbers.setdefault(lines[line].strip(), []).append(int(number))
 
     def classes(folder: str) -> tuple[str, ...]:
         if folder not in labels:
-            raise UserError(f"the class {folder!r} of ObjectNet is not in {mappings / FILES[0]}")
+            raise UserError(f"the class {folder!r} of ObjectNet is not in {folders_file}")
         wanted = [name.strip() for name in translations.get(labels[folder], "").split(";") if name.strip()]
         for name in wanted:
             if (count := len(numbers.get(name, []))) != 1:
                 raise UserError(
-                    f"{mappings / FILES[1]}: {count} ImageNet classes are called {name!r} ({labels[folder]}), not one"
+                    f"{translations_file}: {count} ImageNet classes are called {name!r} ({labels[folder]}), not one"
                 )
         return tuple(numbered[numbers[name][0]] for name in wanted)
 
     return [classes(folder) for folder in folders]
-
-
-def _read(path: Path) -> Any:
-    if path.suffix != ".json":
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON file ({error}): extract it from ObjectNet again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold an object: extract it from ObjectNet again")
-    return content

@@ -91,8 +91,8 @@ def test_border_of_objectnet_only(score, tmp_path, wnids):
     ("file", "content", "words"),
     [
         ("imagenet_to_label_2012_v2", None, "lacks imagenet_to_label_2012_v2"),
-        ("objectnet_to_imagenet_1k.json", "{", "is no JSON file"),
-        ("objectnet_to_imagenet_1k.json", "[]", "must hold an object"),
+        ("objectnet_to_imagenet_1k.json", "{", "holds no JSON that can be read"),
+        ("objectnet_to_imagenet_1k.json", "[]", "is not dict.* extract it"),
         ("objectnet_to_imagenet_1k.json", '{"Drill": "drill press"}', "0 ImageNet classes are called 'drill press'"),
         ("folder_to_objectnet_label.json", "{}", "'air_freshener' of ObjectNet is not in"),
         ("pytorch_to_imagenet_2012_id.json", '{"0": 1000}', "class 0 is said to be in line 1000 of 1000"),
