@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import json
@@ -131,8 +132,8 @@ def _without_digest(data: bytes, found: re.Match[bytes]) -> bytes:
 
 
 def save_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file that carries the SHA-256 of its contents; errors as `save_tensors`."""
-    text = json.dumps({"sha256": EMPTY, **content}, allow_nan=False).encode()
+    """Write a JSON file that carries the SHA-256 of its contents, bytes among them; errors as `save_tensors`."""
+    text = json.dumps({"sha256": EMPTY, **content}, allow_nan=False, default=_bytes_to_json).encode()
     found = FIELD.search(text)
     assert found is not None
     digest = hashlib.sha256(text).hexdigest().encode()
@@ -151,9 +152,17 @@ def load_json(path: Path) -> dict[str, object]:
     found = FIELD.search(text)
     if found is None or hashlib.sha256(_without_digest(text, found)).hexdigest().encode() != found[1]:
         raise DamagedFile(f"{path} is damaged: its contents are not those that were written (SHA-256)")
-    content: dict[str, object] = json.loads(text)
+    content: dict[str, object] = json.loads(text, object_hook=_bytes_from_json)
     del content["sha256"]
     return content
+
+
+def _bytes_to_json(value: bytes) -> dict[str, str]:
+    return {"base64": base64.b64encode(value).decode()}
+
+
+def _bytes_from_json(found: dict[str, object]) -> object:
+    return base64.b64decode(str(found["base64"])) if found.keys() == {"base64"} else found
 
 
 def fingerprint(module: nn.Module) -> str:

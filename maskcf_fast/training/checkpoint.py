@@ -7,7 +7,6 @@ that it needs, under whatever number of processes. All files carry a digest.
 
 from __future__ import annotations
 
-import base64
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -94,13 +93,13 @@ def _commit(
     for part, names in parts:
         for name, (start, stop) in names.items():
             index[name]["rows"].append([part, start, stop])
-    save_json(folder / STATE, {"version": VERSION, **_to_json(values), "tensors": index})
+    save_json(folder / STATE, {"version": VERSION, **values, "tensors": index})
 
 
 def update_checkpoint(run: Path, step: int, values: dict[str, Any], processes: Processes) -> None:
     """Replace the plain values of a checkpoint, whose tensors are still the run's."""
     path = run / "checkpoints" / f"step-{step}" / STATE
-    processes.on_main(lambda: save_json(path, {**load_json(path), **_to_json(values)}))
+    processes.on_main(lambda: save_json(path, {**load_json(path), **values}))
 
 
 def remove_old(run: Path, keep: int) -> None:
@@ -199,7 +198,7 @@ def read_checkpoint(folder: Path, part: tuple[int, int] = (0, 1)) -> Checkpoint:
         files = sorted({row[0] for tensor in index.values() for row in tensor["rows"]})
         for name in files[part[0] :: part[1]]:
             check_digest(folder / name, own=True)
-        return Checkpoint(folder, _from_json(values), index)
+        return Checkpoint(folder, values, index)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFile(str(error) if isinstance(error, UserError | OSError) else f"{folder}: {error!r}") from error
 
@@ -241,19 +240,3 @@ def load_checkpoint(
 
 def _length(tensor: Tensor) -> int:
     return len(tensor) if tensor.ndim else 1
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
-    return {"base64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {"base64"}:
-            return base64.b64decode(value["base64"])
-        return {key: _from_json(item) for key, item in value.items()}
-    return [_from_json(item) for item in value] if isinstance(value, list) else value
