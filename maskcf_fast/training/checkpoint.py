@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.processes import Processes
+from ..core.schema import conform
 from ..core.tensors import NAMES, DamagedFile, check_digest, load_json, save_json, save_tensors
 from .sharding import local_rows
 
@@ -168,12 +169,12 @@ class Checkpoint:
         with torch.no_grad():
             local.copy_(value)
 
-    def value(self, name: str, check: Callable[[Any], bool], what: str) -> Any:
-        """A plain value, if it is what it should be."""
-        found = self.values.get(name)
-        if not check(found):
-            raise self.error(f"is damaged, {name} must be {what}, got {str(found)[:60]}")
-        return found
+    def value(self, name: str, hint: Any) -> Any:
+        """A plain value, if it is of this type; see `conform`."""
+        try:
+            return conform(self.values.get(name), hint, name)
+        except UserError as error:
+            raise self.error(f"is damaged, {error}") from error
 
     def error(self, what: str) -> UserError:
         """An error that names the checkpoint, and what to do."""

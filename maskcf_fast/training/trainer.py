@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from tqdm import tqdm
 from ..core.errors import Stopped, UserError
 from ..core.precision import check_precision, float32_products
 from ..core.processes import Processes
+from ..core.schema import Range
 from ..core.signals import StopRequest
 from ..data import Batch
 from ..data.mixing import Mixup
-from ..evaluation.measure import measure
+from ..evaluation.measure import Percent, measure
 from ..methods import CounterfactualDistiller
 from ..methods.trajectory import RunningAverage
 from ..models import ImageClassifier
@@ -496,15 +497,13 @@ class Trainer:
         Raises:
             ValueError: It is of another model, other initial weights or other images, or holds what no run does.
         """
-        step = saved.value("step", lambda x: _is_count(x, self.total_steps), f"a step from 0 to {self.total_steps}")
-        self.evaluated = saved.value("evaluated", lambda x: x == -1 or _is_count(x, step), f"a step up to {step}")
-        self.skipped = saved.value("skipped", lambda x: _is_count(x, step), f"a number of steps up to {step}")
-        self.best = saved.value("best", lambda x: x is None or _is_share(x), "a percentage")
-        self.accuracy = saved.value(
-            "accuracy", lambda x: isinstance(x, dict) and all(map(_is_share, x.values())), "percentages by test set"
-        )
-        states = saved.value("processes", lambda x: isinstance(x, list) and len(x) > 0, "a list of states")
-        if len(states) != self.processes.world_size and not self.config.elastic:
+        step: int = saved.value("step", Annotated[int, Range(0, self.total_steps)])
+        self.evaluated = saved.value("evaluated", Annotated[int, Range(-1, step)])
+        self.skipped = saved.value("skipped", Annotated[int, Range(0, step)])
+        self.best = saved.value("best", Percent | None)
+        self.accuracy = saved.value("accuracy", dict[str, Percent])
+        states: list[Any] = saved.value("processes", list[Any])
+        if states and len(states) != self.processes.world_size and not self.config.elastic:
             raise UserError(
                 f"{saved.folder} was written by {len(states)} process(es), now there are {self.processes.world_size}: "
                 "take as many, or --elastic True to continue with other draws of donors and random masks"
@@ -550,7 +549,7 @@ class Trainer:
     def _check_origin(self, saved: Checkpoint) -> None:
         """Raise unless the run started from what is here now, and on the images that are here."""
         config = self.config
-        initial = saved.value("initial", lambda x: isinstance(x, str), "a fingerprint")
+        initial = saved.value("initial", str)
         own = {name: list(x.shape) for name, x in self._tensors().items() if name.startswith("student.")}
         theirs = {name: x["shape"] for name, x in saved.index.items() if name.startswith("student.")}
         if differing := [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]:
@@ -561,7 +560,7 @@ class Trainer:
         if initial != self.initial:
             source = config.model.weights or config.model.name
             raise UserError(f"{saved.folder} started from other weights than {source} now holds: restore those")
-        images = saved.value("images", lambda x: isinstance(x, dict), "fingerprints of the images")
+        images = saved.value("images", dict[str, str])
         if others := [name for name in {**images, **self.images} if images.get(name) != self.images.get(name)]:
             raise UserError(
                 f"{self.folder} was run on other images than those here now: {', '.join(others)}; put those back, or "
@@ -597,11 +596,3 @@ class Trainer:
                 print(f"  skipped {len(manifest.skipped)} bad file(s):")
                 for path, reason in manifest.skipped[:20]:
                     print(f"    {path}: {reason}")
-
-
-def _is_count(value: Any, most: int) -> bool:
-    return type(value) is int and 0 <= value <= most
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value <= 100
