@@ -140,39 +140,31 @@ def _rename(name: str, names: Mapping[str, str]) -> str:
     return new.replace("#", number[1]) if number else new
 
 
+def _blocks(owner: str, names: Mapping[str, str]) -> dict[str, str]:
+    """Names within a block, as those of all of a library's blocks."""
+    return {f"blocks.#.{ours}": f"{owner}.#.{theirs}" for ours, theirs in names.items()}
+
+
 OPEN_CLIP = Naming(
     "open_clip",
     {
-        "patch_weight": "conv1.weight",
-        "class_embedding": "class_embedding",
-        "position_embedding": "positional_embedding",
-        "ln_pre": "ln_pre",
-        "ln_post": "ln_post",
-        "projection": "proj",
-        "blocks.#.ln_1": "transformer.resblocks.#.ln_1",
-        "blocks.#.ln_2": "transformer.resblocks.#.ln_2",
-        "blocks.#.attn.qkv.weight": "transformer.resblocks.#.attn.in_proj_weight",
-        "blocks.#.attn.qkv.bias": "transformer.resblocks.#.attn.in_proj_bias",
-        "blocks.#.attn.out": "transformer.resblocks.#.attn.out_proj",
-        "blocks.#.fc": "transformer.resblocks.#.mlp.c_fc",
-        "blocks.#.proj": "transformer.resblocks.#.mlp.c_proj",
-        "blocks.#.scale_1": "transformer.resblocks.#.ls_1.gamma",
-        "blocks.#.scale_2": "transformer.resblocks.#.ls_2.gamma",
+        "patch_weight": "conv1.weight", "class_embedding": "class_embedding",
+        "position_embedding": "positional_embedding", "ln_pre": "ln_pre", "ln_post": "ln_post", "projection": "proj",
+        **_blocks("transformer.resblocks", {
+            "ln_1": "ln_1", "ln_2": "ln_2", "scale_1": "ls_1.gamma", "scale_2": "ls_2.gamma",
+            "attn.qkv.weight": "attn.in_proj_weight", "attn.qkv.bias": "attn.in_proj_bias", "attn.out": "attn.out_proj",
+            "fc": "mlp.c_fc", "proj": "mlp.c_proj",
+        }),
     },
-)
+)  # fmt: skip
 _HF_CLIP = {
-    "patch_weight": "embeddings.patch_embedding.weight",
-    "position_embedding": "embeddings.position_embedding.weight",
+    "patch_weight": "embeddings.patch_embedding.weight", "position_embedding": "embeddings.position_embedding.weight",
     "ln_post": "post_layernorm",
-    "blocks.#.ln_1": "encoder.layers.#.layer_norm1",
-    "blocks.#.ln_2": "encoder.layers.#.layer_norm2",
-    "blocks.#.attn.q": "encoder.layers.#.self_attn.q_proj",
-    "blocks.#.attn.k": "encoder.layers.#.self_attn.k_proj",
-    "blocks.#.attn.v": "encoder.layers.#.self_attn.v_proj",
-    "blocks.#.attn.out": "encoder.layers.#.self_attn.out_proj",
-    "blocks.#.fc": "encoder.layers.#.mlp.fc1",
-    "blocks.#.proj": "encoder.layers.#.mlp.fc2",
-}
+    **_blocks("encoder.layers", {
+        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+        "attn.v": "self_attn.v_proj", "attn.out": "self_attn.out_proj", "fc": "mlp.fc1", "proj": "mlp.fc2",
+    }),
+}  # fmt: skip
 HF_CLIP = Naming(
     "Hugging Face CLIP",
     {
@@ -191,148 +183,101 @@ HF_SIGLIP = Naming(
     "Hugging Face SigLIP",
     {
         **_HF_CLIP,
-        "patch_bias": "embeddings.patch_embedding.bias",
-        "pool.probe": "head.probe",
-        "pool.attn.qkv.weight": "head.attention.in_proj_weight",
-        "pool.attn.qkv.bias": "head.attention.in_proj_bias",
-        "pool.attn.out": "head.attention.out_proj",
-        "pool.ln": "head.layernorm",
-        "pool.fc": "head.mlp.fc1",
+        "patch_bias": "embeddings.patch_embedding.bias", "pool.probe": "head.probe",
+        "pool.attn.qkv.weight": "head.attention.in_proj_weight", "pool.attn.qkv.bias": "head.attention.in_proj_bias",
+        "pool.attn.out": "head.attention.out_proj", "pool.ln": "head.layernorm", "pool.fc": "head.mlp.fc1",
         "pool.proj": "head.mlp.fc2",
     },
     mark="head.probe",
     leading={"pool.probe": 2},
     antialias=False,
     ignored=r"embeddings\.position_ids$",
-)
+)  # fmt: skip
 _HF_VIT = {
     "patch_weight": "embeddings.patch_embeddings.projection.weight",
     "patch_bias": "embeddings.patch_embeddings.projection.bias",
-    "class_embedding": "embeddings.cls_token",
-    "position_embedding": "embeddings.position_embeddings",
+    "class_embedding": "embeddings.cls_token", "position_embedding": "embeddings.position_embeddings",
     "ln_post": "layernorm",
-    "blocks.#.attn.q": "encoder.layer.#.attention.attention.query",
-    "blocks.#.attn.k": "encoder.layer.#.attention.attention.key",
-    "blocks.#.attn.v": "encoder.layer.#.attention.attention.value",
-    "blocks.#.attn.out": "encoder.layer.#.attention.output.dense",
-}
+    **_blocks("encoder.layer", {
+        **{f"attn.{part[0]}": f"attention.attention.{part}" for part in ("query", "key", "value")},
+        "attn.out": "attention.output.dense",
+    }),
+}  # fmt: skip
 HF_VIT = Naming(  # and I-JEPA, and MAE's encoder
     "Hugging Face ViT",
     {
         **_HF_VIT,
-        "blocks.#.ln_1": "encoder.layer.#.layernorm_before",
-        "blocks.#.ln_2": "encoder.layer.#.layernorm_after",
-        "blocks.#.fc": "encoder.layer.#.intermediate.dense",
-        "blocks.#.proj": "encoder.layer.#.output.dense",
+        **_blocks("encoder.layer", {
+            "ln_1": "layernorm_before", "ln_2": "layernorm_after", "fc": "intermediate.dense", "proj": "output.dense",
+        }),
     },
     leading=TOKENS,
     antialias=False,
     ignored=r"pooler\.|classifier\.|embeddings\.mask_token$",
-)
+)  # fmt: skip
+_DINO = {"ln_1": "norm1", "ln_2": "norm2", "scale_1": "layer_scale1.lambda1", "scale_2": "layer_scale2.lambda1"}
+_GATED_DINO = _blocks("encoder.layer", {"fc": "mlp.weights_in", "proj": "mlp.weights_out"})
 HF_DINOV2 = Naming(
     "Hugging Face DINOv2",
-    {
-        **_HF_VIT,
-        "blocks.#.ln_1": "encoder.layer.#.norm1",
-        "blocks.#.ln_2": "encoder.layer.#.norm2",
-        "blocks.#.fc": "encoder.layer.#.mlp.fc1",
-        "blocks.#.proj": "encoder.layer.#.mlp.fc2",
-        "blocks.#.scale_1": "encoder.layer.#.layer_scale1.lambda1",
-        "blocks.#.scale_2": "encoder.layer.#.layer_scale2.lambda1",
-    },
+    {**_HF_VIT, **_blocks("encoder.layer", {**_DINO, "fc": "mlp.fc1", "proj": "mlp.fc2"})},
     leading=TOKENS,
     antialias=False,
     ignored=r"classifier\.|embeddings\.mask_token$",
-    also={
-        "encoder.layer.#.mlp.weights_in": "blocks.#.fc",
-        "encoder.layer.#.mlp.weights_out": "blocks.#.proj",
-    },
+    also={theirs: ours for ours, theirs in _GATED_DINO.items()},
 )
 _REGISTERS = {"registers": "embeddings.register_tokens"}
 HF_DINOV2_REGISTERS = replace(
     HF_DINOV2, names={**HF_DINOV2.names, **_REGISTERS}, mark="embeddings.register_tokens", antialias=True
 )
-_DINOV3 = {
-    "ln_1": "norm1",
-    "ln_2": "norm2",
-    "attn.q": "attention.q_proj",
-    "attn.k": "attention.k_proj",
-    "attn.v": "attention.v_proj",
-    "attn.out": "attention.o_proj",
-    "fc": "mlp.up_proj",
-    "proj": "mlp.down_proj",
-    "scale_1": "layer_scale1.lambda1",
-    "scale_2": "layer_scale2.lambda1",
-}
 HF_DINOV3 = Naming(
     "Hugging Face DINOv3",
     {
-        "patch_weight": "embeddings.patch_embeddings.weight",
-        "patch_bias": "embeddings.patch_embeddings.bias",
-        "class_embedding": "embeddings.cls_token",
-        **_REGISTERS,
-        "ln_post": "norm",
-        **{f"blocks.#.{ours}": f"layer.#.{theirs}" for ours, theirs in _DINOV3.items()},
+        "patch_weight": "embeddings.patch_embeddings.weight", "patch_bias": "embeddings.patch_embeddings.bias",
+        "class_embedding": "embeddings.cls_token", "ln_post": "norm", **_REGISTERS,
+        **_blocks("layer", {
+            **_DINO, "attn.out": "attention.o_proj", **{f"attn.{part}": f"attention.{part}_proj" for part in "qkv"},
+            "fc": "mlp.up_proj", "proj": "mlp.down_proj",
+        }),
     },
     leading=TOKENS,
     ignored=r"embeddings\.mask_token$",
-)
+)  # fmt: skip
 
 
 def gated(naming: Naming) -> Naming:
     """Hugging Face's names where the MLPs of a DINO make gates."""
-    if naming is HF_DINOV3:
-        names = {name: theirs for name, theirs in naming.names.items() if name != "blocks.#.fc"}
-        names |= {"blocks.#.gate": "layer.#.mlp.gate_proj", "blocks.#.value": "layer.#.mlp.up_proj"}
-        return replace(naming, names=names, mark="layer.0.mlp.gate_proj.weight")
-    mlp = "encoder.layer.#.mlp.weights_"
-    return replace(naming, names={**naming.names, "blocks.#.fc": f"{mlp}in", "blocks.#.proj": f"{mlp}out"})
+    if naming is not HF_DINOV3:
+        return replace(naming, names={**naming.names, **_GATED_DINO})
+    names = {name: theirs for name, theirs in naming.names.items() if name != "blocks.#.fc"}
+    names |= _blocks("layer", {"gate": "mlp.gate_proj", "value": "mlp.up_proj"})
+    return replace(naming, names=names, mark="layer.0.mlp.gate_proj.weight")
 
 
 TIMM = Naming(
     "timm",
     {
-        "patch_weight": "patch_embed.proj.weight",
-        "patch_bias": "patch_embed.proj.bias",
-        "class_embedding": "cls_token",
-        "position_embedding": "pos_embed",
-        "ln_pre": "norm_pre",
-        "ln_post": "norm",
-        "projection": "head.weight",
-        "blocks.#.ln_1": "blocks.#.norm1",
-        "blocks.#.ln_2": "blocks.#.norm2",
-        "blocks.#.attn.qkv": "blocks.#.attn.qkv",
-        "blocks.#.attn.out": "blocks.#.attn.proj",
-        "blocks.#.fc": "blocks.#.mlp.fc1",
-        "blocks.#.proj": "blocks.#.mlp.fc2",
-        "blocks.#.scale_1": "blocks.#.ls1.gamma",
-        "blocks.#.scale_2": "blocks.#.ls2.gamma",
-        "pool.probe": "attn_pool.latent",
-        "pool.attn.q": "attn_pool.q",
-        "pool.attn.kv": "attn_pool.kv",
-        "pool.attn.out": "attn_pool.proj",
-        "pool.ln": "attn_pool.norm",
-        "pool.fc": "attn_pool.mlp.fc1",
+        "patch_weight": "patch_embed.proj.weight", "patch_bias": "patch_embed.proj.bias",
+        "class_embedding": "cls_token", "registers": "reg_token", "position_embedding": "pos_embed",
+        "ln_pre": "norm_pre", "ln_post": "norm", "projection": "head.weight", "projection_bias": "head.bias",
+        **_blocks("blocks", {
+            "ln_1": "norm1", "ln_2": "norm2", "scale_1": "ls1.gamma", "scale_2": "ls2.gamma",
+            "attn.qkv": "attn.qkv", "attn.out": "attn.proj", "attn.q_norm": "attn.q_norm", "attn.k_norm": "attn.k_norm",
+            "attn.norm": "attn.norm", "fc": "mlp.fc1", "proj": "mlp.fc2", "mlp_norm": "mlp.norm",
+        }),
+        "pool.probe": "attn_pool.latent", "pool.attn.q": "attn_pool.q", "pool.attn.kv": "attn_pool.kv",
+        "pool.attn.out": "attn_pool.proj", "pool.ln": "attn_pool.norm", "pool.fc": "attn_pool.mlp.fc1",
         "pool.proj": "attn_pool.mlp.fc2",
-        "registers": "reg_token",
-        "projection_bias": "head.bias",
-        "blocks.#.attn.q_norm": "blocks.#.attn.q_norm",
-        "blocks.#.attn.k_norm": "blocks.#.attn.k_norm",
-        "blocks.#.attn.norm": "blocks.#.attn.norm",
-        "blocks.#.mlp_norm": "blocks.#.mlp.norm",
     },
     leading={**TOKENS, "pool.probe": 2},
     transposed=True,
     also={
-        "fc_norm": "ln_post",
-        "blocks.#.attn.q_bias": "blocks.#.attn.q.bias",
+        "fc_norm": "ln_post", "blocks.#.attn.q_bias": "blocks.#.attn.q.bias",
         "blocks.#.attn.v_bias": "blocks.#.attn.v.bias",
         **{f"blocks.#.attn.{part}_proj": f"blocks.#.attn.{part}" for part in "qkv"},
         **{f"blocks.#.gamma_{i}": f"blocks.#.scale_{i}" for i in (1, 2)},
-        "blocks.#.mlp.fc1_g": "blocks.#.gate",
-        "blocks.#.mlp.fc1_x": "blocks.#.value",
+        "blocks.#.mlp.fc1_g": "blocks.#.gate", "blocks.#.mlp.fc1_x": "blocks.#.value",
     },
-)
+)  # fmt: skip
 
 
 def timm_naming(config: VisionTransformerConfig, eva: bool) -> Naming:
