@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,14 @@ from ..methods.trajectory import Average, check_average
 from ..models import Shape, preset
 from ..models.weights import read_metadata
 
+POSITIVE = (
+    "optim.epochs", "optim.batch_size", "optim.accumulate", "optim.lr", "optim.clip", "method.cam_every",
+    "method.temperature", "log_every", "keep",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "data.holdout", "data.holdout_seed", "data.threads", "data.mixup", "method.weight", "optim.weight_decay",
+    "checkpoint_every", "checkpoint_minutes", "eval_every", "seed",
+)  # fmt: skip
 MOST_STEPS = 2**24  # that AdamW counts: in float32
 NONE = {"null": "None", "~": "None", "": "None"}  # what YAML's words are on the command line
 BOOL = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
@@ -276,36 +285,14 @@ class TrainConfig:
         Raises:
             ValueError: A setting is out of its range, or an unknown strategy or model (the nearest is suggested).
         """
-        positive = {
-            "optim.epochs": self.optim.epochs,
-            "optim.batch_size": self.optim.batch_size,
-            "optim.accumulate": self.optim.accumulate,
-            "optim.lr": self.optim.lr,
-            "optim.clip": self.optim.clip,
-            "method.cam_every": self.method.cam_every,
-            "method.temperature": self.method.temperature,
-            "log_every": self.log_every,
-            "keep": self.keep,
-        }
-        for name, value in positive.items():
-            if not 0 < value < float("inf"):
+        for name in POSITIVE:
+            if not 0 < (value := attrgetter(name)(self)) < float("inf"):
                 raise UserError(f"{name} must be positive and finite, got {value}")
         if self.data.threads > MOST_THREADS:
             raise UserError(f"data.threads must be at most {MOST_THREADS}, got {self.data.threads}")
-        not_negative = {
-            "data.holdout": 0 if self.data.holdout == "paper" else self.data.holdout,
-            "data.holdout_seed": self.data.holdout_seed or 0,
-            "data.threads": self.data.threads,
-            "data.mixup": self.data.mixup,
-            "method.weight": self.method.weight or 0,
-            "optim.weight_decay": self.optim.weight_decay or 0,
-            "checkpoint_every": self.checkpoint_every,
-            "checkpoint_minutes": self.checkpoint_minutes,
-            "eval_every": self.eval_every,
-            "seed": self.seed,
-        }
-        for name, value in not_negative.items():
-            if not 0 <= value < float("inf"):
+        for name in NOT_NEGATIVE:
+            value = attrgetter(name)(self)
+            if value not in (None, "paper") and not 0 <= value < float("inf"):
                 raise UserError(f"{name} must {'not be negative' if value < 0 else 'be finite'}, got {value}")
         if self.data.val is not None and self.data.holdout not in (0, "paper"):
             raise UserError(
