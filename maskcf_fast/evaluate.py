@@ -12,8 +12,7 @@ from .core.errors import CONTINUES
 def main(arguments: list[str]) -> None:
     """Run the command; returns the exit code."""
     from .core.processes import Processes
-    from .experiments.evaluate import Evaluation
-    from .experiments.evaluate_settings import EvaluateConfig
+    from .experiments.evaluate import EvaluateConfig, Evaluation
 
     config = read_settings(EvaluateConfig, arguments, "evaluate")
     processes = Processes.start(config.device)

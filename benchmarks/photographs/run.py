@@ -132,7 +132,7 @@ class Seed:
         config = TableConfig(
             methods=(name + colon + weight,),
             seeds=(self.seed, self.seed + 1000) if row in MERGED else (self.seed,),  # of the training, on these images
-            test=(tests,),
+            test=tests,
             id="known-usual",
             out=out,
             model=self.model,

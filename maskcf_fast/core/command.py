@@ -51,7 +51,8 @@ def read_settings(kind: type[T], arguments: Sequence[str], name: str, before: Se
     import tyro
 
     known = dict(_options(kind))
-    lists = [option for option, hint in known.items() if _is_list(hint)]
+    # tyro itself would take the last occurrence alone, without a word.
+    lists = [option for option, hint in known.items() if get_origin(hint) is tuple]
     for option, value in pairwise(arguments):  # a path of "" would be this folder
         if not value and Path in _kinds(known.get(option.replace("_", "-"))):
             raise UserError(f'{option} "" names no path: is a variable of the shell not set?')
@@ -60,16 +61,11 @@ def read_settings(kind: type[T], arguments: Sequence[str], name: str, before: Se
 
 def _options(kind: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
     """Every option and its type."""
-    for field, hint in get_type_hints(kind).items():  # one that may be appended to is Annotated, and not stripped here
+    for field, hint in get_type_hints(kind).items():
         if is_dataclass(hint) and isinstance(hint, type):
             yield from _options(hint, f"{prefix}{field.replace('_', '-')}.")
         else:
             yield f"{prefix}{field.replace('_', '-')}", hint
-
-
-def _is_list(hint: Any) -> bool:
-    """Whether an option takes several values; tyro itself would take the last occurrence alone, without a word."""
-    return get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is not tuple
 
 
 def _kinds(hint: Any) -> set[Any]:

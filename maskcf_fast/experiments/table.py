@@ -36,7 +36,6 @@ from ..training.settings import DataConfig, ModelConfig, OptimConfig, TrainConfi
 from ..visualization.plots import Point, plot_tradeoff
 from .comparison import build_suite, images_checksum, spread, train_or_reuse
 from .demo_model import demo_start
-from .evaluate_settings import Repeated, flat
 
 PAPER = ("lp", "ft", "lp-ft", "l2-sp", "kd", "cf-kd", "fd", *strategy_names())
 FURTHER = (
@@ -67,7 +66,7 @@ class TableConfig:
     """Seeds to fine-tune with."""
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Of WiSE-FT, each in [0, 1]; the paper's is 0.5."""
-    test: Repeated[str] = ()
+    test: tuple[str, ...] = ()
     """Test sets, [NAME=][LAYOUT:]PATH, as --data of python -m maskcf_fast.evaluate, whose --help lists the layouts; by
     default those that training is watched with, --data.id and --data.ood."""
     id: str | None = None
@@ -165,7 +164,7 @@ class Table:
             raise UserError(f"{WISE}METHOD needs images to choose its α with: --data.holdout N or --data.val DIR")
         for method in set(config.methods) - set(DERIVED):  # now, and not when its turn comes
             self.settings(method, config.seeds[0]).validate()
-        specs = choose_specs(flat(config.test), config.id, own)
+        specs = choose_specs(config.test, config.id, own)
         if len(specs) < 2:
             raise UserError(
                 f"a test set in distribution and at least one shifted are needed, got {len(specs)}: "
