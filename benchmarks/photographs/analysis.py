@@ -48,14 +48,9 @@ class Model:
     @property
     def name(self) -> str:
         """Method and strength."""
-        text = (
-            ""
-            if self.strength is None
-            else f" α {self.strength:g}"
-            if self.method == "wise-ft"
-            else f" {self.strength:g}"
-        )
-        return self.method + text
+        if self.strength is None:
+            return self.method
+        return f"{self.method}{' α' if self.method == 'wise-ft' else ''} {self.strength:g}"
 
 
 def models(files: Iterable[dict[str, Any]]) -> list[Model]:

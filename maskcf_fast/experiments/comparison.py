@@ -16,7 +16,6 @@ from ..core.files import atomic_write
 from ..core.processes import Processes
 from ..core.schema import Range, conform, read_record
 from ..data import Manifest
-from ..evaluation import Reader, Results, Spec, Suite
 from ..training.folder import AUTO
 from ..training.settings import ModelConfig, TrainConfig, changed_settings
 from ..training.trainer import Trainer
@@ -92,27 +91,6 @@ def images_checksum(manifest: Manifest) -> str:
     """SHA-256, in hex, of the names, labels and sizes of images; unlike their times of change, a copy keeps them."""
     sizes = [stamp and stamp[:-1] for stamp in manifest.stamps()]
     return hashlib.sha256(f"{manifest.fingerprint} {sizes}".encode()).hexdigest()
-
-
-def build_suite(
-    config: TrainConfig,
-    specs: Sequence[Spec],
-    reader: Reader,
-    results: Results,
-    processes: Processes,
-    id: str | None = None,
-) -> Suite:
-    """Test sets for the models of runs, decoded as the runs' own images are."""
-    return Suite(
-        specs,
-        reader,
-        results,
-        processes,
-        id=id,
-        batch_size=max(1, config.optim.batch_size // (processes.world_size * config.optim.accumulate)),
-        threads=config.data.threads,
-        backend=config.data.backend,
-    )
 
 
 def spread(values: Sequence[float], *, signed: bool = False) -> str:

@@ -26,7 +26,7 @@ from ..core.names import unknown
 from ..core.precision import check_precision
 from ..core.processes import Processes
 from ..core.tensors import fingerprint
-from ..evaluation import Reader, Results, choose_specs
+from ..evaluation import Reader, Results, Suite, choose_specs
 from ..evaluation.benchmark import read_class_map
 from ..evaluation.report import markdown_table
 from ..methods import OutputEnsemble, average, registry, strategy_names
@@ -34,7 +34,7 @@ from ..training.build import as_benchmark, build_model, named_test_sets, scan
 from ..training.runs import Run, read_run, stock
 from ..training.settings import DataConfig, ModelConfig, OptimConfig, TrainConfig, check_seeds, find_yaml, parse
 from ..visualization.plots import Point, plot_tradeoff
-from .comparison import build_suite, images_checksum, spread, train_or_reuse
+from .comparison import images_checksum, spread, train_or_reuse
 from .demo_model import demo_start
 
 PAPER = ("lp", "ft", "lp-ft", "l2-sp", "kd", "cf-kd", "fd", *strategy_names())
@@ -182,7 +182,17 @@ class Table:
         options = (data.on_bad_image, data.verify, processes.main, data.exif)
         reader = Reader(self.classes, class_map, config.outside, *options)
         results = Results(config.out / "results.json", "table", writes=processes.main)
-        self.suite = build_suite(self.base, specs, reader, results, processes, config.id)
+        parts = processes.world_size * self.base.optim.accumulate
+        self.suite = Suite(
+            specs,
+            reader,
+            results,
+            processes,
+            id=config.id,
+            batch_size=max(1, self.base.optim.batch_size // parts),
+            threads=data.threads,
+            backend=data.backend,
+        )
 
     def run(self) -> str:
         """Train, evaluate and write what is asked for; the table as Markdown."""

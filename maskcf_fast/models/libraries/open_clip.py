@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -101,11 +102,7 @@ def unmodified(name: str, image_size: int | None, pretrained: bool) -> Unmodifie
     given = [repr(part) for part in (model, tag) if part] + [f"{key}={value}" for key, value in options.items()]
     call = f"open_clip.create_model({', '.join(given)}).visual"
     side = square(visual.image_size)
-    return Unmodified(visual, _features, side, three(mean or CLIP_MEAN), three(std or CLIP_STD), call)
-
-
-def _features(visual: Any, pixels: torch.Tensor) -> torch.Tensor:
-    return visual(pixels)
+    return Unmodified(visual, operator.call, side, three(mean or CLIP_MEAN), three(std or CLIP_STD), call)
 
 
 def text_tower(name: str, device: str) -> TextTower:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -107,13 +108,9 @@ def unmodified(name: str, image_size: int | None, pretrained: bool) -> Unmodifie
         raise
     data = timm.data.resolve_model_data_config(model)
     side = image_size or getattr(getattr(model, "patch_embed", None), "img_size", None) or data["input_size"][1:]
-    features = _whole if "_clip_" in str(model.pretrained_cfg.get("architecture")) else _before_classifier
+    features = operator.call if "_clip_" in str(model.pretrained_cfg.get("architecture")) else _before_classifier
     call = f"timm.create_model({', '.join([repr(name), *(f'{k}={v}' for k, v in options.items())])})"
     return Unmodified(model, features, square(side), three(data["mean"]), three(data["std"]), call)
-
-
-def _whole(model: Any, pixels: Tensor) -> Tensor:
-    return model(pixels)
 
 
 def _before_classifier(model: Any, pixels: Tensor) -> Tensor:
