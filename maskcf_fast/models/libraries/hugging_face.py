@@ -380,14 +380,10 @@ def _kind(config: VisionTransformerConfig, linear: bool) -> tuple[str, str, Nami
     if name is None or not writable:
         raise no_place("Hugging Face", "SigLIP" if config.pool == "attention" else "CLIP, ViT or DINO", config)
     family = FAMILIES[name]
-    kind, prefix = {
-        "clip": ("CLIPVisionModelWithProjection" if config.output_dim else "CLIPVisionModel", "vision_model."),
-        "siglip": ("SiglipVisionModel", "vision_model."),
-        "vit": ("ViTForImageClassification", "vit.") if linear else ("ViTModel", ""),
-        "ijepa": ("IJepaForImageClassification", "ijepa.") if linear else ("IJepaModel", ""),
-        "dinov2": ("Dinov2Model", ""),
-        "dinov2_with_registers": ("Dinov2WithRegistersModel", ""),
-        "dinov3_vit": ("DINOv3ViTModel", ""),
-    }[name]
+    stem = family.settings.removesuffix("Config")
+    kind = f"{stem}Model{'WithProjection' if config.output_dim else ''}"
+    prefix = "vision_model." if stem.endswith("Vision") else ""
+    if linear and name in ("vit", "ijepa"):
+        kind, prefix = f"{stem}ForImageClassification", f"{name}."
     naming = gated(family.naming) if config.gated_mlp else family.naming
     return kind, prefix, naming, getattr(transformers, family.settings)(**settings)
