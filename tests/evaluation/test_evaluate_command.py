@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -437,10 +436,3 @@ def test_several_processes_give_the_same_results(runs, call, tmp_path):
         found = double["measurements"][key]
         assert found.pop("ece") == pytest.approx(expected.pop("ece"), abs=1e-4)
         assert found == expected
-
-
-def test_settings_of_training_do_not_change(runs):
-    """Reading a run for evaluation gives the settings it was trained with."""
-    config = read_run(runs / "fd").config
-    assert config.method == replace(MethodConfig("fd"), weight=1.0)
-    assert config.optim.lr == 1e-3
