@@ -166,10 +166,11 @@ class LibraryBackbone(Backbone):
         side = self.config.image_size
         if images.dtype == torch.uint8:
             check_tensor("images", images, ["N", side, side, 3])
-            return images.permute(0, 3, 1, 2).contiguous() / 255  # strided otherwise, oneDNN's gradients may crash
-        check_tensor("images", images, ["N", 3, side, side])
-        check_pixels(images)
-        return images
+            images = images.permute(0, 3, 1, 2) / 255
+        else:
+            check_tensor("images", images, ["N", 3, side, side])
+            check_pixels(images)
+        return images.contiguous()  # strided otherwise, oneDNN's gradients may crash, and its sums differ
 
     def embed_rows(self, rows: Tensor) -> Tensor:
         """The same."""
