@@ -53,49 +53,59 @@ inline To bits_as(From from) {
   return to;
 }
 
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(Bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+// Between the bits of a 16-bit format, in the lower half of a U, and the F of float32; of one value, or of a vector.
+template <class F, class U>
+inline F wide_of(U bits, Bfloat16) {
+  return bits_as<F>(U(bits << 16));
+}
 // The exponent and mantissa moved into place are the value over 2^112, subnormals too; infinity and NaN come out at
 // 65536 or above, where no float16 is.
-inline float widen(Float16 x) {
-  const float magnitude = bits_as<float>(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
-  const uint32_t special = magnitude >= 65536.0f ? 0x7f800000u : 0u;
-  return bits_as<float>(bits_as<uint32_t>(magnitude) | special | uint32_t(x.bits & 0x8000) << 16);
+template <class F, class U>
+inline F wide_of(U bits, Float16) {
+  const F magnitude = bits_as<F>(U((bits & 0x7fff) << 13)) * 0x1p112f;
+  const U special = magnitude >= 65536.0f ? U{} + 0x7f800000u : U{};
+  return bits_as<F>(U(bits_as<U>(magnitude) | special | (bits & 0x8000) << 16));
 }
-
 // To the nearest, ties to even; a NaN stays one.
-inline void narrow(float x, float& to) { to = x; }
-inline void narrow(double x, double& to) { to = x; }
-inline void narrow(float x, Bfloat16& to) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+template <class U, class F>
+inline U bits_of(F x, Bfloat16) {
+  const U bits = bits_as<U>(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? U{} + 0x7fc0u : rounded;
 }
 // Added to a power of two whose last bit is that of the result, the value is rounded by the addition. The least such
 // power is the one of subnormal results; the first two factors, 4 in all, bring what is too large to infinity.
-inline void narrow(float x, Float16& to) {
-  const uint32_t bits = bits_as<uint32_t>(x), sign = bits >> 16 & 0x8000, twice = bits + bits;
-  const float magnitude = bits_as<float>(bits & 0x7fffffff) * 0x1p112f * 0x1p-110f;
-  const uint32_t exponent = (twice & 0xff000000) < 0x71000000 ? 0x71000000 : twice & 0xff000000;
-  const uint32_t sum = bits_as<uint32_t>(bits_as<float>((exponent >> 1) + 0x07800000) + magnitude);
-  const uint32_t rounded = (sum >> 13 & 0x7c00) + (sum & 0x0fff);
-  to.bits = uint16_t(sign | (twice > 0xff000000 ? 0x7e00 : rounded));
+template <class U, class F>
+inline U bits_of(F x, Float16) {
+  const U bits = bits_as<U>(x), sign = bits >> 16 & 0x8000, twice = bits + bits;
+  const F magnitude = bits_as<F>(U(bits & 0x7fffffff)) * 0x1p112f * 0x1p-110f;
+  const U exponent = (twice & 0xff000000) < 0x71000000 ? U{} + 0x71000000u : twice & 0xff000000;
+  const U sum = bits_as<U>(F(bits_as<F>(U((exponent >> 1) + 0x07800000)) + magnitude));
+  const U rounded = (sum >> 13 & 0x7c00) + (sum & 0x0fff);
+  return sign | (twice > 0xff000000 ? U{} + 0x7e00u : rounded);
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+template <class T>
+inline float widen(T x) {
+  return wide_of<float>(uint32_t(x.bits), T{});
 }
 
 // A vector from `lanes_of` values in memory, and back.
+typedef uint16_t Halves __attribute__((vector_size(MASKCF_VECTOR_BYTES / 2)));
+
 template <class T>
 inline Vector<typename Wider<T>::type> load(const T* from) {
   using W = typename Wider<T>::type;
-  Vector<W> x;
   if constexpr (sizeof(T) == sizeof(W)) {
+    Vector<W> x;
     memcpy(&x, from, sizeof x);
+    return x;
   } else {
-    W wide[lanes_of<W>];
-    for (int i = 0; i < lanes_of<W>; ++i) wide[i] = widen(from[i]);
-    memcpy(&x, wide, sizeof x);
+    Halves bits;
+    memcpy(&bits, from, sizeof bits);
+    return wide_of<Vector<W>>(__builtin_convertvector(bits, Vector<uint32_t>), T{});
   }
-  return x;
 }
 template <class T>
 inline void store(Vector<typename Wider<T>::type> x, T* to) {
@@ -103,9 +113,8 @@ inline void store(Vector<typename Wider<T>::type> x, T* to) {
   if constexpr (sizeof(T) == sizeof(W)) {
     memcpy(to, &x, sizeof x);
   } else {
-    W wide[lanes_of<W>];
-    memcpy(wide, &x, sizeof x);
-    for (int i = 0; i < lanes_of<W>; ++i) narrow(wide[i], to[i]);
+    const Halves bits = __builtin_convertvector(bits_of<Vector<uint32_t>>(x, T{}), Halves);
+    memcpy(to, &bits, sizeof bits);
   }
 }
 

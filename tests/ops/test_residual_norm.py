@@ -49,6 +49,24 @@ def outcome(function, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_value_of_16_bits_is_read_and_written_exactly(dtype, impl):
+    """The sum of each with 0, and with values at random: that in float32, rounded to the nearest."""
+    if impl == "triton" and INTERPRETED:
+        pytest.skip("the interpreter takes bf16's subnormal numbers for 0")
+    g, device = cases.generator(0), device_of(impl)
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(64, 1024)
+    weight, bias = torch.ones(1024, device=device), torch.zeros(1024, device=device)
+    others = [torch.randint(-(2**15), 2**15, every.shape, generator=g).to(torch.int16).view(dtype) for _ in range(7)]
+    for other in (torch.zeros_like(every), *others):
+        total = mf.residual_norm(every.to(device), other.to(device), weight, bias, impl=impl)[0].cpu()
+        want = (every.float() + other.float()).to(dtype)
+        assert torch.equal(total.isnan(), want.isnan())
+        numbers = ~want.isnan()
+        assert torch.equal(total.view(torch.int16)[numbers], want.view(torch.int16)[numbers])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize(("shape", "mode"), [*((s, "eager") for s in SHAPES), ("odd", "compiled")])
 def test_values_and_gradients(shape, mode, dtype, impl):
