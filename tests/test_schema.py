@@ -33,6 +33,7 @@ def test_a_round_through_json_gives_the_value_back():
         (2**70, int, "is not int"),
         (float("nan"), float, "here: nan is not float"),
         (101, Annotated[float, Range(0, 100)], r"here: 101.0 does not lie in \[0, 100\]"),
+        (101, Annotated[float, Range(0, 100)] | None, r"here: 101 is not .*float, from 0 to 100\]"),
         ([1, "a"], list[int], r"here\[1\]: 'a' is not int"),
         ([1], tuple[int, int], "here: .1. is not tuple"),
         ("c", Literal["a", "b"], "here: 'c' is not"),

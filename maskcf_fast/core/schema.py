@@ -21,6 +21,9 @@ class Range:
     def __init__(self, low: float, high: float) -> None:
         self.low, self.high = low, high
 
+    def __repr__(self) -> str:
+        return f"from {self.low} to {self.high}"
+
 
 def read_record(path: Path, hint: Any, most: int = MOST_BYTES) -> Any:
     """What a JSON file holds, as `conform` has it.

@@ -157,7 +157,9 @@ def load_json(path: Path) -> dict[str, object]:
     return content
 
 
-def _bytes_to_json(value: bytes) -> dict[str, str]:
+def _bytes_to_json(value: object) -> dict[str, str]:
+    if not isinstance(value, bytes):  # an array has bytes, too, and would come back as those
+        raise TypeError(f"{type(value).__name__} does not go into JSON")
     return {"base64": base64.b64encode(value).decode()}
 
 

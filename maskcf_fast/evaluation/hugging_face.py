@@ -82,7 +82,7 @@ def read_table(source: Path, known: Collection[str] = ()) -> TableImages:
         raise UserError(
             f"{root} holds the splits {', '.join(splits)}: pass the folder of one, such as {root / splits[0]}"
         )
-    need("datasets")
+    need("datasets", instead=f"take images in class folders: {root} is a Hugging Face data set")
     datasets: Any = import_module("datasets")
     try:
         table = datasets.load_from_disk(str(root))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..core.errors import UserError
+from ..core.files import decode_text
 from ..core.schema import read_record
 from .classes import data_folder
 
@@ -53,10 +54,10 @@ def objectnet_meanings(mappings: Path, folders: Sequence[str], numbered: Sequenc
         labels, translations, lines_of = (read_record(mappings / name, kind) for name, kind in FILES.items() if kind)
     except UserError as error:
         raise UserError(f"{error}: extract it from ObjectNet again") from error
-    lines = lines_file.read_text().splitlines()
+    lines = decode_text(lines_file.read_bytes(), lines_file).splitlines()
     numbers: dict[str, list[int]] = {}
     for number, line in lines_of.items():
-        if not 0 <= line < len(lines) or not 0 <= int(number) < len(numbered):
+        if not 0 <= line < len(lines) or not number.isdecimal() or int(number) >= len(numbered):
             raise UserError(f"{numbers_file}: class {number} is said to be in line {line} of {len(lines)}")
         numbers.setdefault(lines[line].strip(), []).append(int(number))
 

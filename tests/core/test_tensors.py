@@ -3,6 +3,7 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -29,6 +30,14 @@ def test_other_readers_read_it(tmp_path):
         assert all(torch.equal(state[name], x) and state[name].dtype == x.dtype for name, x in STATE.items())
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"classes": '["a \\"sha256\\" b"]', "writer": "maskcf_fast", "sha256": digest}
+
+
+def test_bytes_go_through_json_and_arrays_do_not(tmp_path):
+    save_json(tmp_path / "x", {"a": [{"b": b"\0\xff"}]})
+    for value in (np.int64(3), np.zeros(2), bytearray(b"x")):  # each has bytes, which it would come back as
+        with pytest.raises(TypeError, match=f"^{type(value).__name__} does not go into JSON"):
+            save_json(tmp_path / "x", {"a": value})
+    assert load_json(tmp_path / "x") == {"a": [{"b": b"\0\xff"}]}
 
 
 @pytest.mark.parametrize("kind", ["tensors", "json"])

@@ -11,6 +11,7 @@ from maskcf_fast.core.errors import UserError
 from maskcf_fast.data import LoaderConfig, LoadingError, build_loader
 from maskcf_fast.evaluation import Reader, Spec, read_benchmark
 from maskcf_fast.evaluation.classes import numbered_classes
+from maskcf_fast.evaluation.hugging_face import read_table
 from maskcf_fast.evaluation.layouts import LAYOUTS, detect
 
 
@@ -96,6 +97,7 @@ def test_border_of_objectnet_only(score, tmp_path, wnids):
         ("objectnet_to_imagenet_1k.json", '{"Drill": "drill press"}', "0 ImageNet classes are called 'drill press'"),
         ("folder_to_objectnet_label.json", "{}", "'air_freshener' of ObjectNet is not in"),
         ("pytorch_to_imagenet_2012_id.json", '{"0": 1000}', "class 0 is said to be in line 1000 of 1000"),
+        ("pytorch_to_imagenet_2012_id.json", '{"zero": 0}', "class zero is said to be in line 0 of 1000"),
         ("imagenet_to_label_2012_v2", "class\n" * 1000, "0 ImageNet classes are called 'analog clock'"),
         ("imagenet_to_label_2012_v2", "\n".join(sorted(NUMBERS) * 250), "250 ImageNet classes are called 'analog cl"),
     ],
@@ -135,6 +137,12 @@ def test_any_folder_and_translated_names(score, tmp_path):
         score(f"folder:{root}", classes=classes)
     _, result = score(f"folder:{root}", classes=classes, class_map={"pets": ("cat", "dog")})
     assert result.per_class == {"pets": (3, 2), "owl": (1, 1)}
+
+
+def test_a_missing_library_is_named_with_the_data_set_that_needs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=f"pip install datasets, or .*: {tmp_path} is a Hugging Face data set"):
+        read_table(tmp_path)
 
 
 @pytest.fixture
