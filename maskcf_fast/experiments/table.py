@@ -99,7 +99,8 @@ class TableConfig:
         for text in self.methods:
             name, weight = parse_row(text)
             known = TRAINED if text.startswith(WISE) else (*TRAINED, *DERIVED)
-            if name not in known and not Path(name).is_file():
+            # Among them are the strategies that came with the package: fills may have been registered since.
+            if name not in (*known, *strategy_names()) and not Path(name).is_file():
                 raise unknown("method", name, known)
             reads = registry.METHODS[_preset(name)[0].method.name].reads
             if weight is not None and not (weight >= 0 and "weight" in reads):

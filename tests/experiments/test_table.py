@@ -28,7 +28,7 @@ from maskcf_fast.experiments.table import (
     curves,
     markdown,
 )
-from maskcf_fast.methods import strategy_names
+from maskcf_fast.methods import FILLS, strategy_names
 from maskcf_fast.table import main
 from maskcf_fast.training import Trainer
 from maskcf_fast.training.checkpoint import ALONE, load_checkpoint
@@ -220,6 +220,14 @@ def test_every_trained_method_has_a_preset():
     assert {*METHODS, *FURTHER, "model-stock"} == {*TRAINED, *DERIVED}
     for method in set(TRAINED) - {"lp-ft", *strategy_names()}:
         assert find_yaml(method).stem == method
+
+
+def test_a_fill_that_is_registered_later_makes_rows(monkeypatch):
+    monkeypatch.setitem(FILLS, "later", dataclasses.replace(FILLS["single"], name="later"))
+    data = dataclasses.replace(TableConfig().data, train=Path("train"))
+    TableConfig(("object-later", "random-later:2", "wise:context-later"), data=data).validate()
+    with pytest.raises(ValueError, match="did you mean 'object-none'"):
+        TableConfig(("object-nine",), data=data).validate()
 
 
 def test_settings_of_every_method(tmp_path):
