@@ -35,7 +35,7 @@ class DaliLoader(EpochLoader):
         config: The settings.
 
     Raises:
-        ImportError: DALI is not installed.
+        ImportError: DALI is not installed, or does not load.
         RuntimeError: The device is a GPU and there is none.
         ValueError: Fewer training images than one batch on each rank.
     """
@@ -44,6 +44,10 @@ class DaliLoader(EpochLoader):
 
     def __init__(self, manifest: Manifest, config: LoaderConfig) -> None:
         need("nvidia.dali", instead='use the loader backend "torch" (DALI is for Linux on x86-64)')
+        try:
+            import_module("nvidia.dali")
+        except ImportError as error:  # it is there, but for another system or CUDA
+            raise ImportError(f'NVIDIA DALI cannot be imported ({error}): use the loader backend "torch"') from error
         super().__init__(manifest, config)
         self._pipeline: Any = None  # of a loader that augments: it has the state of the random numbers
         self._checkpoint: bytes | None = None

@@ -4,6 +4,7 @@ import gc
 import io
 import itertools
 import os
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from pictures import picture
 from PIL import Image
 
-from maskcf_fast.data import LoaderConfig, LoadingError, build, build_loader, scan_images
+from maskcf_fast.data import LoaderConfig, LoadingError, build, build_loader, dali, scan_images
 from maskcf_fast.data.torch_loader import start_workers
 from maskcf_fast.data.transforms import random_resized_crop, resize_and_crop
 
@@ -256,8 +257,11 @@ def test_backend_without_dali(numbered, monkeypatch, capsys):
     assert build_loader(manifest, EVAL).backend == "torch"
     build_loader(manifest, replace(EVAL, rank=1, world_size=2))
     assert capsys.readouterr().err.count("DALI is not installed") == 1
-    monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)  # what import then refuses
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # what import then refuses
     with pytest.raises(ImportError, match="install nvidia-dali-cuda130"):
+        build_loader(manifest, EVAL, "dali")
+    monkeypatch.setattr(dali, "need", lambda *_, **__: None)  # as if it were installed, for another system
+    with pytest.raises(ImportError, match=r'DALI cannot be imported \(.*nvidia.*\): use the loader backend "torch"'):
         build_loader(manifest, EVAL, "dali")
 
 
