@@ -109,6 +109,8 @@ def _classes(root: Path, labels: list[int | str], paths: list[str]) -> tuple[tup
         raise UserError(f"{file} names a class twice: {next(name for name in names if names.count(name) > 1)!r}")
     # A name that is listed is one, even if it looks like a number.
     labels = [label if label in index else _number(label) for label in labels]
+    if names and any(isinstance(label, int) for label in labels) and (gap := _gap(file)):
+        raise UserError(f"{file} has nothing on line {gap}, and classes are numbers: remove the line if it is no class")
     if not names:
         kinds = {type(label) for label in labels}
         if len(kinds) > 1:
@@ -129,6 +131,12 @@ def _classes(root: Path, labels: list[int | str], paths: list[str]) -> tuple[tup
         if not 0 <= number < len(names):
             raise UserError(f"{root / path} has the class {label!r}, which is not one of the {len(names)} in {file}")
     return tuple(names), tuple(numbers)
+
+
+def _gap(file: Path) -> int | None:
+    """The first line with nothing on it before the last that has something."""
+    lines = decode_text(file.read_bytes(), file).rstrip().split("\n")
+    return next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
 
 
 def _number(label: int | str) -> int | str:

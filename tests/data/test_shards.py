@@ -6,6 +6,7 @@ import pytest
 from pictures import encoded, picture
 from tars import write_tar
 
+from maskcf_fast.core.errors import UserError
 from maskcf_fast.data import scan_images
 from maskcf_fast.data import shards as module
 
@@ -27,6 +28,9 @@ def test_lists_images_with_labels_of_cls_and_json(tmp_path):
     assert scan_images(tmp_path / "s" / "01.tar").paths == ("01.tar:d/b.x.png",)
     (tmp_path / "s" / "classes.txt").write_text("cat\ndog\nfox\n")
     assert scan_images(tmp_path / "s").classes == ("cat", "dog", "fox")
+    (tmp_path / "s" / "classes.txt").write_text("cat\n\ndog\nfox\n\n")
+    with pytest.raises(UserError, match=r"classes\.txt has nothing on line 2, and classes are numbers"):
+        scan_images(tmp_path / "s")
 
 
 @pytest.fixture
