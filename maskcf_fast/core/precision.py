@@ -32,6 +32,15 @@ def check_precision(device: torch.device, precision: str) -> None:
         raise UserError("--precision tf32 is of NVIDIA GPUs: fp32 is what this device computes in")
 
 
+def slow_products(device: torch.device, precision: str) -> str | None:
+    """Why products in this precision take many times as long as in float32 on ``device``; None if they do not."""
+    if precision != "bf16" or device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return "this CPU has no instructions for bf16: a step takes many times as long as in fp32"
+
+
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """Where PyTorch's float32 matrix products, backward passes included, are TF32 ones if that is the ``precision``.

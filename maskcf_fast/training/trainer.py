@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.errors import Stopped, UserError
-from ..core.precision import check_precision, float32_products
+from ..core.precision import check_precision, float32_products, slow_products
 from ..core.processes import Processes
 from ..core.schema import Range
 from ..core.signals import StopRequest
@@ -321,7 +321,7 @@ class Trainer:
     def _speed_up(self) -> bool:
         """Compile, and say whether to use CUDA graphs, as far as asked for and possible."""
         config, device = self.config, self.processes.device
-        messages = []
+        messages = [slow_products(device, config.precision)]
         if config.compile:
             messages.append(compile_pointwise(self.method, device))
         refusal = None

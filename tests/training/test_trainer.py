@@ -102,6 +102,13 @@ def test_bf16_stays_close_to_fp32(change, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+@pytest.mark.parametrize(("precision", "there", "told"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)])
+def test_bf16_on_a_cpu_without_it_is_told(change, monkeypatch, capsys, precision, there, told):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there)
+    Trainer(change(precision=precision), quiet=True)
+    assert capsys.readouterr().out.count("this CPU has no instructions for bf16") == told
+
+
 def test_tf32_lasts_as_long_as_the_run(change, monkeypatch):
     with pytest.raises(UserError, match="--precision tf32 is of NVIDIA GPUs: fp32 is what this device computes in"):
         Trainer(change(precision="tf32"), quiet=True)
