@@ -41,13 +41,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's as the system gives it."""
+    """The GPU's name, or the processor's as the system gives it, with the instructions that PyTorch uses of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
     with suppress(OSError):
         if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+            name = found[1].strip()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

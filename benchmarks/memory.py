@@ -1,34 +1,36 @@
-"""Peak memory of one step, without timing it: what a large model needs on a machine where a round takes minutes.
-
-python -m benchmarks.memory [--arch ViT-L/14] [--batch 2] [--precision fp32] [--device auto]
-"""
+"""Peak memory of one step, without timing it: what a large model needs on a machine where a round takes minutes."""
 
 from __future__ import annotations
 
-import sys
+from typing import Any
 
-from maskcf_fast.core.command import command
+import torch
+
 from maskcf_fast.models import preset
 
-from . import measure as m
-from .tables import number, options, table
 from .workload import Variant, Workload
 
 REPEATS = 2
+ORDERS = ("paper", "one graph", "two passes")
+RECOMPUTED = "GELU recomputed"  # of two passes
 
 
-def measure(work: Workload, precision: str) -> dict[str, int | None]:
-    """Bytes above weights, gradients and moments, by way to compute the step; the least of some steps.
+def measure(device: torch.device, arch: str, batch: int, precision: str) -> dict[str, Any]:
+    """Bytes above weights, gradients and moments at the highest point of a step.
 
-    The least, since on a CPU the system may take pages of libraries back and count them again when they are used.
+    Returns:
+        ``steps``: ``name`` and ``peak_bytes``, by way to compute the step, the paper's order first; each the least of
+        some steps, since on a CPU the system may take pages of libraries back and count them again when they are used.
+        None where the system does not say.
     """
-    found: dict[str, int | None] = {}
-    for order in ("paper", "one graph", "two passes"):
+    work = Workload(preset(arch), batch, device)
+    steps = []
+    for order in ORDERS:
         variant = Variant("object-single", order, precision=precision)
-        found[str(variant)] = least(work, variant)
+        steps.append({"name": str(variant), "peak_bytes": least(work, variant)})
     work.student.transformer.recompute = "gelu"
-    found[f"{variant}, GELU recomputed"] = least(work, variant)
-    return found
+    steps.append({"name": f"{variant}, {RECOMPUTED}", "peak_bytes": least(work, variant)})
+    return {"arch": arch, "batch": batch, "precision": precision, "steps": steps}
 
 
 def least(work: Workload, variant: Variant) -> int | None:
@@ -38,19 +40,8 @@ def least(work: Workload, variant: Variant) -> int | None:
     return None if None in peaks else min(p for p in peaks if p is not None)
 
 
-@command()
-def main(arguments: list[str]) -> None:
-    given = options(
-        "memory", __doc__, arguments, "device",
-        arch={"default": "ViT-L/14", "help": "a preset (ViT-L/14)"},
-        batch={"type": int, "default": 2, "help": "images (2)"},
-        precision={"choices": ("fp32", "bf16"), "default": "fp32"},
-    )  # fmt: skip
-    found = measure(Workload(preset(given.arch), given.batch, m.resolve_device(given.device)), given.precision)
-    paper = next(iter(found.values()))
-    rows = [(v, number(peak, ".0f", 1e-6), number(peak and paper and peak / paper)) for v, peak in found.items()]
-    print("\n".join(table(("step", "MB", "of the paper order's"), rows, left=1)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def shares(section: dict[str, Any]) -> dict[str, float]:
+    """What each way to compute the step takes of the paper order's memory, where both are known."""
+    peaks = {step["name"]: step["peak_bytes"] for step in section["steps"]}
+    paper = next(iter(peaks.values()))
+    return {name: peak / paper for name, peak in peaks.items() if peak and paper}

@@ -16,7 +16,7 @@ import torch
 
 from maskcf_fast.training import speed
 
-from . import breakdown, ops, step, tune
+from . import breakdown, ops, roofline, step, tune
 from . import measure as m
 
 ARCH, BATCH = "tiny", 4
@@ -56,7 +56,7 @@ class StandIn:
 def rehearsal() -> Iterator[None]:
     """Within, benchmarks take few rounds of short samples."""
     places: list[tuple[Any, str, Any]] = [
-        *((module, "ROUNDS", (1, 1)) for module in (breakdown, ops, step, tune)),
+        *((module, "ROUNDS", (1, 1)) for module in (breakdown, ops, roofline, step, tune)),
         (step, "MATRIX", dict.fromkeys(step.MATRIX, 64)),
         (m, "SAMPLE_SECONDS", dict.fromkeys(m.SAMPLE_SECONDS, 1e-4)),
         (torch, "compile", partial(torch.compile, backend="aot_eager")),

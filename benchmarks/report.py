@@ -2,7 +2,6 @@
 
     python -m benchmarks.report [--out DIR] [--minutes 9] [--device cpu] [--sections step,breakdown]
     python -m benchmarks.report --compare OLD.json
-    python -m benchmarks.report --readme DIR
     python -m benchmarks.report --dry-run     # the plan for a GPU, in miniature and on this machine
 
 It needs torch, triton and a checkout. What is not available, such as an extension that was not built, or does not fit
@@ -25,19 +24,19 @@ import torch
 
 from maskcf_fast.core.command import command
 from maskcf_fast.core.errors import UserError
-from maskcf_fast.core.files import atomic_write
+from maskcf_fast.core.precision import slow_products
 
-from . import breakdown, ops, rehearsal, step
+from . import breakdown, memory, ops, rehearsal, roofline, step
 from . import measure as m
 from .compare import check_comparable, compare, failures
-from .page import readme_section, targets, to_markdown
+from .page import targets, to_markdown
 from .tables import options, results_folder, write, write_json
 
 # In the order in which they are measured, with their share of the minutes.
-SECTIONS = {"step": 0.65, "breakdown": 0.05, "scaling": 0.1, "loader": 0.05, "ops": 0.15}
-MARKERS = ("<!-- performance -->", "<!-- /performance -->")
+SECTIONS = {
+    "step": 0.5, "breakdown": 0.05, "operations": 0.1, "memory": 0.1, "scaling": 0.1, "loader": 0.05, "ops": 0.1,
+}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")  # one of them has the markers
 TESTS = "tests/methods/test_variants.py"  # that every variant computes the paper's function
 
 
@@ -76,10 +75,12 @@ def measure(
             has.
     """
     gpu = device.type == "cuda"
-    arch, batch = ("ViT-B/16", 256) if gpu else ("ViT-B/32", 16)  # of the breakdown and the loader-fed step
+    arch, batch = ("ViT-B/16", 256) if gpu else ("ViT-B/32", 16)  # of the phases, operations and the loader-fed step
+    large: tuple[str, int] = ("ViT-L/14", 32 if gpu else 2)  # of the memory
     sizes: Sequence[str] = ("ViT-B/32", "ViT-L/14")  # of the ops
     if tiny:
         arch, batch, sizes = rehearsal.ARCH, rehearsal.BATCH, (rehearsal.ARCH,)
+        large = (arch, batch)
     start = time.perf_counter()
     end = start + 60 * minutes
     report: dict[str, Any] = {"environment": m.environment(device), "minutes": minutes}
@@ -96,6 +97,11 @@ def measure(
             return found
         if name == "breakdown":
             return breakdown.measure(device, seconds, arch, batch, "bf16" if gpu else "fp32")
+        if name == "operations":
+            kept = ("bf16", "fp32") if tiny or slow_products(device, "bf16") is None else ("fp32",)
+            return {"steps": [roofline.measure(device, seconds / len(kept), arch, batch, name) for name in kept]}
+        if name == "memory":
+            return memory.measure(device, *large, "bf16" if gpu else "fp32")
         if name == "scaling":
             return step.scaling(device, seconds, rehearsal.SERIES if tiny else None)
         if name == "ops":
@@ -117,24 +123,6 @@ def measure(
     return report
 
 
-def page_with_figures() -> Path:
-    """The page that shows a report's figures."""
-    return next((page for page in PAGES if page.is_file() and MARKERS[0] in page.read_text()), PAGES[0])
-
-
-def write_readme(report: dict[str, Any], readme: Path) -> None:
-    """Put the report's figures between the markers of the README.
-
-    Raises:
-        UserError: The README has no markers.
-    """
-    text = readme.read_text()
-    if any(marker not in text for marker in MARKERS):
-        raise UserError(f"{readme} has no {MARKERS[0]} … {MARKERS[1]}: add both where the section belongs")
-    before, after = text.partition(MARKERS[0])[0], text.partition(MARKERS[1])[2]
-    atomic_write(readme, f"{before}{MARKERS[0]}\n{readme_section(report)}{MARKERS[1]}{after}".encode())
-
-
 def _sections(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
@@ -147,11 +135,7 @@ def main(arguments: list[str]) -> int:
         sections={"type": _sections, "default": tuple(SECTIONS), "help": f"some of {','.join(SECTIONS)}"},
         images={"type": Path, "help": "class folders or tar shards for the loader"},
         compare={"type": Path, "metavar": "OLD.json", "help": "fail if slower than this report"},
-        readme={"type": Path, "metavar": "DIR", "help": "measure nothing; write DIR's report to the README"},
     )  # fmt: skip
-    if given.readme is not None:
-        write_readme(json.loads((given.readme / "report.json").read_text()), page_with_figures())
-        return 0
     if unknown := [name for name in given.sections if name not in SECTIONS]:
         raise UserError(f"--sections has {unknown[0]!r}, which is none of {', '.join(SECTIONS)}")
     if not given.minutes > 0:

@@ -1,20 +1,18 @@
 """What the step would take on a GPU if every kernel ran at the memory's or the matrix units' rate, by kind of work.
 
     python -m benchmarks.roofline [--bandwidth 3.0 --matrix 790] > benchmarks/results/roofline.md
-    python -m benchmarks.roofline --measure [--arch ViT-B/32 --batch 16]
 
 The step in bf16 runs on tensors without data, so no GPU is needed and nothing is measured; the extension is, whose ops
 stand for one kernel each. Each operation that PyTorch would launch counts the bytes of its arguments and results, once,
 and its FLOPs; the longer of the two is its time. What launching takes, and that small kernels reach no rate, is left
 out: it is the least that an eager step can take.
 
-With ``--measure`` the step runs on the machine at hand, one operation after another, and what each kind took stands
-beside that, at the rates of a large copy and a large product there.
+`benchmarks.report` runs the step, one operation after another, and puts what each kind took beside that, at the rates
+of a large copy and a large product of the machine at hand.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections import defaultdict
@@ -29,13 +27,13 @@ from torch.utils.flop_counter import flop_registry
 
 from maskcf_fast.core.command import command
 from maskcf_fast.core.errors import UserError
-from maskcf_fast.models import VisionTransformerConfig, preset
+from maskcf_fast.models import preset
 from maskcf_fast.ops import extension
 from maskcf_fast.training.cost import complete_flop_counter
 
 from . import measure as m
 from .step import matrix_rate
-from .tables import machine, options, table
+from .tables import options, table
 from .workload import Variant, Workload
 
 CASES = (("ViT-B/32", 256), ("ViT-B/16", 256), ("ViT-L/14", 128))
@@ -49,6 +47,7 @@ KINDS = {  # by what an operation's name holds, the first that fits
     "clip and AdamW": ("_foreach", "adam", "linalg_vector_norm"),
 }
 REST = "the rest"
+ROUNDS = (3, 15)
 
 
 class Work(TorchDispatchMode):
@@ -120,24 +119,29 @@ def work_of(arch: str, batch: int, bandwidth: float, matrix: float, method: str 
     return found
 
 
-def measured(
-    config: VisionTransformerConfig, batch: int, device: torch.device, seconds: float, precision: str = "bf16"
-) -> tuple[Work, float]:
-    """A whole step's work with what it took: of each kind the median over steps; and a step as it runs by itself."""
+def measure(device: torch.device, seconds: float, arch: str, batch: int, precision: str) -> dict[str, Any]:
+    """A whole step's work and what it took, operation by operation, each waited for.
+
+    Returns:
+        ``kinds``: name, flops, bytes, ``least_ms`` at the machine's rates, and ``ms``, the median over steps, of what
+        takes longest first; ``bandwidth`` and ``matrix`` are those rates, ``whole_ms`` is the step run by itself.
+    """
     complete_flop_counter()
+    where = {"arch": arch, "batch": batch, "method": "object-single", "precision": precision}
+    end = time.perf_counter() + seconds
     bandwidth, matrix = rates(device)
-    work = Workload(config, batch, device)
+    work = Workload(preset(arch), batch, device)
     step = work.step(work.backward(Variant("object-single", precision=precision)), keep=True)
     step()
-    found, whole, end = [], [], time.perf_counter() + seconds
-    for _ in m.rounds_until(end, (3, 15)):
+    found, whole = [], []
+    for _ in m.rounds_until(end, ROUNDS):
         with Work(bandwidth, matrix[precision], device) as counted:
             step()
         found.append(counted)
         whole.append(m.timed(step, device))
-    for kind in found[0].taken:
-        found[0].taken[kind] = statistics.median(work.taken[kind] for work in found)
-    return found[0], statistics.median(whole)
+    taken = {kind: m.summary([work.taken[kind] for work in found]) for kind in found[0].taken}
+    rates_here = {"bandwidth": bandwidth, "matrix": matrix[precision], "whole_ms": m.summary(whole)["ms"]}
+    return where | rates_here | {"kinds": kinds_of(found[0], taken)}
 
 
 def rates(device: torch.device) -> tuple[float, dict[str, float]]:
@@ -147,48 +151,43 @@ def rates(device: torch.device) -> tuple[float, dict[str, float]]:
     return total / min(copy), matrix_rate(device)
 
 
-def rows_of(work: Work) -> list[tuple[str, ...]]:
-    """By kind, what takes longest first, and all."""
-    taken, total = any(work.taken.values()), sum(work.seconds.values())
+def kinds_of(work: Work, taken: dict[str, dict[str, float]] | None = None) -> list[dict[str, Any]]:
+    """Name, FLOPs, bytes and least time of each kind, what takes longest first; with what each took."""
+    kinds = [
+        {"name": kind, "flops": work.flops[kind], "bytes": work.bytes[kind], "least_ms": 1e3 * least}
+        | ({} if taken is None else taken[kind])
+        for kind, least in work.seconds.items()
+    ]
+    return sorted(kinds, key=lambda kind: -kind.get("ms", kind["least_ms"]))
 
-    def row(kind: str, flops: float, moved: float, least: float, took: float) -> tuple[str, ...]:
-        figures = (f"{flops / 1e12:.2f}", f"{moved / 1e9:.1f}", f"{1e3 * least:.1f}", f"{least / total:.0%}")
-        return (kind, *figures, *((f"{1e3 * took:.1f}", f"{took / least:.1f}") if taken else ()))
 
-    order = sorted(work.seconds, key=lambda kind: -(work.taken if taken else work.seconds)[kind])
-    rows = [row(k, work.flops[k], work.bytes[k], work.seconds[k], work.taken[k]) for k in order]
-    sums = (sum(part.values()) for part in (work.flops, work.bytes, work.seconds, work.taken))
-    return [*rows, row("all", *sums)]
+def kinds_table(kinds: list[dict[str, Any]]) -> list[str]:
+    """A line for every kind, and one for all."""
+    keys = [key for key in ("flops", "bytes", "least_ms", "ms") if key in kinds[0]]
+    total = {"name": "all"} | {key: sum(kind[key] for kind in kinds) for key in keys}
+    rows = []
+    for kind in (*kinds, total):
+        row = [kind["name"], f"{kind['flops'] / 1e12:.2f}", f"{kind['bytes'] / 1e9:.1f}", f"{kind['least_ms']:.1f}"]
+        share = kind.get("ms", kind["least_ms"]) / total.get("ms", total["least_ms"])
+        measured = [f"{kind['ms']:.1f}", f"{kind['ms'] / kind['least_ms']:.1f}"] if "ms" in kind else []
+        rows.append([*row, *measured, f"{share:.0%}"])
+    columns = ("operations", "TFLOP", "GB", "ms at least", *(("ms measured", "× least") if "ms" in total else ()))
+    return table((*columns, "share"), rows, left=1)
 
 
 @command()
 def main(arguments: list[str]) -> None:
     given = options(
-        "roofline", __doc__, arguments, "device", "minutes",
+        "roofline", __doc__, arguments,
         bandwidth={"type": float, "default": 3.0, "help": "of memory, TB/s (3.0)"},
         matrix={"type": float, "default": 790.0, "help": "of products in bf16, TFLOP/s (790)"},
-        measure={"action": "store_true", "help": "run the step here"},
-        arch={"default": "ViT-B/32", "help": "with --measure: a preset (ViT-B/32)"},
-        batch={"type": int, "default": 16, "help": "with --measure: images (16)"},
-        precision={"choices": ("fp32", "bf16"), "default": "bf16", "help": "with --measure (bf16)"},
     )  # fmt: skip
-    columns = ("operations", "TFLOP", "GB", "ms at least", "share")
-    if given.measure:
-        device = m.resolve_device(given.device)
-        work, whole = measured(preset(given.arch), given.batch, device, 60 * (given.minutes or 1), given.precision)
-        print(f"{machine(m.environment(device))}\n\n## {given.arch}, {given.batch} images, {given.precision}\n")
-        print("\n".join(table((*columns, "ms measured", "× least"), rows_of(work), left=1)))
-        print(
-            f"\nAt {work.bandwidth / 1e9:.1f} GB/s and {work.matrix / 1e9:.0f} GFLOP/s. The step by itself, without "
-            f"a clock in between: {1e3 * whole:.0f} ms."
-        )
-        return
     print(f"At {given.bandwidth:g} TB/s and {given.matrix:g} TFLOP/s: predicted, not measured.")
     for arch, batch in CASES:
         work = work_of(arch, batch, given.bandwidth * 1e12, given.matrix * 1e12)
         total, flops = sum(work.seconds.values()), sum(work.flops.values())
         print(f"\n## {arch}, {batch} images\n")
-        print("\n".join(table(columns, rows_of(work), left=1)))
+        print("\n".join(kinds_table(kinds_of(work))))
         print(f"\nMatrix units in use, at most: {flops / (given.matrix * 1e12) / total:.0%}.")
 
 

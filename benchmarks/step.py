@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskcf_fast.core.precision import slow_products
 from maskcf_fast.models import VisionTransformerConfig, preset
 from maskcf_fast.training.cost import complete_flop_counter, forward_flops
 
@@ -69,18 +70,27 @@ def plan(kind: str) -> list[Group]:
     paper, low = SINGLE.paper(), SINGLE._replace(precision="bf16")
     others = [name for name in (*STRATEGIES, "FT", "FD") if name not in ("object-single", "random-single")]
     if kind == "cpu":
-        main = (paper, SINGLE, Variant("random-single"))
-        more = (SINGLE._replace(run="compiled"), Variant("FT"), Variant("FD"), SINGLE._replace(order="one graph"))
+        plain = Variant("random-single")
+        main, plainly = (paper, SINGLE, plain), (plain, plain._replace(run="compiled blocks"))
+        more = (
+            SINGLE._replace(run="compiled"),
+            *plainly,
+            Variant("FT"),
+            Variant("FD"),
+            SINGLE._replace(order="one graph"),
+        )
         rest = tuple(Variant(name) for name in others if name in STRATEGIES)
+        in_bf16 = (low, low.paper()) if slow_products(torch.device(kind), "bf16") is None else ()
         return [
-            Group("ViT-B/32", 16, (*main, low, low.paper())),
+            Group("ViT-B/32", 16, (*main, *in_bf16)),
             Group("ViT-L/14", 2, main[:2]),
             Group("ViT-B/32", 8, (*main[:2], *more, *rest, paper._replace(run="compiled"))),
             Group("ViT-B/16", 8, main),
             Group("ViT-B/32", 64, main),
         ]
-    fast = (low._replace(run="graphed"), low._replace(run="compiled"))
-    random = tuple(variant._replace(method="random-single") for variant in (*fast[:1], low))
+    fast = tuple(low._replace(run=run) for run in ("graphed", "compiled"))
+    blocks = low._replace(run="compiled blocks")
+    random = tuple(variant._replace(method="random-single") for variant in (*fast[:1], low, blocks))
     baselines = (paper, paper._replace(precision="tf32"), SINGLE, low.paper(run="compiled"))
     compared = (low.paper(), low, *fast, *random, *baselines)
     rest = (*(Variant(name, precision="bf16") for name in others), low._replace(order="one graph"))
@@ -95,8 +105,9 @@ def plan(kind: str) -> list[Group]:
 
 def matrix_rate(device: torch.device, seconds: float = 2.0) -> dict[str, float]:
     """FLOP/s of a large square product, by precision: what utilisation is measured against."""
-    size, rates = MATRIX[device.type], {}
+    rates = {}
     for name in ("fp32", "tf32", "bf16"):
+        size = min(MATRIX[device.type], 256) if slow_products(device, name) else MATRIX[device.type]
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         with products(name):
@@ -225,6 +236,7 @@ def _figures(
         "paper": variant.paper(),
         **{f"paper {name}": variant.paper(precision=name) for name in ("fp32", "tf32")},
         "paper compiled": variant.paper(run="compiled"),
+        "compiled blocks": variant._replace(run="compiled blocks"),
         "random": variant._replace(method=f"random-{variant.method.rpartition('-')[2]}"),
     }
     return m.summary(times) | {

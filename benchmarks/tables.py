@@ -81,8 +81,12 @@ def machine(environment: dict[str, Any]) -> str:
     """Where results were measured, in a sentence."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     threads = f", {environment['threads']} threads" if environment["kind"] == "cpu" else ""
-    load = f"load {environment['load']:.1f} on {environment['cores']} cores at the start"
-    return f"{environment['device']}{threads}; {versions}; {load}."
+    load = (
+        f"; load {environment['load']:.1f} on {environment['cores']} cores at the start"
+        if "load" in environment
+        else ""
+    )
+    return f"{environment['device']}{threads}; {versions}{load}."
 
 
 def heading(title: str, results: dict[str, Any]) -> list[str]:

@@ -9,8 +9,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.config
+import torch._functorch.config
 from torch import Tensor
 
+from maskcf_fast import bias_gelu, residual_norm
 from maskcf_fast.core.precision import autocast
 from maskcf_fast.methods import (
     CounterfactualDistiller,
@@ -23,13 +26,14 @@ from maskcf_fast.methods import (
 )
 from maskcf_fast.methods.paper_order import paper_cam
 from maskcf_fast.models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig
-from maskcf_fast.models.blocks import POINTWISE
+from maskcf_fast.models.blocks import POINTWISE, activate, norm, rotate
 from maskcf_fast.training import speed
 
 from . import measure as m
 
 STRATEGIES = strategy_names()
 CLASSES = 1000
+PLAIN = (norm, partial(residual_norm, impl="reference"), partial(bias_gelu, impl="reference"), activate, rotate)
 
 
 class Unavailable(Exception):
@@ -42,7 +46,9 @@ class Variant(NamedTuple):
     Attributes:
         method: ``"FT"``, ``"FD"``, or a masking strategy.
         order: ``"two passes"`` (`Method.backward`), ``"one graph"``, or ``"paper"`` (`paper_order_step`).
-        run: ``"eager"``, ``"compiled"`` or ``"graphed"`` (compiled, and replayed as a CUDA graph).
+        run: ``"eager"``, ``"compiled"``, ``"graphed"`` (compiled, and replayed as a CUDA graph), or ``"compiled
+            blocks"``: plain PyTorch in place of the fused ops, and `torch.compile` on every block as a whole, where no
+            map is needed (its gradient goes to a place within the block).
         precision: ``"fp32"``, its products rounded as IEEE wants; ``"tf32"``, on a GPU's matrix units; or ``"bf16"``.
     """
 
@@ -81,6 +87,7 @@ class Workload:
         self.parameters = list(self.student.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.1, fused=True)
         self._compiled: tuple[Callable[..., Any], ...] | None = None
+        self._made: dict[Any, Any] = {}  # blocks as they are compiled as a whole
 
     def method(self, variant: Variant) -> Method:
         """The training method of a variant, at its precision."""
@@ -114,19 +121,23 @@ class Workload:
             method = self.method(variant)
             if variant.run == "graphed" and (reason := speed.why_no_graph(self.device, 1, method)):
                 raise Unavailable(reason.partition("left out: ")[2])
-            if variant.run != "eager" and self._compiled is None:
+            if variant.run in ("compiled", "graphed") and self._compiled is None:
                 self._compiled = self._compile(method)
             call = self._graphed(method) if variant.run == "graphed" else method.backward
             if variant.order == "one graph":
                 call = partial(_one_graph, method)
-            if variant.run != "eager":
+            if variant.run == "compiled blocks":
+                if variant.method in STRATEGIES and MaskStrategy.from_name(variant.method).needs_cam:
+                    raise Unavailable("the map's gradient goes to a place within the block")
+                pointwise = PLAIN
+            elif variant.run != "eager":
                 pointwise = self._compiled
             call = partial(call, generator=self.generator)
 
         def run() -> None:
             self._set(pointwise)
             try:
-                with products(variant.precision):
+                with products(variant.precision), self._blocks(variant.run == "compiled blocks"):
                     call(self.pixels if variant.order == "paper" else self.images, self.labels)
             finally:
                 self._set(POINTWISE)
@@ -162,10 +173,29 @@ class Workload:
         self._set(POINTWISE)
         return compiled
 
+    def _backbones(self) -> list[VisionTransformer]:
+        return [x for x in (self.student.transformer, self.teacher, self.narrow_teacher) if x is not None]
+
     def _set(self, pointwise: Any) -> None:
-        for backbone in (self.student.transformer, self.teacher, self.narrow_teacher):
-            if backbone is not None:
-                backbone.set_pointwise(pointwise)
+        for backbone in self._backbones():
+            backbone.set_pointwise(pointwise)
+
+    @contextmanager
+    def _blocks(self, compiled: bool) -> Iterator[None]:
+        """Within, calls of a block go to the compiler, which keeps what it has made of it."""
+        blocks: list[Any] = [block for backbone in self._backbones() for block in backbone.blocks] if compiled else []
+        for block in blocks:
+            if block not in self._made:
+                # With and without gradients, first, last and in between, each dtype: more than the default 8.
+                torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+                torch._functorch.config.donated_buffer = False  # the map's backward pass keeps the graph
+                self._made[block] = torch.compile(block._call_impl, dynamic=False)
+            block._compiled_call_impl = self._made[block]
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None
 
     def _graphed(self, method: Method) -> Callable[..., None]:
         graphed = speed.GraphedBackward(method, self.generator)

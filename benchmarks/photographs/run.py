@@ -47,6 +47,13 @@ ROWS = (
 )  # fmt: skip
 
 
+def method(row: str) -> str:
+    """What a row is called in the package's table."""
+    name, colon, weight = row.partition(":")
+    own = OWN / f"{name}.yaml"
+    return ("ft" if name == BALANCED else str(own) if own.is_file() else name) + colon + weight
+
+
 @dataclass(frozen=True)
 class Options:
     """Fine-tune on photographs whose background gives the class away, and measure where it does not."""
@@ -86,6 +93,8 @@ class Photographs:
             )
         if not options.seeds or not options.rows:
             raise UserError("--seeds and --rows need at least one")
+        methods = tuple(dict.fromkeys(map(method, options.rows)))
+        TableConfig(methods, (0, 1), data=DataConfig(options.out)).validate()  # before anything is fetched
         self.options = options
         self.packages = Packages(options.packages)
         self.processes = Processes.start("cpu")
@@ -124,13 +133,9 @@ class Seed:
         """One row of the package's table on this seed's images."""
         options, images = self.options, self.images
         train, out = (images / "balanced", self.out / BALANCED) if row == BALANCED else (images / "train", self.out)
-        name, colon, weight = row.partition(":")
-        name = {BALANCED: "ft"}.get(name, name)
-        if (OWN / f"{name}.yaml").is_file():
-            name = str(OWN / f"{name}.yaml")
         tests = tuple(f"{name}={images / name}" for name in (*TESTS, "val"))
         config = TableConfig(
-            methods=(name + colon + weight,),
+            methods=(method(row),),
             seeds=(self.seed, self.seed + 1000) if row in MERGED else (self.seed,),  # of the training, on these images
             test=tests,
             id="known-usual",

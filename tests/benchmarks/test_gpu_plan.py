@@ -53,9 +53,11 @@ def test_the_report_and_the_tuning_run_on_what_a_bare_machine_has(tmp_path):
     assert len(cells) > 30
     assert all("ms" in cell for cell in cells)
     assert " passed" in report["checked"]
-    assert {cell["run"] for cell in cells} == {"eager", "compiled", "graphed"}
+    assert {cell["run"] for cell in cells} == {"eager", "compiled", "compiled blocks", "graphed"}
     assert {cell["precision"] for cell in cells} == {"fp32", "tf32", "bf16"}
     assert report["breakdown"]["phases"]
+    assert [step["precision"] for step in report["operations"]["steps"]] == ["bf16", "fp32"]
+    assert len(report["memory"]["steps"]) == 4
     assert all(row["variants"][row["auto"]]["check"] == "ok" for row in report["ops"]["rows"])
 
 

@@ -136,6 +136,8 @@ def test_what_is_missing_is_said(root, tmp_path):
         convert(Packages(root), tmp_path / "model")
     with pytest.raises(UserError, match="no folder"):
         Packages(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"unknown method 'fdd'.*did you mean 'fd'"):
+        command.Photographs(command.Options(packages=tmp_path / "nowhere", rows=("ft", "fdd:1")))
 
 
 def test_licences_and_families(root):

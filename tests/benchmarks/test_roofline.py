@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.roofline import Work, measured, rows_of, work_of
+from benchmarks import roofline
+from benchmarks.roofline import Work, work_of
 from maskcf_fast.models import preset
 from maskcf_fast.training.cost import step_cost
 
@@ -39,13 +40,16 @@ def test_a_step_has_the_arithmetic_that_info_tells():
 
 
 def test_what_is_measured_is_the_same_work_with_its_time(monkeypatch):
-    monkeypatch.setattr("benchmarks.roofline.rates", lambda device: (1e9, {"bf16": 1e9}))
-    found, whole = measured(preset("tiny"), 4, torch.device("cpu"), 0.1)
-    predicted = work_of("tiny", 4, 1e9, 1e9)
-    assert found.flops == predicted.flops
-    assert found.bytes["products"] == predicted.bytes["products"]
-    assert 0 < found.taken["products"] < sum(found.taken.values()) < 20 * whole
-    *_, total = rows_of(found)
-    assert total[0] == "all"
-    assert float(total[5]) == pytest.approx(1e3 * sum(found.taken.values()), abs=0.1)
-    assert len(rows_of(predicted)[0]) == len(total) - 2
+    monkeypatch.setattr(roofline, "rates", lambda device: (1e9, {"bf16": 1e9}))
+    found = roofline.measure(torch.device("cpu"), 0.1, "tiny", 4, "bf16")
+    kinds = {kind["name"]: kind for kind in found["kinds"]}
+    predicted = {kind["name"]: kind for kind in roofline.kinds_of(work_of("tiny", 4, 1e9, 1e9))}
+    assert {name: kind["flops"] for name, kind in kinds.items()} == {n: kind["flops"] for n, kind in predicted.items()}
+    assert kinds["products"]["bytes"] == predicted["products"]["bytes"]
+    times = [kind["ms"] for kind in found["kinds"]]
+    assert times == sorted(times, reverse=True)
+    assert 0 < kinds["products"]["ms"] < sum(times) < 20 * found["whole_ms"]
+    *_, total = (line.split("|") for line in roofline.kinds_table(found["kinds"]))
+    assert total[1].strip() == "all"
+    assert float(total[5]) == pytest.approx(sum(times), abs=0.1)
+    assert len(roofline.kinds_table(list(predicted.values()))[0].split("|")) == len(total) - 2

@@ -4,18 +4,18 @@ import copy
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import breakdown, compare, loader, memory, page, rehearsal, report, step, workload
+from benchmarks import breakdown, compare, loader, memory, page, pages, rehearsal, report, step, workload
+from maskcf_fast.core.errors import UserError
 from maskcf_fast.models import preset
 from maskcf_fast.training import cost
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+FORWARDS = (("paper", 9.0), ("two passes", 7.5))
 MAIN = workload.Variant("object-single")
 VARIANTS = (MAIN.paper(), MAIN, workload.Variant("random-single"), MAIN._replace(run="graphed"), workload.Variant("FT"))
 
@@ -217,11 +217,14 @@ def test_a_slow_loader_slows_the_step_down():
 
 def test_memory_is_the_least_of_its_repeats(monkeypatch):
     peaks = iter([9e6, 8e6, 5e6, 7e6, 2e6, 4e6, 3e6, 1e6])
-    monkeypatch.setattr(memory.m, "peak_memory", lambda call, device: call() or int(next(peaks)))
-    found = memory.measure(workload.Workload(preset("tiny"), 2, CPU), "fp32")
-    assert list(found.values()) == [8_000_000, 5_000_000, 2_000_000, 1_000_000]
-    assert [name.split(", ")[1] for name in found] == ["paper's order", "one graph", "fp32", "fp32"]
-    assert list(found)[3].endswith("GELU recomputed")
+    monkeypatch.setattr(workload.m, "peak_memory", lambda call, device: call() or int(next(peaks)))
+    found = memory.measure(CPU, "tiny", 2, "fp32")
+    assert [step["peak_bytes"] for step in found["steps"]] == [8_000_000, 5_000_000, 2_000_000, 1_000_000]
+    assert [step["name"].split(", ")[1] for step in found["steps"]] == ["paper's order", "one graph", "fp32", "fp32"]
+    assert found["steps"][3]["name"].endswith("GELU recomputed")
+    assert list(memory.shares(found).values()) == [1, 0.625, 0.25, 0.125]
+    assert "| object-single, fp32                  |  2 |                 0.25 |" in page.memory_lines(found)
+    assert memory.shares(found | {"steps": [step | {"peak_bytes": None} for step in found["steps"]]}) == {}
 
 
 def changed(of, change):
@@ -291,22 +294,46 @@ def test_the_fitted_exponent():
     assert step.exponent([(2, 12)]) is None
 
 
-def test_the_page_of_figures_is_rewritten_between_its_markers(measured, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\n\n## Next\n")
-    report.write_readme(measured, readme)
-    text = readme.read_text()
-    assert text == f"# Title\n\n{report.MARKERS[0]}\n{page.readme_section(measured)}{report.MARKERS[1]}\n\n## Next\n"
-    readme.write_text("# No markers\n")
-    with pytest.raises(ValueError, match="performance"):
-        report.write_readme(measured, readme)
+def test_the_pages_show_the_committed_figures():
+    """As `python -m benchmarks.pages` writes them."""
+    reports, ops = pages.committed()
+    for path in pages.PAGES:
+        assert pages.filled(path.read_text(), reports, ops) == path.read_text(), path.name
 
 
-def test_committed_reports_are_shown_and_readable():
-    text = report.page_with_figures().read_text()
-    shown = text.partition(report.MARKERS[0] + "\n")[2].partition(report.MARKERS[1])[0]
-    committed = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*/report.json")]
-    assert shown in [page.readme_section(old) for old in committed]
+def test_every_figure_of_a_block_comes_from_the_results():
+    reports, ops = pages.committed()
+    shown = {name: block(reports, ops) for name, block in pages.BLOCKS.items()}
+
+    def larger(results):
+        if isinstance(results, dict):
+            return {key: larger(value) for key, value in results.items()}
+        if isinstance(results, list):
+            return [larger(value) for value in results]
+        whole = isinstance(results, int)  # images, threads
+        return (
+            results * 1.5 if isinstance(results, float) else results + 2_000_000 if whole and results > 2e6 else results
+        )
+
+    for name, block in pages.BLOCKS.items():
+        assert block([larger(report) for report in reports], larger(ops)) != shown[name]
+    with pytest.raises(UserError, match="'stepp', which are none of step, memory"):
+        pages.filled("<!-- figures: stepp -->\n<!-- /figures -->", reports, ops)
+
+
+def test_how_fast_a_step_of_products_alone_would_be():
+    cells = [{"arch": "a", "batch": 1, "method": "m", "order": o, "forwards": f} for o, f in FORWARDS]
+    kinds = [{"name": "products", "ms": 80.0, "least_ms": 60.0}, {"name": "rest", "ms": 20.0, "least_ms": 1.0}]
+    found = {"arch": "a", "batch": 1, "method": "m", "kinds": kinds}
+    text = " ".join(pages.limit({"step": {"cells": cells}}, found))
+    assert "80% of it, at 75% of the machine's rate" in text
+    assert "1.20 times as many" in text
+    assert f"{(80 * 1.2 + 20) / 80:.2f} ×" in text
+
+
+def test_committed_reports_are_readable():
+    committed = [json.loads(path.read_text()) for path in pages.RESULTS.glob("*/report.json")]
+    assert committed
     for old in committed:
         assert compare.compare(old, old)[1] is False
-        assert page.to_markdown(old).count("\n| ViT-") > 20
+        assert page.to_markdown(old).count("\n| ViT-") > 10

@@ -1,0 +1,191 @@
+"""The figures on the README's and the performance page, from the committed ``report.json`` and ``ops.json``.
+
+    python -m benchmarks.pages
+
+Each stands between ``<!-- figures: NAME -->`` and ``<!-- /figures -->``; tests hold the pages to the results.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from maskcf_fast.core.command import command
+from maskcf_fast.core.errors import UserError
+from maskcf_fast.core.files import atomic_write, read_json
+
+from .page import memory_lines, operations_of, step_table, targets
+from .roofline import kinds_table
+from .tables import digits, machine, number, options, table, target_table
+
+Results = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+RESULTS = ROOT / "benchmarks" / "results"
+MACHINES = ("amd-epyc-avx2", "amd-epyc")  # the first is the README's
+BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+STEP = ("model", "N", "step", "ms", "images/s", "F", "× paper", "MB")
+LARGE = "ViT-L/14"
+
+
+def step(reports: list[Results], ops: Results) -> list[str]:
+    """Every step that was measured, and the targets, by machine."""
+    lines = []
+    for report in reports:
+        cells = [c for c in report["step"]["cells"] if c["order"] != "one graph"]
+        lines += [machine(report["environment"]), "", *step_table(cells, STEP), ""]
+        lines += [*target_table(targets(report)), ""]
+    return lines[:-1]
+
+
+def memory(reports: list[Results], ops: Results) -> list[str]:
+    """Peak memory of a large model."""
+    return memory_lines(reports[0]["memory"])
+
+
+def operations(reports: list[Results], ops: Results) -> list[str]:
+    """What each kind of work must at least take and took, and what of the step the products leave to gain."""
+    lines = []
+    for report in reports:
+        lines += [machine(report["operations"].get("environment", report["environment"])), ""]
+        for found in report["operations"]["steps"]:
+            lines += [f"{operations_of(found)}:", "", *kinds_table(found["kinds"]), "", *limit(report, found), ""]
+    return lines[:-1]
+
+
+def limit(report: Results, found: Results) -> list[str]:
+    """How fast a step could be against the paper's order, if it consisted of its products."""
+    times = {kind["name"]: kind["ms"] for kind in found["kinds"]}
+    least = {kind["name"]: kind["least_ms"] for kind in found["kinds"]}
+    total, products = sum(times.values()), times["products"]
+    rest = total - products
+    forwards = {c["order"]: c["forwards"] for c in report["step"]["cells"]
+                if (c["arch"], c["batch"], c["method"]) == (found["arch"], found["batch"], found["method"])
+                and c.get("forwards")}  # fmt: skip
+    more = forwards["paper"] / forwards["two passes"]
+    best = (products * more + rest) / products
+    return [
+        f"Products are {products / total:.0%} of it, at {least['products'] / products:.0%} of the machine's rate. The "
+        f"paper's order has {more:.2f} times as many:",
+        f"if the step were its products alone, and all else took the paper's order what it takes the step now, that "
+        f"would be {best:.2f} ×.",
+    ]
+
+
+def op_rows(ops: Results, *keys: tuple[str, str, str]) -> list[Results]:
+    """Rows of the ops' results by op, case and size; those that were measured."""
+    rows = {(row["op"], row["case"], row["size"]): row for row in ops["rows"] if "variants" in row}
+    return [rows[key] for key in keys if key in rows]
+
+
+def op_table(ops: Results) -> list[str]:
+    """Every op at ViT-B/16, the relevance at L/14 too: what ``auto`` takes against plain PyTorch."""
+    keys = dict.fromkeys((row["op"], row["case"]) for row in ops["rows"])
+    rows = op_rows(ops, *((*key, "ViT-B/16") for key in keys), ("attention_relevance", "one layer", LARGE))
+    cells = []
+    for row in rows:
+        taken, plain = row["variants"][row["auto"]], row["variants"]["eager"]
+        if "ms" not in taken:
+            continue
+        times = (number(taken["times_as_fast"].get(other)) for other in ("paper", "eager", "compiled"))
+        peaks = (number(found.get("peak_bytes"), ".1f", 1e-6) for found in (taken, plain))
+        op, case = f"`{row['op']}`, {row['case']}", f"{row['size']}, {row['batch']}"
+        cells.append((op, case, digits(taken["ms"]), *times, *peaks))
+    header = ("op", "model, images", "ms", "× paper", "× plain", "× compiled", "MB", "of plain")
+    return [machine(ops["environment"]), "", *table(header, cells, left=2)]
+
+
+def readme_step(reports: list[Results], ops: Results) -> list[str]:
+    """The step against the paper's order: arithmetic, speed, memory."""
+    report = reports[0]
+    what = ("ViT-B/32", 16, "object-single", "eager")
+    cells = {
+        (c["order"], c["precision"]): c
+        for c in report["step"]["cells"]
+        if (c["arch"], c["batch"], c["method"], c["run"]) == what and "ms" in c
+    }
+    ours, paper = cells["two passes", "fp32"], cells["paper", "fp32"]
+    large = report["memory"]
+    peaks = {found["name"]: found["peak_bytes"] for found in large["steps"]}
+    plain, kept = next(iter(peaks.values())), peaks[f"object-single, {large['precision']}"]
+    megabytes = "{:.0f} instead of {:.0f} MB".format
+    return [
+        "| | F | × as fast | peak memory |",
+        "|---|--:|--:|--:|",
+        f"| ViT-B/32, {ours['batch']} images | {ours['forwards']:.2f} instead of {paper['forwards']:.2f} "
+        f"| {ours['times_as_fast']['paper']:.2f} | {megabytes(ours['peak_bytes'] / 1e6, paper['peak_bytes'] / 1e6)} |",
+        f"| {large['arch']}, {large['batch']} images | | | {megabytes(kept / 1e6, plain / 1e6)} |",
+        "| on a GPU | | not measured | not measured |",
+    ]
+
+
+def readme_ops(reports: list[Results], ops: Results) -> list[str]:
+    """The fused ops against plain PyTorch, and where all of this was measured."""
+    lines = ["| | ms | × plain PyTorch | × the paper's formula | memory |", "|---|--:|--:|--:|--:|"]
+    shown = {
+        ("attention_relevance", "one layer", "ViT-B/16"): "",
+        ("attention_relevance", "one layer", LARGE): f", {LARGE}",
+        ("counterfactual_refill", "threshold, float32", "ViT-B/16"): "",
+        ("counterfactual_refill", "threshold, uint8", "ViT-B/16"): ", uint8",
+        ("gather_tokens", "single-fill, forward and backward", "ViT-B/16"): " and its gradient",
+        ("bias_gelu", "forward and backward", "ViT-B/16"): " and its gradients",
+        ("residual_norm", "forward and backward", "ViT-B/16"): " and its gradients",
+    }
+    for (op, case, size), words in shown.items():
+        for row in op_rows(ops, (op, case, size)):
+            taken, plain = row["variants"][row["auto"]], row["variants"]["eager"]
+            times = (number(taken["times_as_fast"].get(other), ".1f") for other in ("eager", "paper"))
+            peaks = f"{number(taken['peak_bytes'], '.3g', 1e-6)} instead of {plain['peak_bytes'] / 1e6:.0f} MB"
+            lines.append(f"| `{op}`{words} | {digits(taken['ms'])} | {' | '.join(times)} | {peaks} |")
+    lines += ["| on a GPU | not measured | | | |", ""]
+    measured = [(what, results["environment"]) for what, results in (("step", reports[0]), ("ops", ops))]
+    commands = ", ".join(f"`{where['command']}` ({what}, threads: {where['threads']})" for what, where in measured)
+    versions = ", ".join(f"{name} {version}" for name, version in measured[0][1]["versions"].items())
+    return [*lines, f"{measured[0][1]['device']}; {versions}; {commands}."]
+
+
+BLOCKS: dict[str, Callable[[list[Results], Results], list[str]]] = {
+    "step": step,
+    "memory": memory,
+    "operations": operations,
+    "ops": lambda reports, ops: op_table(ops),
+    "readme-step": readme_step,
+    "readme-ops": readme_ops,
+}
+
+
+def filled(text: str, reports: list[Results], ops: Results) -> str:
+    """A page with its figures made anew.
+
+    Raises:
+        UserError: A block has a name that is none of `BLOCKS`.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        if found[2] not in BLOCKS:
+            raise UserError(f"a page has figures {found[2]!r}, which are none of {', '.join(BLOCKS)}")
+        return "\n".join([found[1].rstrip(), "", *BLOCKS[found[2]](reports, ops), "", found[3]])
+
+    return BLOCK.sub(block, text)
+
+
+def committed() -> tuple[list[Results], Results]:
+    """The reports of `MACHINES`, and the ops' results of the first."""
+    reports = [read_json(RESULTS / name / "report.json") for name in MACHINES]
+    return reports, read_json(RESULTS / MACHINES[0] / "ops.json")
+
+
+@command()
+def main(arguments: list[str]) -> None:
+    options("pages", __doc__, arguments)
+    results = committed()
+    for page in PAGES:
+        atomic_write(page, filled(page.read_text(), *results).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
