@@ -79,7 +79,7 @@ def plain_loader(manifest: Manifest, config: LoaderConfig) -> Any:
 
 
 def rate(loader: Any, device: torch.device, seconds: float) -> float:
-    """Images per second over whole epochs, at least ``seconds`` of them, after one that is not counted."""
+    """Images per second over whole epochs, for ``seconds`` and at least one, after one that is not counted."""
 
     def epoch() -> Iterator[int]:
         for images, labels, *_ in loader:
@@ -89,7 +89,7 @@ def rate(loader: Any, device: torch.device, seconds: float) -> float:
     sum(epoch())
     m.synchronize(device)
     start, images = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    while not images or time.perf_counter() - start < seconds:
         images += sum(epoch())
     m.synchronize(device)
     return images / (time.perf_counter() - start)
