@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo.config
-import torch._functorch.config
 from torch import Tensor
 
 from maskcf_fast import bias_gelu, residual_norm
@@ -188,7 +187,6 @@ class Workload:
             if block not in self._made:
                 # With and without gradients, first, last and in between, each dtype: more than the default 8.
                 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-                torch._functorch.config.donated_buffer = False  # the map's backward pass keeps the graph
                 self._made[block] = torch.compile(block._call_impl, dynamic=False)
             block._compiled_call_impl = self._made[block]
         try:
