@@ -12,7 +12,6 @@ from .workload import Variant, Workload
 
 REPEATS = 2
 ORDERS = ("paper", "one graph", "two passes")
-RECOMPUTED = "GELU recomputed"  # of two passes
 
 
 def measure(device: torch.device, arch: str, batch: int, precision: str) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def measure(device: torch.device, arch: str, batch: int, precision: str) -> dict
         variant = Variant("object-single", order, precision=precision)
         steps.append({"name": str(variant), "peak_bytes": least(work, variant)})
     work.student.transformer.recompute = "gelu"
-    steps.append({"name": f"{variant}, {RECOMPUTED}", "peak_bytes": least(work, variant)})
+    steps.append({"name": f"{variant}, GELU recomputed", "peak_bytes": least(work, variant)})
     return {"arch": arch, "batch": batch, "precision": precision, "steps": steps}
 
 

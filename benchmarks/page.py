@@ -19,8 +19,7 @@ ms: median over the rounds and interquartile range. F: one plain forward pass of
 products counted by `torch.utils.flop_counter`. Utilisation: those, by the time, of the rate of a large square product
 in the same precision. × paper: median over the rounds of the ratio within a round, against the paper's order written
 plainly, at the same precision, compiled, in TF32 and in fp32; blocks: against plain PyTorch whose blocks are compiled
-as a whole. MB: highest point during a step above weights, gradients
-and moments.\
+as a whole. MB: highest point during a step above weights, gradients and moments.\
 """
 
 

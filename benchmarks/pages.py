@@ -29,7 +29,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 MACHINES = ("amd-epyc-avx2", "amd-epyc-avx512")  # the first is the README's
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 STEP = ("model", "N", "step", "ms", "images/s", "F", "× paper", "MB")
-LARGE = "ViT-L/14"
 
 
 def step(reports: list[Results], ops: Results) -> list[str]:
@@ -76,18 +75,12 @@ def limit(report: Results, found: Results) -> list[str]:
     ]
 
 
-def op_rows(ops: Results, *keys: tuple[str, str, str]) -> list[Results]:
-    """Rows of the ops' results by op, case and size; those that were measured."""
-    rows = {(row["op"], row["case"], row["size"]): row for row in ops["rows"] if "variants" in row}
-    return [rows[key] for key in keys if key in rows]
-
-
 def op_table(ops: Results) -> list[str]:
-    """Every op at ViT-B/16, the relevance at L/14 too: what ``auto`` takes against plain PyTorch."""
-    keys = dict.fromkeys((row["op"], row["case"]) for row in ops["rows"])
-    rows = op_rows(ops, *((*key, "ViT-B/16") for key in keys), ("attention_relevance", "one layer", LARGE))
+    """Every op that was measured: what ``auto`` takes against plain PyTorch."""
     cells = []
-    for row in rows:
+    for row in ops["rows"]:
+        if "variants" not in row:
+            continue
         taken, plain = row["variants"][row["auto"]], row["variants"]["eager"]
         if "ms" not in taken:
             continue
@@ -127,20 +120,20 @@ def readme_ops(reports: list[Results], ops: Results) -> list[str]:
     """The fused ops against plain PyTorch, and where all of this was measured."""
     lines = ["| | ms | × plain PyTorch | × the paper's formula | memory |", "|---|--:|--:|--:|--:|"]
     shown = {
-        ("attention_relevance", "one layer", "ViT-B/16"): "",
-        ("attention_relevance", "one layer", LARGE): f", {LARGE}",
-        ("counterfactual_refill", "threshold, float32", "ViT-B/16"): "",
-        ("counterfactual_refill", "threshold, uint8", "ViT-B/16"): ", uint8",
-        ("gather_tokens", "single-fill, forward and backward", "ViT-B/16"): " and its gradient",
-        ("bias_gelu", "forward and backward", "ViT-B/16"): " and its gradients",
-        ("residual_norm", "forward and backward", "ViT-B/16"): " and its gradients",
+        ("attention_relevance", "one layer"): "",
+        ("counterfactual_refill", "threshold, float32"): "",
+        ("counterfactual_refill", "threshold, uint8"): ", uint8",
+        ("gather_tokens", "single-fill, forward and backward"): " and its gradient",
+        ("bias_gelu", "forward and backward"): " and its gradients",
+        ("residual_norm", "forward and backward"): " and its gradients",
     }
-    for (op, case, size), words in shown.items():
-        for row in op_rows(ops, (op, case, size)):
-            taken, plain = row["variants"][row["auto"]], row["variants"]["eager"]
-            times = (number(taken["times_as_fast"].get(other), ".1f") for other in ("eager", "paper"))
-            peaks = f"{number(taken['peak_bytes'], '.3g', 1e-6)} instead of {plain['peak_bytes'] / 1e6:.0f} MB"
-            lines.append(f"| `{op}`{words} | {digits(taken['ms'])} | {' | '.join(times)} | {peaks} |")
+    rows = {(row["op"], row["case"]): row for row in ops["rows"] if row["size"] == "ViT-B/16"}
+    for (op, case), words in shown.items():
+        variants = rows[op, case]["variants"]
+        taken, plain = variants[rows[op, case]["auto"]], variants["eager"]
+        times = (number(taken["times_as_fast"].get(other), ".1f") for other in ("eager", "paper"))
+        peaks = f"{number(taken['peak_bytes'], '.3g', 1e-6)} instead of {plain['peak_bytes'] / 1e6:.0f} MB"
+        lines.append(f"| `{op}`{words} | {digits(taken['ms'])} | {' | '.join(times)} | {peaks} |")
     lines += ["| on a GPU | not measured | | | |", ""]
     measured = [(what, results["environment"]) for what, results in (("step", reports[0]), ("ops", ops))]
     commands = ", ".join(f"`{where['command']}` ({what}, threads: {where['threads']})" for what, where in measured)

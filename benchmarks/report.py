@@ -99,7 +99,7 @@ def measure(
             return breakdown.measure(device, seconds, arch, batch, "bf16" if gpu else "fp32")
         if name == "operations":
             kept = ("bf16", "fp32") if tiny or slow_products(device, "bf16") is None else ("fp32",)
-            return {"steps": [roofline.measure(device, seconds / len(kept), arch, batch, name) for name in kept]}
+            return {"steps": [roofline.measure(device, seconds / len(kept), arch, batch, p) for p in kept]}
         if name == "memory":
             return memory.measure(device, *large, "bf16" if gpu else "fp32")
         if name == "scaling":

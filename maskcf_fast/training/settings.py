@@ -38,12 +38,7 @@ NOT_NEGATIVE = (
     "data.holdout", "data.holdout_seed", "data.threads", "data.mixup", "method.weight", "optim.weight_decay",
     "checkpoint_every", "checkpoint_minutes", "eval_every", "seed",
 )  # fmt: skip
-OPTIONAL = (
-    "data.holdout",
-    "data.holdout_seed",
-    "method.weight",
-    "optim.weight_decay",
-)  # of these: None, or the paper's
+OTHERWISE = {"data.holdout": "paper", "data.holdout_seed": None, "method.weight": None, "optim.weight_decay": None}
 MOST_STEPS = 2**24  # that AdamW counts: in float32
 NONE = {"null": "None", "~": "None", "": "None"}  # what YAML's words are on the command line
 BOOL = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
@@ -298,8 +293,9 @@ class TrainConfig:
             raise UserError(f"data.threads must be at most {MOST_THREADS}, got {self.data.threads}")
         for name in NOT_NEGATIVE:
             value = attrgetter(name)(self)
-            given = value if name not in OPTIONAL or value not in (None, "paper") else 0
-            if not 0 <= given < float("inf"):
+            if name in OTHERWISE and value == OTHERWISE[name]:
+                continue
+            if not 0 <= value < float("inf"):
                 raise UserError(f"{name} must {'not be negative' if value < 0 else 'be finite'}, got {value}")
         if self.data.val is not None and self.data.holdout not in (0, "paper"):
             raise UserError(

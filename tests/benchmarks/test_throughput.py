@@ -301,7 +301,7 @@ def test_the_pages_show_the_committed_figures():
         assert pages.filled(path.read_text(), reports, ops) == path.read_text(), path.name
 
 
-def test_every_figure_of_a_block_comes_from_the_results():
+def test_no_block_stays_as_it_is_when_its_results_change():
     reports, ops = pages.committed()
     shown = {name: block(reports, ops) for name, block in pages.BLOCKS.items()}
 

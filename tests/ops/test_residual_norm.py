@@ -52,8 +52,8 @@ def outcome(function, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_value_of_16_bits_is_read_and_written_exactly(dtype, impl):
     """The sum of each with 0, and with values at random: that in float32, rounded to the nearest."""
-    if impl == "triton" and INTERPRETED:
-        pytest.skip("the interpreter takes bf16's subnormal numbers for 0")
+    if impl == "triton" and INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter cuts bf16 off instead of rounding it")
     g, device = cases.generator(0), device_of(impl)
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(64, 1024)
     weight, bias = torch.ones(1024, device=device), torch.zeros(1024, device=device)
