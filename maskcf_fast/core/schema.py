@@ -15,6 +15,10 @@ from .files import parse_json
 MOST_BYTES = 2**28
 
 
+class WrongKind(UserError):
+    """A value that is not of the type that was written."""
+
+
 class Range:
     """Bounds of a number, both included: ``Annotated[float, Range(0, 100)]``."""
 
@@ -47,13 +51,13 @@ def conform(value: Any, hint: Any, where: str) -> Any:
     """A value read from JSON as the type that it must have.
 
     Args:
-        value: Of dictionaries, lists, texts, finite numbers, truth values and None.
+        value: Of dictionaries, lists, texts, bytes, finite numbers, truth values and None.
         hint: ``Any``, a scalar type, a ``Literal``, a union, ``list``, ``tuple`` or ``dict`` of such, or a dataclass
             with no more and no fewer fields than the value has; a number may be ``Annotated`` with a `Range`.
         where: What the value is called in messages.
 
     Raises:
-        ValueError: It is not; names the place, the value and what is expected.
+        WrongKind: It is not; names the place, the value and what is expected.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -61,13 +65,13 @@ def conform(value: Any, hint: Any, where: str) -> Any:
     if origin is Annotated:
         number, bounds = conform(value, arguments[0], where), arguments[1]
         if not bounds.low <= number <= bounds.high:
-            raise UserError(f"{where}: {number} does not lie in [{bounds.low}, {bounds.high}]")
+            raise WrongKind(f"{where}: {number} does not lie in [{bounds.low}, {bounds.high}]")
         return number
     if origin in (Union, types.UnionType):
         for choice in arguments:
             try:
                 return conform(value, choice, where)
-            except UserError:
+            except WrongKind:
                 continue
     elif origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in arguments):
@@ -78,7 +82,7 @@ def conform(value: Any, hint: Any, where: str) -> Any:
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000:
             return float(value)
-    elif hint in (int, str, bool):
+    elif hint in (int, str, bool, bytes):
         if type(value) is hint and (hint is not int or abs(value) < 2**63):
             return value
     elif origin in (list, tuple) and isinstance(value, list):
@@ -92,7 +96,7 @@ def conform(value: Any, hint: Any, where: str) -> Any:
         names = [field.name for field in fields(hint)]
         if set(names) == set(value):
             return hint(**{name: conform(value[name], wanted[name], f"{where}: {name}") for name in names})
-        raise UserError(f"{where} must have {', '.join(names)}, it has {', '.join(map(repr, value)) or 'nothing'}")
+        raise WrongKind(f"{where} must have {', '.join(names)}, it has {', '.join(map(repr, value)) or 'nothing'}")
     shown = repr(value)
     name = getattr(hint, "__name__", None) if not arguments else None
-    raise UserError(f"{where}: {shown[:60]}{'…' if shown[60:] else ''} is not {name or hint}")
+    raise WrongKind(f"{where}: {shown[:60]}{'…' if shown[60:] else ''} is not {name or hint}")

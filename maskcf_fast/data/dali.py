@@ -12,6 +12,7 @@ import PIL
 import torch
 
 from ..core.optional import need
+from ..core.schema import conform
 from .jpeg import is_plain_jpeg
 from .loader import Decoded, EpochLoader, Indices, LoaderConfig
 from .manifest import Manifest
@@ -59,7 +60,7 @@ class DaliLoader(EpochLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # DALI itself would accept a checkpoint of other settings and silently continue with something else.
         super().load_state_dict(state)
-        self._pipeline, self._checkpoint = None, state.get("checkpoint")
+        self._pipeline, self._checkpoint = None, conform(state.get("checkpoint"), bytes | None, "loader: checkpoint")
 
     def settings(self) -> dict[str, Any]:
         # The GPU's decoder rounds otherwise, and a checkpoint names the operators.

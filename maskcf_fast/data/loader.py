@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.schema import Range, conform
 from .images import ImageError
 from .manifest import Manifest, ellipsis
 
@@ -132,7 +134,8 @@ class Loader(Protocol):
         """Continue from a state with the same batches, to the pixel, as the loader that it was taken from.
 
         Raises:
-            ValueError: The state was taken under other settings, from other images or by another backend.
+            WrongKind: It is no such state.
+            ValueError: It was taken under other settings, from other images or by another backend.
         """
 
     def close(self) -> None:
@@ -201,11 +204,12 @@ class EpochLoader(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         settings = self.settings()
-        saved = state["settings"]
+        saved = conform(state.get("settings"), dict[str, Any], "loader: settings")
         if different := [name for name in settings if saved.get(name) != settings[name]]:
             detail = ", ".join(f"{name} (was {saved.get(name)!r}, is {settings[name]!r})" for name in different)
             raise UserError(f"this loader cannot continue from the saved state, because of another {detail}")
-        self._epoch, self._batch = state["epoch"], state["batch"]
+        self._epoch = conform(state.get("epoch"), Annotated[int, Range(0, math.inf)], "loader: epoch")
+        self._batch = conform(state.get("batch"), Annotated[int, Range(0, max(0, len(self) - 1))], "loader: batch")
         self._batches = None
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..core.errors import Stopped, UserError
 from ..core.precision import check_precision, float32_products, slow_products
 from ..core.processes import Processes
-from ..core.schema import Range
+from ..core.schema import Range, WrongKind, conform
 from ..core.signals import StopRequest
 from ..data import Batch
 from ..data.mixing import Mixup
@@ -39,6 +39,15 @@ from .parts import choose_trained
 from .settings import TrainConfig, changed_settings
 from .sharding import fill, full, save_full, shard
 from .speed import BETA1_MOVES, Backward, Graphed, GraphedBackward, compile_pointwise, why_no_graph
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessState:
+    """What a checkpoint holds of each process."""
+
+    loader: dict[str, Any]
+    generator: bytes
+    sums: tuple[float, float, float, float]
 
 
 class TrainingDiverged(UserError):
@@ -502,7 +511,7 @@ class Trainer:
         self.skipped = saved.value("skipped", Annotated[int, Range(0, step)])
         self.best = saved.value("best", Percent | None)
         self.accuracy = saved.value("accuracy", dict[str, Percent])
-        states: list[Any] = saved.value("processes", list[Any])
+        states: list[ProcessState] = saved.value("processes", list[ProcessState])
         if states and len(states) != self.processes.world_size and not self.config.elastic:
             raise UserError(
                 f"{saved.folder} was written by {len(states)} process(es), now there are {self.processes.world_size}: "
@@ -527,23 +536,22 @@ class Trainer:
         rank, size = self.processes.rank, self.processes.world_size
         try:
             mine = states[rank if len(states) == size else 0]
-            loader = dict(mine["loader"])
-            sums = [state["sums"] for state in states]
+            loader, sums = mine.loader, torch.tensor([state.sums for state in states])
             if len(states) == size:
-                self.generator.set_state(torch.frombuffer(bytearray(mine["generator"]), dtype=torch.uint8))
+                self.generator.set_state(torch.tensor(list(mine.generator), dtype=torch.uint8))
             else:
                 own = self.loader.state_dict()["settings"]
                 place = {name: own[name] for name in ("rank", "world_size", "batch_size")}
-                loader = {name: loader[name] for name in ("epoch", "batch")} | {
-                    "settings": {**loader["settings"], **place}
-                }
+                settings = conform(loader.get("settings"), dict[str, Any], "loader: settings")
+                loader = {name: loader.get(name) for name in ("epoch", "batch")} | {"settings": {**settings, **place}}
                 seed = np.random.SeedSequence([self.config.seed, rank, step]).generate_state(1, np.uint64)
                 self.generator.manual_seed(int(seed[0]) >> 1)
-                sums = [[sum(column) / size for column in zip(*sums, strict=True)]] * size
-            self._sums.copy_(torch.tensor(sums[rank]))
+            self._sums.copy_(sums[rank] if len(states) == size else sums.sum(0) / size)
             self.loader.load_state_dict(loader)
-        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            raise saved.error(f"is damaged, in its state of the processes ({error!r})") from error
+        except (WrongKind, IndexError, RuntimeError) as error:
+            raise saved.error(f"is damaged, in its state of the processes ({error})") from error
+        except UserError as error:
+            raise UserError(f"{saved.folder}: {error}") from error
         self.step = self._saved = step
 
     def _check_origin(self, saved: Checkpoint) -> None:

@@ -348,6 +348,10 @@ BAD_VALUES = {
     "step": [10**9, -1, True, "5", None], "evaluated": [11, 0.5], "skipped": [-1, 99], "best": [101, "x"],
     "accuracy": [None, {"id": -1}], "initial": [None], "images": [7], "processes": [None, [], [{}], [{"loader": {}}]],
 }  # fmt: skip
+BAD_PROCESSES = {
+    "loader": [None, "x", [[1]]], "settings": [None, "x"], "epoch": [None, "x", -1, 1.5], "batch": [True, 5, -1],
+    "generator": [b"", b"abc", -1, "x"], "sums": [5, [1.0], [1.0, 2.0, "x", 4.0]],
+}  # fmt: skip
 BAD_TENSORS = {
     "another architecture than tiny": lambda t: {"student.x": torch.zeros(1)},
     "lacks the optimiser's state": lambda t: {k: v for k, v in t.items() if not k.startswith("optimizer.")},
@@ -381,6 +385,21 @@ def test_checkpoints_that_hold_what_no_run_does(change):
         save_checkpoint(config.out, 5, good[0], spoil(dict(good[1])), ALONE, 9)
         with pytest.raises(ValueError, match=message):
             Trainer(resume, quiet=True)
+
+
+def test_states_of_processes_that_no_run_writes(change):
+    config = change(optim={"epochs": 1})
+    Trainer(config, quiet=True).run()
+    good = values(config.out), tensors(config.out)
+    [state] = good[0]["processes"]
+    for name, value in [(name, value) for name, bad in BAD_PROCESSES.items() for value in bad]:
+        loader = {**state["loader"], name: value}
+        spoiled = {**state, **({name: value} if name in state else {"loader": loader})}
+        for elastic in {False, name == "settings"}:
+            plain = good[0] | {"processes": [spoiled] * (1 + elastic)}
+            save_checkpoint(config.out, 5, plain, good[1], ALONE, 9)
+            with pytest.raises(UserError, match=rf"step-5 is damaged, .*({name}|RNG).*: remove it to continue"):
+                Trainer(replace(config, resume=config.out, elastic=elastic), quiet=True)
 
 
 def test_weights_and_heads_that_are_wrong(change, weights, tmp_path):
