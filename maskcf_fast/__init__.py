@@ -3,11 +3,12 @@
 Importing it compiles nothing, touches no GPU and loads no data library.
 """
 
+# ruff: noqa: F403, F405
+
 from .explain import explain, record_attention
 from .methods import CounterfactualDistiller, MaskStrategy
 from .models import CosineClassifier, ImageClassifier, VisionTransformer, VisionTransformerConfig, load_backbone
-from .ops import *  # noqa: F403
-from .ops import __all__ as _ops
+from .ops import *
 
 __version__ = "0.1.0"
 
@@ -18,8 +19,19 @@ __all__ = [
     "MaskStrategy",
     "VisionTransformer",
     "VisionTransformerConfig",
+    "attention_relevance",
+    "bias_gelu",
+    "counterfactual_refill",
+    "drop_tokens",
     "explain",
+    "gather_tokens",
     "load_backbone",
+    "pack_tokens",
+    "patchify",
     "record_attention",
+    "refill_patches",
+    "relevance_cam",
+    "residual_norm",
+    "sample_donors",
+    "select_patches",
 ]
-__all__ += _ops

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
+import maskcf_fast as mf
+from maskcf_fast import ops
 from maskcf_fast.__main__ import MODULES
 
 BASE = ("torch", "triton", "numpy", "safetensors")
@@ -111,6 +115,13 @@ for name in {sorted(MODULES)}:
             assert text.strip() == "0"
         else:
             assert re.fullmatch(r"(1 error: )?\w+ is not installed: pip install 'maskcf-fast\[train\]'", text), name
+
+
+def test_the_package_exports_the_ops_in_a_list_that_type_checkers_read():
+    tree = ast.parse(Path(mf.__file__).read_text())
+    assigned = [node.value for node in tree.body if isinstance(node, ast.Assign) and "__all__" in ast.unparse(node)]
+    assert [ast.literal_eval(value) for value in assigned] == [mf.__all__]
+    assert set(ops.__all__) <= set(mf.__all__) <= set(dir(mf))
 
 
 def test_import_loads_nothing_heavy():
