@@ -15,13 +15,12 @@ from typing import Any
 
 from maskcf_fast.core.command import command
 from maskcf_fast.core.errors import UserError
-from maskcf_fast.core.files import atomic_write, read_json
+from maskcf_fast.core.files import atomic_write
+from maskcf_fast.core.schema import read_record
 
 from .page import memory_lines, operations_of, step_table, targets
 from .roofline import kinds_table
 from .tables import digits, machine, number, options, table, target_table
-
-Results = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -29,6 +28,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 MACHINES = ("amd-epyc-avx2", "amd-epyc-avx512")  # the first is the README's
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 STEP = ("model", "N", "step", "ms", "images/s", "F", "× paper", "MB")
+
+
+class Results(dict[str, Any]):
+    """What a results file holds, by section; one that it lacks is told with the command that measures it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found: dict[str, Any] = read_record(path, dict[str, Any])
+        lacking = [name for name, held in found.items() if isinstance(held, dict) and "not_measured" in held]
+        super().__init__((name, held) for name, held in found.items() if name not in lacking)
+
+    def __missing__(self, name: str) -> Any:
+        raise UserError(
+            f"{self.path} lacks the section {name!r}: measure all again on that machine, "
+            f"`python -m benchmarks.{self.path.stem} --out {self.path.parent}`"
+        )
 
 
 def step(reports: list[Results], ops: Results) -> list[str]:
@@ -155,21 +170,25 @@ def filled(text: str, reports: list[Results], ops: Results) -> str:
     """A page with its figures made anew.
 
     Raises:
-        UserError: A block has a name that is none of `BLOCKS`.
+        UserError: A block has a name that is none of `BLOCKS`, or the results lack what it shows.
     """
 
     def block(found: re.Match[str]) -> str:
         if found[2] not in BLOCKS:
             raise UserError(f"a page has figures {found[2]!r}, which are none of {', '.join(BLOCKS)}")
-        return "\n".join([found[1].rstrip(), "", *BLOCKS[found[2]](reports, ops), "", found[3]])
+        try:
+            lines = BLOCKS[found[2]](reports, ops)
+        except KeyError as error:
+            raise UserError(f"figures {found[2]!r}: the results lack {error}; measure with more --minutes") from error
+        return "\n".join([found[1].rstrip(), "", *lines, "", found[3]])
 
     return BLOCK.sub(block, text)
 
 
 def committed() -> tuple[list[Results], Results]:
     """The reports of `MACHINES`, and the ops' results of the first."""
-    reports = [read_json(RESULTS / name / "report.json") for name in MACHINES]
-    return reports, read_json(RESULTS / MACHINES[0] / "ops.json")
+    reports = [Results(RESULTS / name / "report.json") for name in MACHINES]
+    return reports, Results(RESULTS / MACHINES[0] / "ops.json")
 
 
 @command()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -319,6 +320,24 @@ def test_no_block_stays_as_it_is_when_its_results_change():
         assert block([larger(report) for report in reports], larger(ops)) != shown[name]
     with pytest.raises(UserError, match="'stepp', which are none of step, memory"):
         pages.filled("<!-- figures: stepp -->\n<!-- /figures -->", reports, ops)
+
+
+def test_pages_name_the_section_that_a_results_file_lacks_and_its_command(tmp_path, monkeypatch):
+    shutil.copytree(pages.RESULTS, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    path = tmp_path / pages.MACHINES[0] / "report.json"
+    whole = json.loads(path.read_text())
+    text = "".join(page.read_text() for page in pages.PAGES)
+    for name in ("environment", "step", "memory", "operations"):
+        for spoiled in ({k: v for k, v in whole.items() if k != name}, whole | {name: {"not_measured": "no time"}}):
+            path.write_text(json.dumps(spoiled))
+            with pytest.raises(UserError) as told:
+                pages.filled(text, *pages.committed())
+            assert f"{path} lacks the section '{name}'" in str(told.value)
+            assert f"`python -m benchmarks.report --out {path.parent}`" in str(told.value)
+    path.write_text(json.dumps(whole | {"step": {"cells": []}}))
+    with pytest.raises(UserError, match="'readme-step': the results lack .'two passes', 'fp32'"):
+        pages.filled(text, *pages.committed())
 
 
 def test_how_fast_a_step_of_products_alone_would_be():
