@@ -113,10 +113,11 @@ def interval(values: Sequence[float]) -> Interval:
 def at_equal_id(found: Sequence[Model], model: Model, measure: str) -> float | None:
     """What FD comes to at the model's ID accuracy: on the same seed's line through the start, FD's weights and FT.
 
-    Points of the same ID accuracy count as their mean. None where the seed lacks one of the three, or where the model
+    Points of the same ID accuracy count as their mean. One of FD's weights is held against the others: what comes out
+    is what a method comes to that is no better than FD. None where the seed lacks one of the three, or where the model
     lies outside the line's ends: nothing is extrapolated.
     """
-    same = [m for m in found if m.seed == model.seed and m.method in (START, TUNED, REFERENCE)]
+    same = [m for m in found if m.seed == model.seed and m.method in (START, TUNED, REFERENCE) and m != model]
     if {m.method for m in same} != {START, TUNED, REFERENCE}:
         return None
     ids = sorted({m.id for m in same})
