@@ -46,6 +46,7 @@ TRAINED = (*PAPER, *FURTHER)
 MERGED = ("soup", "model-stock")  # of all seeds
 DERIVED = ("zero-shot", "wise-ft", "ensemble", *MERGED)  # of the pre-trained model and the runs of ft
 METHODS = ("zero-shot", *PAPER[:4], "wise-ft", "ensemble", "soup", *PAPER[4:])
+ROW = ("augment", "mixup", "cache")  # of the settings of data, those that a row may have of its own
 WISE = "wise:"  # before a method: its weights and the initial ones, in shares that validation images choose
 WISE_ALPHAS = tuple(i / 10 for i in range(11))
 DEMO_WEIGHT = 1.0  # of distillation: the features of a tiny model are larger than CLIP's, for which 30 is meant
@@ -103,7 +104,7 @@ class TableConfig:
             if name not in (*known, *strategy_names()) and not Path(name).is_file():
                 raise unknown("method", name, known)
             reads = registry.METHODS[_preset(name)[0].method.name].reads
-            if weight is not None and not (weight >= 0 and "weight" in reads):
+            if weight is not None and not (0 <= weight < float("inf") and "weight" in reads):
                 raise UserError(f"--methods {text}: {name} takes no weight {weight:g}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise UserError("--methods needs at least one, and none twice")
@@ -332,14 +333,23 @@ def _preset(name: str) -> tuple[TrainConfig, dict[str, Any], dict[str, Any]]:
     """A preset or a file of one's own, and what it says of the optimiser and of what images are made into.
 
     A strategy's name says it all. lp-ft is ft, and what trains nothing stands on it.
+
+    Raises:
+        UserError: The file says what is the table's to say.
     """
     if name in strategy_names():
         return parse(["--method.strategy", name], name="table"), {}, {}
     path = find_yaml("ft" if name in DERIVED or name == "lp-ft" else name)
     config, said = parse(["--config", str(path)], name="table"), yaml.safe_load(path.read_text())
-    optim = {key: getattr(config.optim, key) for key in said.get("optim", {})}
-    data = {key: getattr(config.data, key) for key in said.get("data", {}) if key in ("augment", "mixup", "cache")}
-    return config, optim, data
+    optim, data = said.get("optim", {}), said.get("data", {})
+    other = [*(said.keys() - {"method", "optim", "data"}), *(f"data.{key}" for key in data.keys() - {*ROW, "holdout"})]
+    if other:
+        raise UserError(f"{path} sets {min(other)}, which is of the whole table: give that to the table, not to a row")
+    return (
+        config,
+        {key: getattr(config.optim, key) for key in optim},
+        {key: getattr(config.data, key) for key in data if key in ROW},
+    )
 
 
 def grouped(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:

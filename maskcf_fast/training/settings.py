@@ -220,6 +220,8 @@ class OptimConfig:
             raise UserError(f"optim.layer_decay must lie in (0, 1], got {decay}")
         if self.lora_alpha is not None and not (lora and 0 < self.lora_alpha < float("inf")):
             raise UserError(f"optim.lora_alpha must be positive and go with --optim.lora-rank, got {self.lora_alpha}")
+        if not lora and self.lora_layers != OptimConfig.lora_layers:
+            raise UserError(f"optim.lora_layers={self.lora_layers} goes with --optim.lora-rank, which is 0")
         if lora and not 0 < len(set(self.lora_layers)) == len(self.lora_layers):
             raise UserError(f"optim.lora_layers needs at least one layer, and none twice, got {self.lora_layers}")
         asked = {"lora_rank": lora, "last_blocks": self.last_blocks, "layer_decay": decay if decay < 1 else None}

@@ -101,6 +101,11 @@ def test_weights_and_presets_of_ones_own(line, tmp_path, capsys):
         for name, counts in row["per_class"].items():
             images, right = map(sum, zip(*counts.values(), strict=True))
             assert row["accuracy"][name] == pytest.approx(100 * right / images)
+    other = tmp_path / "other.yaml"
+    for content, setting in (("precision: bf16", "precision"), ("data:\n  exif: false", "data.exif")):  # of no effect
+        other.write_text(content)
+        assert main([*line, "--methods", str(other)]) == 1
+        assert f"{other} sets {setting}, which is of the whole table" in capsys.readouterr().err
     for wrong, message in (("fd:heavy", "NAME:WEIGHT"), ("wise-ft:1", "takes no weight"), ("fd:-1", "takes no weight")):
         assert main([*line, "--methods", wrong]) == 1
         assert message in capsys.readouterr().err

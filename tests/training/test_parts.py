@@ -145,6 +145,7 @@ def test_a_rank_that_is_not_low(change):
         ("--optim.lora-rank 2 --parallel fsdp", "does not go with --parallel fsdp"),
         ("--optim.lora-rank -1", "must not be negative, got -1"),
         ("--optim.lora-alpha 2", "go with --optim.lora-rank, got 2"),
+        ("--optim.lora-layers fc", "lora_layers=('fc',) goes with --optim.lora-rank, which is 0"),
         ("--optim.lora-rank 2 --optim.lora-layers fc fc", "none twice"),
         ("--optim.last-blocks 0", "at least 1, got 0: the method lp"),
         ("--model.arch tiny --optim.last-blocks 5", "last_blocks=5 exceeds the 4 blocks of tiny"),
