@@ -336,7 +336,7 @@ def test_pages_name_the_section_that_a_results_file_lacks_and_its_command(tmp_pa
             assert f"{path} lacks the section '{name}'" in str(told.value)
             assert f"`python -m benchmarks.report --out {path.parent}`" in str(told.value)
     path.write_text(json.dumps(whole | {"step": {"cells": []}}))
-    with pytest.raises(UserError, match="'readme-step': the results lack .'two passes', 'fp32'"):
+    with pytest.raises(UserError, match=r"'readme-step': the results lack .'two passes', 'fp32'"):
         pages.filled(text, *pages.committed())
 
 
