@@ -13,9 +13,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._autograd import _saved_tensors_hooks_get_disabled_error_message
 from torch.utils.checkpoint import checkpoint
 
 from ..core.checks import check_tensor, value_checks
+from ..core.errors import UserError
 from ..core.precision import compute_dtype
 from ..ops.drop import Packing
 from ..ops.patchify import patchify
@@ -174,7 +176,12 @@ class VisionTransformer(Backbone):
         Returns:
             The feature ``[N, D]``, and each layer's `Tap` (references to what attention computed anyway), the
             attention pool's `PoolTap` last, or none.
+
+        Raises:
+            UserError: `recompute` is on where PyTorch cannot make again what it keeps, as in `torch.func.grad`.
         """
+        if self.recompute and torch.is_grad_enabled() and (why := _saved_tensors_hooks_get_disabled_error_message()):
+            raise UserError(f"recompute={self.recompute!r} cannot be had here: set model.recompute = False ({why})")
         if record and torch.is_grad_enabled() and not tokens.requires_grad:
             tokens = tokens.detach().requires_grad_()  # frozen below: every layer's tap still has a gradient
         taps: list[Tap] = []

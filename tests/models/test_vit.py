@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from maskcf_fast.core.errors import UserError
 from maskcf_fast.methods.fills import FILLS
 from maskcf_fast.methods.paper_order import plain_forward
 from maskcf_fast.models import (
@@ -207,6 +208,21 @@ def test_gelu_is_made_again_as_it_was(kind):
         second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, retain_graph=True)
         found.append([*first, *second, *torch.autograd.grad(loss, inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ["gelu", True])
+def test_functions_derivatives_say_that_nothing_is_made_again_there(recompute):
+    model, images = VisionTransformer("tiny"), torch.rand(2, 3, 32, 32)
+
+    def loss(weight):
+        return torch.func.functional_call(model, {"patch_weight": weight}, images).square().sum()
+
+    weight = model.patch_weight.detach().clone()
+    (expected,) = torch.autograd.grad(model(images).square().sum(), model.patch_weight)
+    torch.testing.assert_close(torch.func.grad(loss)(weight), expected)
+    model.recompute = recompute
+    with pytest.raises(UserError, match=rf"recompute={recompute!r} cannot be had here: set model\.recompute"):
+        torch.func.grad(loss)(weight)
 
 
 def test_gelu_is_not_made_again_of_other_values():
