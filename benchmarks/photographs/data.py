@@ -106,7 +106,11 @@ def build(packages: Packages, root: Path, spec: Spec) -> Path:
             new = Path(scratch, root.name)
             manifest = write(packages, new, spec)
             (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-            new.rename(root)
+            try:
+                new.rename(root)
+            except OSError:  # another process was faster: its images are checked
+                if not (root / MANIFEST).is_file():
+                    raise
     check(root, spec)
     return root
 

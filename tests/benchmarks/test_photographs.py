@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from benchmarks.photographs import analysis, maps, report
 from benchmarks.photographs import run as command
 from benchmarks.photographs.analysis import Model
-from benchmarks.photographs.data import SETS, TASKS, TESTS, Spec, build, check, divide, mask_of
+from benchmarks.photographs.data import SETS, TASKS, TESTS, Spec, build, check, divide, mask_of, write
 from benchmarks.photographs.sources import DEBIAN, OBJECTS, SCENES, STAMPS, Packages, families, licence
 from benchmarks.photographs.weights import backbone, convert
 from maskcf_fast.core.errors import UserError
@@ -125,6 +125,16 @@ def test_images_are_reused_or_refused(root, images, tmp_path):
     (same / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="in several splits, t"):
         build(Packages(root), same, SPEC)
+
+
+def test_another_process_may_be_faster(root, images, tmp_path, monkeypatch):
+    def slow(packages, folder, spec):
+        shutil.copytree(images, tmp_path / "seed0")
+        return write(packages, folder, spec)
+
+    monkeypatch.setattr("benchmarks.photographs.data.write", slow)
+    assert build(Packages(root), tmp_path / "seed0", SPEC) == tmp_path / "seed0"
+    assert [path.name for path in tmp_path.iterdir()] == ["seed0"]
 
 
 def test_what_is_missing_is_said(root, tmp_path):
