@@ -95,7 +95,11 @@ def conform(value: Any, hint: Any, where: str) -> Any:
         wanted = get_type_hints(hint, include_extras=True)
         names = [field.name for field in fields(hint)]
         if set(names) == set(value):
-            return hint(**{name: conform(value[name], wanted[name], f"{where}: {name}") for name in names})
+            items = {name: conform(value[name], wanted[name], f"{where}: {name}") for name in names}
+            try:
+                return hint(**items)
+            except UserError as error:  # what the record itself refuses
+                raise WrongKind(f"{where}: {error}") from error
         raise WrongKind(f"{where} must have {', '.join(names)}, it has {', '.join(map(repr, value)) or 'nothing'}")
     shown = repr(value)
     name = getattr(hint, "__name__", None) if not arguments else None

@@ -114,18 +114,47 @@ def remove_old(run: Path, keep: int) -> None:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies.
+
+    Attributes:
+        dtype: As safetensors names it.
+        shape: Of the whole tensor.
+        rows: ``(file, start, stop)`` of each piece; what has no dimensions counts as one row.
+
+    Raises:
+        UserError: The pieces are not all rows, or overlap.
+    """
+
+    dtype: str
+    shape: list[int]
+    rows: list[tuple[str, int, int]]
+
+    def __post_init__(self) -> None:
+        self.rows.sort(key=lambda row: row[1:])
+        edges = [0, *(edge for row in self.rows for edge in row[1:]), self.length]
+        if edges[::2] != edges[1::2] or edges != sorted(edges):
+            raise UserError(f"{self.rows} are not the rows of {self.shape}")
+
+    @property
+    def length(self) -> int:
+        """How many rows there are."""
+        return self.shape[0] if self.shape else 1
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint.
 
     Attributes:
         folder: Where it lies.
         values: The plain values.
-        index: Of each tensor, its dtype, its shape, and which file has which of its rows.
+        index: Where each tensor lies.
     """
 
     folder: Path
     values: dict[str, Any]
-    index: dict[str, dict[str, Any]]
+    index: dict[str, Stored]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor, or some of its rows, on the CPU.
@@ -133,22 +162,27 @@ class Checkpoint:
         Raises:
             UserError: There is none of this name, or not all of it.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if name not in self.index:
             raise self.error(f"lacks {name}")
-        shape = self.index[name]["shape"]
-        stop = (shape[0] if shape else 1) if stop is None else stop
+        said = self.index[name]
+        stop = said.length if stop is None else stop
         pieces = []
-        for part, first, last in sorted(self.index[name]["rows"], key=lambda row: row[1]):
+        for part, first, last in said.rows:
             low, high = max(start, first), min(stop, last)
             if low < high or (start == stop == first == last):
-                with safe_open(self.folder / part, "pt") as file:
-                    pieces.append(file.get_slice(name)[low - first : high - first] if shape else file.get_tensor(name))
-        if sum(map(_length, pieces)) != stop - start:
-            raise self.error(f"does not hold all of {name}")
+                try:
+                    with safe_open(self.folder / part, "pt") as file:
+                        piece = file.get_slice(name)
+                        shape = [last - first, *said.shape[1:]] if said.shape else []
+                        if (piece.get_dtype(), piece.get_shape()) != (said.dtype, shape):
+                            raise self.error(f"holds other rows of {name} in {part} than it says")
+                        pieces.append(piece[low - first : high - first] if shape else piece[...])
+                except SafetensorError as error:
+                    raise self.error(f"does not hold all of {name} ({error})") from error
         if not pieces:
-            return torch.empty([0, *shape[1:]])
+            return torch.empty([0, *said.shape[1:]])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def fill(self, name: str, target: Tensor) -> None:
@@ -158,10 +192,10 @@ class Checkpoint:
             UserError: It is of another shape or dtype, or not finite.
         """
         said = self.index.get(name)
-        wanted = {"dtype": NAMES[target.dtype], "shape": list(target.shape)}
-        if said is None or any(said[key] != value for key, value in wanted.items()):
-            found = "nothing" if said is None else f"{said['dtype']} {said['shape']}"
-            raise self.error(f"is of another model: {name} is {found}, not {wanted['dtype']} {wanted['shape']}")
+        found = "nothing" if said is None else f"{said.dtype} {said.shape}"
+        wanted = f"{NAMES[target.dtype]} {list(target.shape)}"
+        if found != wanted:
+            raise self.error(f"is of another model: {name} is {found}, not {wanted}")
         local, start = local_rows(target)
         value = self.read(name, start or 0, (start or 0) + _length(local))
         if value.is_floating_point() and not value.isfinite().all():
@@ -195,8 +229,8 @@ def read_checkpoint(folder: Path, part: tuple[int, int] = (0, 1)) -> Checkpoint:
         values: dict[str, Any] = load_json(folder / STATE)
         if values.pop("version", None) != VERSION:
             raise UserError(f"{folder} was written by another version of this package")
-        index = values.pop("tensors")
-        files = sorted({row[0] for tensor in index.values() for row in tensor["rows"]})
+        index: dict[str, Stored] = conform(values.pop("tensors"), dict[str, Stored], f"{folder / STATE}: tensors")
+        files = sorted({part for tensor in index.values() for part, _, _ in tensor.rows})
         for name in files[part[0] :: part[1]]:
             check_digest(folder / name, own=True)
         return Checkpoint(folder, values, index)

@@ -559,7 +559,7 @@ class Trainer:
         config = self.config
         initial = saved.value("initial", str)
         own = {name: list(x.shape) for name, x in self._tensors().items() if name.startswith("student.")}
-        theirs = {name: x["shape"] for name, x in saved.index.items() if name.startswith("student.")}
+        theirs = {name: x.shape for name, x in saved.index.items() if name.startswith("student.")}
         if differing := [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]:
             raise saved.error(
                 f"is of another architecture than {config.model.name or config.model.arch}: it differs in "

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.core.processes import Processes
+from maskcf_fast.core.tensors import load_json, save_json
 from maskcf_fast.data import Manifest, scan_images
 from maskcf_fast.methods import MaskStrategy, strategy_names
 from maskcf_fast.models import VisionTransformer
 from maskcf_fast.training import Trainer, TrainingDiverged
 from maskcf_fast.training import trainer as trainer_module
 from maskcf_fast.training.build import build_method, scan
-from maskcf_fast.training.checkpoint import ALONE, save_checkpoint
+from maskcf_fast.training.checkpoint import ALONE, read_checkpoint, save_checkpoint
 from maskcf_fast.training.folder import AUTO, clean, prepare
 from maskcf_fast.training.runs import read_run
 from maskcf_fast.training.settings import DataConfig, MethodConfig
@@ -385,6 +386,33 @@ def test_checkpoints_that_hold_what_no_run_does(change):
         save_checkpoint(config.out, 5, good[0], spoil(dict(good[1])), ALONE, 9)
         with pytest.raises(ValueError, match=message):
             Trainer(resume, quiet=True)
+
+
+BAD_INDEX = {
+    "none": lambda x: None, "a list": lambda x: [x], "no rows": lambda x: x | {"rows": []},
+    "rows of text": lambda x: x | {"rows": "abc"}, "a short row": lambda x: x | {"rows": [x["rows"][0][:2]]},
+    "an empty row": lambda x: x | {"rows": [[]]}, "an open row": lambda x: x | {"rows": [[x["rows"][0][0], 0, None]]},
+    "no such file": lambda x: x | {"rows": [["x.safetensors", 0, 3]]}, "twice": lambda x: x | {"rows": x["rows"] * 2},
+    "a gap": lambda x: x | {"rows": [[x["rows"][0][0], 0, 1], [x["rows"][0][0], 2, 3]]},
+    "pieces of another": lambda x: x | {"rows": [[x["rows"][0][0], 0, 1], [x["rows"][0][0], 1, 3]]},
+    "backwards": lambda x: x | {"rows": [[x["rows"][0][0], 0, 4], [x["rows"][0][0], 4, 3]]},
+    "before the first": lambda x: x | {"rows": [[x["rows"][0][0], -1, 3]]},
+    "no shape": lambda x: {k: x[k] for k in ("dtype", "rows")}, "a number": lambda x: x | {"shape": 3},
+    "texts": lambda x: x | {"shape": ["3"]}, "a dtype": lambda x: x | {"dtype": 7},
+}  # fmt: skip
+
+
+def test_places_of_tensors_that_no_run_writes(change):
+    config = change(optim={"epochs": 1})
+    Trainer(config, quiet=True).run()
+    folder, name = config.out / "checkpoints" / "step-5", "student.head.bias"
+    state = load_json(folder / "state.json")
+    assert read_checkpoint(folder).read(name).shape == (3,)
+    for what, spoil in BAD_INDEX.items():
+        index = state["tensors"] | {name: spoil(state["tensors"][name])}
+        save_json(folder / "state.json", state | {"tensors": index})
+        with pytest.raises(UserError, match="step-5"):
+            pytest.fail(f"{what}: {read_checkpoint(folder).read(name)}")
 
 
 def test_states_of_processes_that_no_run_writes(change):
