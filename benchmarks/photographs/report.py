@@ -1,8 +1,8 @@
 """``python -m benchmarks.photographs.report``: from runs to committed results, and from those to the page.
 
 With ``--runs DIR``, the result files of a finished or unfinished benchmark become
-``benchmarks/results/photographs/TASK.json``; in any case the figures in ``docs/photographs.md`` and its pictures are
-made anew from what is there.
+``benchmarks/results/photographs/TASK.json``, or ``TASK-224px.json`` where the images have other than the usual 112
+pixels; in any case the figures in ``docs/photographs.md`` and its pictures are made anew from what is there.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..measure import environment
 from ..tables import table
 from . import analysis
 from .analysis import SHIFTED, Model, advantages, choose, grouped, interval, models, paired
+from .run import Options as Run
 
 ROOT = Path(__file__).parents[2]
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
@@ -70,7 +71,8 @@ def collect(runs: Path, task: str) -> dict[str, Any]:
 def section(results: dict[str, Any], picture: str) -> list[str]:
     """A task's part of the page."""
     about, found = results["about"], models(results["files"])
-    lines = ["", f"## {TITLES[about['task']]}", "", f"![ID accuracy against the shifted sets]({picture})", ""]
+    size = "" if about["image_size"] == Run.image_size else f", at {about['image_size']} pixels"
+    lines = ["", f"## {TITLES[about['task']]}{size}", "", f"![ID accuracy against the shifted sets]({picture})", ""]
     lines += ["Accuracy in per cent: mean over seeds, ± standard deviation.", "", *accuracies(found), ""]
     lines += ["### Against FD at equal ID accuracy", "", *against_fd(found), ""]
     lines += ["### Chosen by validation", "", *chosen(found), ""]
@@ -178,13 +180,15 @@ def plot(found: Sequence[Model], path: Path) -> None:
 def page(results: Path, text: str, folder: str) -> str:
     """The page with the figures of all tasks that there are results of between its marks."""
     before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
-    lines = [line for task, path in tasks(results) for line in section(read_json(path), f"{folder}/{task}.png")]
+    lines = [line for path in measured(results) for line in section(read_json(path), f"{folder}/{path.stem}.png")]
     return "\n".join([before + MARKS[0], *(lines or NOTHING), MARKS[1]]) + after
 
 
-def tasks(results: Path) -> Iterator[tuple[str, Path]]:
-    """Tasks with results, and their files."""
-    return ((task, results / f"{task}.json") for task in TITLES if (results / f"{task}.json").is_file())
+def measured(results: Path) -> Iterator[Path]:
+    """The result files, in the page's order."""
+    for task in TITLES:
+        yield from (path for path in (results / f"{task}.json",) if path.is_file())
+        yield from sorted(results.glob(f"{task}-[0-9]*px.json"))
 
 
 def _point(group: Sequence[Model], measure: str) -> tuple[float, float, float]:
@@ -207,10 +211,12 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{options.runs} holds no results of {' or '.join(TITLES)}: give --out of the benchmark")
         for task, content in collected.items():
             if content["files"]:
-                options.results.mkdir(parents=True, exist_ok=True)
-                atomic_write(options.results / f"{task}.json", (json.dumps(content) + "\n").encode())
-    for task, path in tasks(options.results):
-        plot(models(read_json(path)["files"]), options.page.with_suffix("") / f"{task}.png")
+                size = content["about"]["image_size"]
+                path = options.results / f"{task}{'' if size == Run.image_size else f'-{size}px'}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(path, (json.dumps(content) + "\n").encode())
+    for path in measured(options.results):
+        plot(models(read_json(path)["files"]), options.page.with_suffix("") / f"{path.stem}.png")
     text = page(options.results, options.page.read_text(), options.page.stem)
     atomic_write(options.page, text.encode())
 

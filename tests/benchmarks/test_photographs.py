@@ -285,8 +285,9 @@ def test_the_command_measures_continues_and_reports(root, tiny, tmp_path, monkey
     text = page.read_text()
     assert text.startswith("# Photographs\n")
     assert text.endswith("\n\nMore.\n")
+    assert "## Two classes: birds and mammals, at 56 pixels\n" in text
     assert "| object-single 1 " in text
-    assert (tmp_path / "page/birds-mammals-quick.png").is_file()
+    assert (tmp_path / "page/birds-mammals-quick-56px.png").is_file()
     assert report.page(tmp_path / "kept", text, "page") == text  # figures take the place of figures
 
 
