@@ -37,6 +37,7 @@ CURVES = {
     "fd": "feature distillation (FD)", "object-single": "object mask", "true-object": "true object's mask",
     "context-single": "context mask", "random-single": "random mask", "wise-ft": "WiSE-FT",
 }  # fmt: skip
+NUMBERED = ("fd", "object-single", "wise-ft")  # whose weights the picture shows
 POINTS = {"zero-shot": ("before", "o"), "ft": ("FT", "s"), "ft-balanced": ("FT, balanced data", "*")}
 
 
@@ -152,8 +153,8 @@ def plot(found: Sequence[Model], path: Path) -> None:
     """ID accuracy against each of the others: means over seeds, bands of one standard error."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, measure in zip(figure.subplots(1, len(SHIFTED)), SHIFTED, strict=True):
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axes, measure in zip(figure.subplots(2, 2).flat, SHIFTED, strict=True):
         for i, (method, label) in enumerate(CURVES.items()):
             groups = [g for g in grouped(found).values() if g[0].method == method]
             if not groups:
@@ -163,8 +164,9 @@ def plot(found: Sequence[Model], path: Path) -> None:
             axes.plot(x, y, style, marker=MARKERS[i], color=COLOURS[i], markersize=5, label=label)
             axes.fill_between(x, y - e, y + e, color=COLOURS[i], alpha=0.12, linewidth=0)
             for group, at in zip(groups, zip(x, y, strict=True), strict=True):
-                text = f"{group[0].strength:g}" if group[0].strength is not None else ""
-                axes.annotate(text, at, (4, 3), textcoords="offset points", fontsize=7, color=COLOURS[i])
+                if method in NUMBERED:
+                    text = f"{group[0].strength:g}"
+                    axes.annotate(text, at, (5, 4), textcoords="offset points", fontsize=8, color=COLOURS[i])
         for method, (label, marker) in POINTS.items():
             if group := [m for m in found if m.method == method]:
                 x0, y0, e0 = _point(group, measure)
@@ -172,7 +174,7 @@ def plot(found: Sequence[Model], path: Path) -> None:
         axes.set(xlabel="ID accuracy (%)", title=f"{measure} (%)")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
