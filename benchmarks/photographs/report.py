@@ -76,6 +76,7 @@ def section(results: dict[str, Any], picture: str) -> list[str]:
     lines = ["", f"## {TITLES[about['task']]}{size}", "", f"![ID accuracy against the shifted sets]({picture})", ""]
     lines += ["Accuracy in per cent: mean over seeds, ± standard deviation.", "", *accuracies(found), ""]
     lines += ["### Against FD at equal ID accuracy", "", *against_fd(found), ""]
+    lines += ["### Against FD of the same weight", "", *same_weight(found), ""]
     lines += ["### Chosen by validation", "", *chosen(found), ""]
     if watched := [file for file in results["files"] if "maps" in file]:
         lines += ["### The map as a mask", "", *map_figures(watched), ""]
@@ -109,11 +110,23 @@ def against_fd(found: Sequence[Model]) -> list[str]:
     return table(("method, weight", "seeds", *SHIFTED), rows, left=1) if rows else NOTHING
 
 
+def same_weight(found: Sequence[Model]) -> list[str]:
+    """Every method less FD of the same weight, seed by seed."""
+    groups, rows = grouped(found), []
+    for name, own in groups.items():
+        reference = groups.get(f"{analysis.REFERENCE} {name.rpartition(' ')[2]}", [])
+        differences = [paired(own, reference, measure) for measure in ("id", *SHIFTED)]
+        if own[0].method != analysis.REFERENCE and differences[0]:
+            rows.append((name, str(len(differences[0])), *(str(interval(d)) for d in differences)))
+    return table(("method, weight", "seeds", "ID", *SHIFTED), rows, left=1) if rows else NOTHING
+
+
 def chosen(found: Sequence[Model]) -> list[str]:
     """What validation chooses of each method's weights, and how far it lies above what it chooses of FD's."""
     reference = choose(found, analysis.REFERENCE)
     rows = []
-    for method in sorted({m.method for m in found if m.strength is not None}):
+    found = [m for m in found if m.strength is not None or m.method == analysis.TUNED]
+    for method in sorted({m.method for m in found} - {analysis.TUNED}):
         own = choose(found, method)
         strengths = ", ".join(f"{m.strength:g}" for m in own)
         means = [f"{statistics.mean(getattr(m, measure) for m in own):.1f}" for measure in ("id", *SHIFTED)]
@@ -162,9 +175,12 @@ def plot(found: Sequence[Model], path: Path) -> None:
             x, y, e = (np.array(column) for column in zip(*(_point(g, measure) for g in groups), strict=True))
             style = "--" if method == "wise-ft" else "-"
             axes.plot(x, y, style, marker=MARKERS[i], color=COLOURS[i], markersize=5, label=label)
-            axes.fill_between(x, y - e, y + e, color=COLOURS[i], alpha=0.12, linewidth=0)
+            if len(x) > 1:
+                axes.fill_between(x, y - e, y + e, color=COLOURS[i], alpha=0.12, linewidth=0)
+            else:
+                axes.errorbar(x, y, e, color=COLOURS[i], linewidth=0.8)
             for group, at in zip(groups, zip(x, y, strict=True), strict=True):
-                if method in NUMBERED:
+                if method in NUMBERED and group[0].strength is not None:
                     text = f"{group[0].strength:g}"
                     axes.annotate(text, at, (5, 4), textcoords="offset points", fontsize=8, color=COLOURS[i])
         for method, (label, marker) in POINTS.items():
@@ -186,11 +202,21 @@ def page(results: Path, text: str, folder: str) -> str:
     return "\n".join([before + MARKS[0], *(lines or NOTHING), MARKS[1]]) + after
 
 
+def require_same_settings(path: Path, about: dict[str, Any]) -> None:
+    """Raise a UserError where other settings' results would be lost."""
+    if not path.is_file():
+        return
+    kept = read_json(path)["about"]
+    if other := [name for name in about if name != "images" and about[name] != kept[name]]:
+        raise UserError(f"{path} is of {other[0]} {kept[other[0]]!r}, not {about[other[0]]!r}: choose other --results")
+
+
 def measured(results: Path) -> Iterator[Path]:
     """The result files, in the page's order."""
     for task in TITLES:
         yield from (path for path in (results / f"{task}.json",) if path.is_file())
-        yield from sorted(results.glob(f"{task}-[0-9]*px.json"))
+        others = results.glob(f"{task}-[0-9]*px.json")
+        yield from sorted(others, key=lambda path: int(path.stem[len(task) + 1 : -2]))
 
 
 def _point(group: Sequence[Model], measure: str) -> tuple[float, float, float]:
@@ -216,6 +242,7 @@ def main(arguments: list[str]) -> None:
                 size = content["about"]["image_size"]
                 path = options.results / f"{task}{'' if size == Run.image_size else f'-{size}px'}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
+                require_same_settings(path, content["about"])
                 atomic_write(path, (json.dumps(content) + "\n").encode())
     for path in measured(options.results):
         plot(models(read_json(path)["files"]), options.page.with_suffix("") / f"{path.stem}.png")

@@ -99,17 +99,12 @@ def _one_stream(calls: Sequence[Call], n: int) -> list[Call]:
             "attention runs with a mask, a position bias or causally: only attention over all tokens can be explained"
         )
     lengths = sorted({call.k.shape[2] for call in plain})
-    inner = {call.k.shape[2] for call in plain[:-1]}
-    if len(lengths) > 1 and len(inner) == 1 and plain[-1].q.shape[2] == 1:
-        raise UserError(
-            f"the last attention call, with one query, reads {plain[-1].k.shape[2]} of {max(inner)} tokens: attention "
-            f"pooling that leaves tokens out cannot be explained"
-        )
     if len(lengths) > 1:
         raise UserError(
             f"attention calls over sequences of different lengths {lengths} lead to the score. Hierarchical models, "
-            f"whose tokens change between layers, cannot be explained. If one length belongs to a text encoder, "
-            f"compute the text features before, under torch.no_grad()"
+            f"whose tokens change between layers, and attention pooling over other tokens than those of the layers "
+            f"cannot be explained. If one length belongs to a text encoder, compute the text features before, under "
+            f"torch.no_grad()"
         )
     t = lengths[0]
     if any(call.masked and call.k.shape[2] == t for call in batch):

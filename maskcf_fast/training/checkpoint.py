@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.processes import Processes
-from ..core.schema import conform
-from ..core.tensors import NAMES, DamagedFile, check_digest, load_json, save_json, save_tensors
+from ..core.schema import Range, conform
+from ..core.tensors import DTYPES, NAMES, DamagedFile, check_digest, load_json, save_json, save_tensors
 from .sharding import local_rows
 
 STATE = "state.json"
@@ -123,18 +123,22 @@ class Stored:
         rows: ``(file, start, stop)`` of each piece; what has no dimensions counts as one row.
 
     Raises:
-        UserError: The pieces are not all rows, or overlap.
+        UserError: There is no such dtype, the pieces are not all rows or overlap, or a file lies elsewhere.
     """
 
     dtype: str
-    shape: list[int]
+    shape: list[Annotated[int, Range(0, 2**40)]]
     rows: list[tuple[str, int, int]]
 
     def __post_init__(self) -> None:
         self.rows.sort(key=lambda row: row[1:])
         edges = [0, *(edge for row in self.rows for edge in row[1:]), self.length]
+        if self.dtype not in DTYPES:
+            raise UserError(f"there is no dtype {self.dtype!r}")
         if edges[::2] != edges[1::2] or edges != sorted(edges):
-            raise UserError(f"{self.rows} are not the rows of {self.shape}")
+            raise UserError(f"its {len(self.rows)} pieces are not the rows of {self.shape}")
+        if outside := [part for part, _, _ in self.rows if Path(part).name != part]:
+            raise UserError(f"{outside[0]!r} is not the name of a file")
 
     @property
     def length(self) -> int:
@@ -168,6 +172,8 @@ class Checkpoint:
             raise self.error(f"lacks {name}")
         said = self.index[name]
         stop = said.length if stop is None else stop
+        if not 0 <= start <= stop <= said.length:
+            raise self.error(f"has no rows {start} to {stop} of {name}, which is {said.shape}")
         pieces = []
         for part, first, last in said.rows:
             low, high = max(start, first), min(stop, last)
@@ -179,10 +185,10 @@ class Checkpoint:
                         if (piece.get_dtype(), piece.get_shape()) != (said.dtype, shape):
                             raise self.error(f"holds other rows of {name} in {part} than it says")
                         pieces.append(piece[low - first : high - first] if shape else piece[...])
-                except SafetensorError as error:
+                except (SafetensorError, OSError, RuntimeError) as error:
                     raise self.error(f"does not hold all of {name} ({error})") from error
         if not pieces:
-            return torch.empty([0, *said.shape[1:]])
+            return torch.empty([0, *said.shape[1:]], dtype=DTYPES[said.dtype])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def fill(self, name: str, target: Tensor) -> None:
@@ -234,7 +240,7 @@ def read_checkpoint(folder: Path, part: tuple[int, int] = (0, 1)) -> Checkpoint:
         for name in files[part[0] :: part[1]]:
             check_digest(folder / name, own=True)
         return Checkpoint(folder, values, index)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedFile(str(error) if isinstance(error, UserError | OSError) else f"{folder}: {error!r}") from error
 
 

@@ -1,6 +1,7 @@
 """The benchmark of photographs, on generated cut-outs and backgrounds, and a tiny model."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -289,6 +290,21 @@ def test_the_command_measures_continues_and_reports(root, tiny, tmp_path, monkey
     assert "| object-single 1 " in text
     assert (tmp_path / "page/birds-mammals-quick-56px.png").is_file()
     assert report.page(tmp_path / "kept", text, "page") == text  # figures take the place of figures
+
+    [kept] = (tmp_path / "kept").iterdir()
+    content = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**content, "about": {**content["about"], "epochs": 7}}))
+    assert report.main(["--runs", str(out), "--results", str(tmp_path / "kept"), "--page", str(page)]) == 1
+    assert "is of epochs 7, not 1: choose other --results" in capsys.readouterr().err
+    for row in content["files"]:  # a method without a weight; other sizes beside it
+        row["row"] = row["row"].partition(":")[0]
+        for found in row["rows"]:
+            found["method"] = found["method"].partition(" ")[0]
+    for size in (224, 98):
+        of_size = {**content, "about": {**content["about"], "image_size": size}}
+        (kept.parent / f"birds-mammals-quick-{size}px.json").write_text(json.dumps(of_size))
+    assert report.main(["--results", str(tmp_path / "kept"), "--page", str(page)]) == 0
+    assert re.findall("at ([0-9]+) pixels", page.read_text()) == ["56", "98", "224"]
 
 
 def test_the_page_shows_the_committed_results():

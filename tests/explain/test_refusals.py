@@ -84,7 +84,7 @@ REFUSED = {
     "parallel blocks": (lambda: zoo.timm_model("vit_small_patch16_18x2_224"), "side by side"),
     "differential attention": (lambda: zoo.timm_model("vit_tiny_patch16_224", attn_layer="diff"), "side by side"),
     "mean without a word": (lambda: Toy(read=lambda x: x.mean(1)), r"reads 16 of 16 patches.*readout=\"mean\""),
-    "pooling of some tokens": (PoolsSome, r"one query, reads 16 of 17 tokens"),
+    "pooling of some tokens": (PoolsSome, r"different lengths \[16, 17\].*attention pooling over other tokens"),
     "fewer tokens in later layers": (Hierarchical, r"different lengths \[5, 17\].*Hierarchical models"),
     "an op without derivative": (
         lambda: Toy(read=lambda x: opaque(x[:, 0])),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from maskcf_fast.core.errors import UserError
 from maskcf_fast.core.processes import Processes
-from maskcf_fast.core.tensors import load_json, save_json
+from maskcf_fast.core.tensors import load_json, save_json, save_tensors
 from maskcf_fast.data import Manifest, scan_images
 from maskcf_fast.methods import MaskStrategy, strategy_names
 from maskcf_fast.models import VisionTransformer
@@ -395,7 +395,10 @@ BAD_INDEX = {
     "no such file": lambda x: x | {"rows": [["x.safetensors", 0, 3]]}, "twice": lambda x: x | {"rows": x["rows"] * 2},
     "a gap": lambda x: x | {"rows": [[x["rows"][0][0], 0, 1], [x["rows"][0][0], 2, 3]]},
     "pieces of another": lambda x: x | {"rows": [[x["rows"][0][0], 0, 1], [x["rows"][0][0], 1, 3]]},
-    "backwards": lambda x: x | {"rows": [[x["rows"][0][0], 0, 4], [x["rows"][0][0], 4, 3]]},
+    "backwards": lambda x: x | {"rows": [[x["rows"][0][0], *edges] for edges in ([0, 3], [3, 5], [5, 3])]},
+    "another folder": lambda x: x | {"rows": [["../step-5/" + x["rows"][0][0], 0, 3]]},
+    "a negative size": lambda x: x | {"shape": [0, -1], "rows": []}, "another dtype": lambda x: x | {"dtype": "F16"},
+    "no such dtype": lambda x: x | {"dtype": "XX", "shape": [0], "rows": []},
     "before the first": lambda x: x | {"rows": [[x["rows"][0][0], -1, 3]]},
     "no shape": lambda x: {k: x[k] for k in ("dtype", "rows")}, "a number": lambda x: x | {"shape": 3},
     "texts": lambda x: x | {"shape": ["3"]}, "a dtype": lambda x: x | {"dtype": 7},
@@ -407,12 +410,42 @@ def test_places_of_tensors_that_no_run_writes(change):
     Trainer(config, quiet=True).run()
     folder, name = config.out / "checkpoints" / "step-5", "student.head.bias"
     state = load_json(folder / "state.json")
-    assert read_checkpoint(folder).read(name).shape == (3,)
+    whole = read_checkpoint(folder).read(name)
+    assert whole.shape == (3,)
+    for rows in [(0, 4), (2, 1), (-1, 2)]:
+        with pytest.raises(UserError, match=f"step-5 has no rows {rows[0]} to {rows[1]} of {name}"):
+            read_checkpoint(folder).read(name, *rows)
+    absent = state["tensors"] | {"absent": state["tensors"][name]}
+    save_json(folder / "state.json", state | {"tensors": absent})
+    with pytest.raises(UserError, match="step-5 does not hold all of absent"):
+        read_checkpoint(folder).read("absent")
     for what, spoil in BAD_INDEX.items():
         index = state["tensors"] | {name: spoil(state["tensors"][name])}
         save_json(folder / "state.json", state | {"tensors": index})
         with pytest.raises(UserError, match="step-5"):
             pytest.fail(f"{what}: {read_checkpoint(folder).read(name)}")
+
+
+def test_pieces_of_a_tensor_come_in_any_order(tmp_path):
+    whole = torch.arange(10).view(5, 2)
+    folder = tmp_path / "checkpoints" / "step-0"
+    save_checkpoint(tmp_path, 0, {}, {"x": whole, "empty": whole[:0]}, ALONE, 1)
+    state = load_json(folder / "state.json")
+    [[first, _, _]] = state["tensors"]["x"]["rows"]
+    save_tensors(folder / "a", {"x": whole[3:]})
+    save_tensors(folder / "b", {"x": whole[:3]})
+    save_tensors(folder / "c", {"x": whole[3:3]})
+    state["tensors"]["x"]["rows"] = [["a", 3, 5], ["c", 3, 3], ["b", 0, 3]]
+    save_json(folder / "state.json", state)
+    saved = read_checkpoint(folder)
+    for start in range(6):
+        for stop in range(start, 6):
+            assert torch.equal(saved.read("x", start, stop), whole[start:stop])
+            assert saved.read("x", start, stop).dtype == torch.int64
+    assert saved.read("empty").shape == (0, 2)
+    (folder / first).unlink()
+    with pytest.raises(UserError, match="step-0 does not hold all of empty"):
+        saved.read("empty")
 
 
 def test_states_of_processes_that_no_run_writes(change):
